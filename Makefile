@@ -1,0 +1,49 @@
+# Two commands are all that a fresh machine needs: `make serve` and `make test`.
+# Each makes its own environment first (.venv), from the versions pinned in constraints.txt.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+SERVICE ?= cluster_configs/services/nano.yaml
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: serve test test-fast check format clean
+
+serve: $(VENV)/.serve
+	@$(BIN)/r1-cluster serve $(SERVICE)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first, pinned and alone: asked for by another package, pip would fetch gigabytes of CUDA wheels.
+$(VENV)/.torch: constraints.txt
+	@test -x $(BIN)/python || { echo "== making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "== installing torch"
+	@$(PIP) install -c constraints.txt torch numpy
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.torch pyproject.toml
+	@echo "== installing r1-cluster and what it needs"
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.serve
+	@echo "== installing what the tests need"
+	@$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info

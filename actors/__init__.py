@@ -1,0 +1,1 @@
+"""Thin Ray shells around the roles, the engine and the HTTP edge."""

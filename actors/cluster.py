@@ -1,0 +1,157 @@
+"""What of a service lives in Ray: names, placement groups, the shared secret; and how it is removed."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray import serve
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+
+from r1_cluster.config import ConfigError, Service
+from r1_cluster.planning.layout import Layout, WorkerSpec
+
+NAMESPACE = "r1-cluster"
+ENGINE_DEPLOYMENT = "Engine"
+INGRESS_DEPLOYMENT = "Ingress"
+_KV_NAMESPACE = NAMESPACE.encode()
+# What the Serve deployments ask for; the ingress and the engine's scheduler are light.
+INGRESS_CPUS = 0.1
+ENGINE_CPUS = 0.1
+
+
+@contextlib.contextmanager
+def attach(address: str) -> Iterator[None]:
+    """A connection to a running cluster for the length of a `with` block."""
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+    except ConnectionError as error:
+        raise ConfigError(f"there is no Ray cluster at {address} ({error})") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def secret() -> bytes:
+    """The cluster's link secret, made by whoever asks first and kept in Ray's own key-value store."""
+    key = b"link-secret"
+    _internal_kv_put(key, secrets.token_bytes(32), overwrite=False, namespace=_KV_NAMESPACE)
+    value = _internal_kv_get(key, namespace=_KV_NAMESPACE)
+    assert value is not None
+    return bytes(value)
+
+
+def engine_name(service: str, index: int) -> str:
+    """Name of a service's engine; its workers' and groups' names begin with it."""
+    return f"{service}/engine-{index}"
+
+
+def worker_name(engine: str, worker: str) -> str:
+    """Ray name of a worker's detached actor."""
+    return f"{engine}/{worker}"
+
+
+def domain_of(worker: WorkerSpec) -> str:
+    """The failure domain, and so the placement group, of a worker: stages with their routers, or experts."""
+    return "experts" if worker.roles == ("experts",) else "stages"
+
+
+def worker_resources(service: Service, device: str) -> dict[str, float]:
+    """What one worker asks of a node."""
+    resources = {"CPU": service.layout.cpus_per_worker}
+    if device == "cuda":
+        resources["GPU"] = 1.0
+    return resources
+
+
+def device_of(service: Service) -> str:
+    """cpu or cuda; `auto` is cuda where the cluster has a GPU."""
+    if service.layout.device != "auto":
+        return service.layout.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
+
+
+def check_capacity(service: Service, layout: Layout) -> None:
+    """Raises ConfigError, with the numbers, if the cluster cannot hold the service."""
+    device = device_of(service)
+    engines = service.engine.replicas
+    each = worker_resources(service, device)
+    needed = {key: amount * len(layout.workers) * engines for key, amount in each.items()}
+    needed["CPU"] += INGRESS_CPUS * service.serve.ingress_replicas + ENGINE_CPUS * engines
+    available = ray.cluster_resources()
+    for resource, amount in needed.items():
+        if amount > available.get(resource, 0) + 1e-6:
+            raise ConfigError(
+                f"the Ray cluster is too small: {len(layout.workers) * engines} workers, the engines and the "
+                f"ingress need {amount:g} {resource}s, the cluster has {available.get(resource, 0):g}; "
+                "add nodes, or lower layout.cpus_per_worker, layout.stages or layout.expert_shards"
+            )
+    if service.layout.spread:
+        nodes = sum(1 for node in ray.nodes() if node["Alive"])
+        widest = max(len(layout.stages), len(layout.shards))
+        if nodes < widest:
+            raise ConfigError(
+                f"layout.spread: {widest} nodes are needed, one for each stage or expert shard, "
+                f"the cluster has {nodes}"
+            )
+
+
+def place(service: Service, layout: Layout, engine: str) -> dict[str, tuple[PlacementGroup, int]]:
+    """Makes the engine's placement groups, or finds those that stand; worker name → (group, bundle).
+
+    With `layout.spread` a bundle holds a stage with its router, or an expert shard, each on a node of its
+    own; without, all of a group's bundles are packed.
+    """
+    each = worker_resources(service, device_of(service))
+    seats: dict[str, tuple[PlacementGroup, int]] = {}
+    for domain in dict.fromkeys(domain_of(worker) for worker in layout.workers):
+        members = [worker for worker in layout.workers if domain_of(worker) == domain]
+        anchors = [worker for worker in members if worker.stage is not None or domain == "experts"]
+        bundles: list[dict[str, float]] = [{} for _ in anchors]
+        index_of: dict[str, int] = {}
+        for worker in members:
+            index = next(
+                i for i, anchor in enumerate(anchors) if anchor is worker or anchor.stage == worker.router
+            )
+            index_of[worker.name] = index
+            for key, amount in each.items():
+                bundles[index][key] = bundles[index].get(key, 0) + amount
+        group = _group(f"{engine}/{domain}", bundles, "STRICT_SPREAD" if service.layout.spread else "PACK")
+        seats |= {name: (group, index) for name, index in index_of.items()}
+    return seats
+
+
+def _group(name: str, bundles: list[dict[str, float]], strategy: str) -> PlacementGroup:
+    try:
+        return ray.util.get_placement_group(name)
+    except ValueError:
+        return placement_group(bundles, strategy=strategy, name=name, lifetime="detached")
+
+
+def service_actors(service: str) -> list[str]:
+    """Names of all worker actors of a service that Ray knows."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    prefix = f"{service}/engine-"
+    return sorted(a["name"] for a in named if a["namespace"] == NAMESPACE and a["name"].startswith(prefix))
+
+
+def remove_service(service: str) -> None:
+    """Takes a service off the cluster: the Serve application, then actors and groups, by name."""
+    with contextlib.suppress(Exception):
+        serve.delete(service)
+    for name in service_actors(service):
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+    for row in _groups().values():
+        if row["name"].startswith(f"{service}/engine-") and row["state"] != "REMOVED":
+            ray.util.remove_placement_group(ray.util.get_placement_group(row["name"]))
+
+
+def _groups() -> dict[str, Any]:
+    table: dict[str, Any] = placement_group_table()
+    return table

@@ -1,0 +1,30 @@
+"""What every wrapper needs to launch: autotune lists, the device's size, and its FP8 format."""
+
+import torch
+import triton
+
+
+def candidates(configs: list[triton.Config]) -> list[triton.Config]:
+    """The list to autotune over; its first alone in the interpreter, which has no clock to choose by."""
+    return configs[:1] if triton.knobs.runtime.interpret else configs
+
+
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors (NVIDIA) or compute units (AMD); the interpreter plays a device of four."""
+    if device.type == "cpu":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def native_fp8(device: torch.device) -> torch.dtype:
+    """The E4M3 format of the device's matrix units: gfx942 has its own, without infinities or minus zero."""
+    if device.type == "cuda" and torch.version.hip:
+        arch: str = torch.cuda.get_device_properties(device).gcnArchName
+        if arch.startswith("gfx942"):
+            return torch.float8_e4m3fnuz
+    return torch.float8_e4m3fn
+
+
+def rows_dense(x: torch.Tensor) -> bool:
+    """Whether the last dimension is contiguous, which every vector load relies on."""
+    return x.shape[-1] == 1 or x.stride(-1) == 1

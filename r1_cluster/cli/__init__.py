@@ -1,0 +1,1 @@
+"""The `r1-cluster` command, one file per subcommand."""

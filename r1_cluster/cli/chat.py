@@ -1,0 +1,95 @@
+"""`r1-cluster chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from r1_cluster.config import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_DIM, _PLAIN = "\033[2m", "\033[0m"
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the `chat` command."""
+    parser = commands.add_parser(
+        "chat",
+        help="talk to a running service",
+        description="Talks to a service from the terminal. The thought is shown dimmed, the answer plain. "
+        "An empty line or Ctrl-D ends the conversation.",
+    )
+    parser.add_argument("message", nargs="*", help="ask this one thing and end")
+    parser.add_argument("--service", help="which service, where several are running")
+    parser.add_argument("--url", help="an endpoint elsewhere, such as http://10.0.0.5:8000")
+    parser.add_argument("--model", help="the model's served name (default: the first one served)")
+    parser.add_argument("--temperature", type=float, help="0 to 2 (default: the service's)")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Asks once, or until the person has enough."""
+    import httpx
+
+    from r1_cluster.cli.running import find
+
+    url = (arguments.url or find(arguments.service).url).rstrip("/")
+    with httpx.Client(base_url=url, timeout=httpx.Timeout(10, read=None)) as client:
+        try:
+            model = arguments.model or client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+            messages: list[dict[str, str]] = []
+            for question in [" ".join(arguments.message)] if arguments.message else _questions(model):
+                messages.append({"role": "user", "content": question})
+                messages.append({"role": "assistant", "content": _answer(client, model, messages, arguments)})
+        except httpx.HTTPError as error:
+            raise ConfigError(f"{url} does not answer ({error}); is the service running?") from None
+    return 0
+
+
+def _questions(model: str) -> Iterator[str]:
+    print(f"Talking to {model}. An empty line ends it.")
+    while True:
+        try:
+            question = input("\n> ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        yield question
+
+
+def _answer(client: Any, model: str, messages: list[dict[str, str]], arguments: argparse.Namespace) -> str:
+    body: dict[str, Any] = {"model": model, "messages": messages, "stream": True}
+    for field in ("temperature", "seed"):
+        if getattr(arguments, field) is not None:
+            body[field] = getattr(arguments, field)
+    colour = sys.stdout.isatty()
+    answer = ""
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.status_code != 200:
+            response.read()
+            raise ConfigError(response.json()["error"]["message"])
+        thinking = False
+        for line in response.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            if "error" in chunk:
+                raise ConfigError(chunk["error"]["message"])
+            delta = chunk["choices"][0]["delta"] if chunk["choices"] else {}
+            thought, content = delta.get("reasoning_content") or "", delta.get("content") or ""
+            if thought and not thinking:
+                thinking = True
+                print(_DIM if colour else "<think>", end="" if colour else "\n")
+            if content and thinking:
+                thinking = False
+                print(_PLAIN if colour else "\n</think>", end="\n\n")
+            print(thought + content, end="", flush=True)
+            answer += content
+    print(_PLAIN if colour else "")
+    return answer

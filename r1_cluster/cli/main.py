@@ -1,0 +1,42 @@
+"""Entry point of the `r1-cluster` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from r1_cluster import __version__
+from r1_cluster.cli import chat, serve, status, stop
+from r1_cluster.config import ConfigError
+
+_DESCRIPTION = """\
+Serves DeepSeek-R1 models on a Ray cluster, behind an OpenAI-compatible endpoint.
+
+  r1-cluster serve cluster_configs/services/nano.yaml    start a service, stop it with Ctrl-C
+  r1-cluster chat                                        talk to it from another terminal
+  r1-cluster status                                      who runs where, and how busy it is
+  r1-cluster stop                                        stop it from another terminal
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the process's exit code."""
+    parser = argparse.ArgumentParser(
+        "r1-cluster", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"r1-cluster {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in (serve, chat, status, stop):
+        module.add_parser(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ConfigError as error:
+        print(f"r1-cluster: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

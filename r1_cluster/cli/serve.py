@@ -1,0 +1,201 @@
+"""`r1-cluster serve`: starts a service and, where none is named, a local Ray cluster for it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from r1_cluster.config import ConfigError, Service, load_service
+
+if TYPE_CHECKING:
+    from r1_cluster.models.config import ModelConfig
+    from r1_cluster.planning.layout import Layout
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the `serve` command."""
+    parser = commands.add_parser(
+        "serve",
+        help="start a service",
+        description="Starts the service that a YAML file describes and stays until Ctrl-C, which stops all "
+        "that it started. Without cluster.address (and without --address) it starts a Ray cluster on this "
+        "machine; with one it deploys there.",
+    )
+    parser.add_argument("service", type=Path, help="the service file, such as cluster_configs/services/nano.yaml")
+    parser.add_argument("--address", help="a running Ray cluster ('auto' or HOST:PORT); overrides the file")
+    parser.add_argument("--port", type=int, help="HTTP port; overrides the file")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Checks everything that can be checked, starts, waits, and leaves nothing behind."""
+    started = time.monotonic()
+    service = _overridden(load_service(arguments.service), arguments)
+    layout, model = _check(service)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    print(f"{service.name}: {_describe(service, layout, model)}")
+    with _cluster(service, layout):
+        from actors.app import build_app
+        from actors.cluster import remove_service
+
+        try:
+            failure = _deploy(service, build_app(service), stop, started)
+            if failure is None and not stop.is_set():
+                _wait(service, stop, started)
+        finally:
+            from r1_cluster.cli.running import forget
+
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            _say("stopping")
+            forget(service.name)
+            remove_service(service.name)
+    _say("stopped")
+    if failure is not None:
+        raise ConfigError(failure)
+    return 0
+
+
+def _say(text: str, started: float | None = None) -> None:
+    clock = f"[{time.monotonic() - started:5.1f} s] " if started is not None else ""
+    print(f"{clock}{text}", flush=True)
+
+
+def _overridden(service: Service, arguments: argparse.Namespace) -> Service:
+    if arguments.address is not None:
+        cluster = service.cluster.model_copy(update={"address": arguments.address})
+        service = service.model_copy(update={"cluster": cluster})
+    if arguments.port is not None:
+        service = service.model_copy(
+            update={"serve": service.serve.model_copy(update={"port": arguments.port})}
+        )
+    return service
+
+
+def _check(service: Service) -> tuple[Layout, ModelConfig]:
+    """Everything that can be known before something is started; raises ConfigError."""
+    from r1_cluster.models.config import ModelConfig, UnsupportedModel
+    from r1_cluster.planning.layout import build_layout
+    from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError
+
+    try:
+        model = ModelConfig.from_folder(service.model.path)
+        Checkpoint(service.model.path).close()
+    except (UnsupportedModel, CheckpointError) as error:
+        raise ConfigError(f"model.path: {error}") from None
+    layout = build_layout(service.layout, model)
+    if service.cluster.address is None:
+        from r1_cluster.cli.running import services
+
+        if any(other.name == service.name for other in services()):
+            raise ConfigError(f"{service.name} is running already; stop it with: r1-cluster stop")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((service.serve.host, service.serve.port))
+            except OSError as error:
+                raise ConfigError(
+                    f"serve.port: {service.serve.host}:{service.serve.port} cannot be used "
+                    f"({os.strerror(error.errno or 0).lower()}); free it, or pick another with --port"
+                ) from None
+    return layout, model
+
+
+def _describe(service: Service, layout: Layout, model: ModelConfig) -> str:
+    roles = ", ".join(worker.name for worker in layout.workers)
+    return (
+        f"{model.num_hidden_layers} layers, {model.n_routed_experts} experts, "
+        f"{service.layout.kind} in {len(layout.workers)} worker(s): {roles}"
+    )
+
+
+@contextlib.contextmanager
+def _cluster(service: Service, layout: Layout) -> Iterator[None]:
+    """A Ray cluster that can hold the service: a local one of our own, or the one at `address`."""
+    import ray
+
+    from actors.cluster import NAMESPACE, attach, check_capacity
+
+    # Ray's own defaults report usage and warn about things that a person who types `serve` cannot change.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if service.cluster.address is not None:
+        with attach(service.cluster.address):
+            check_capacity(service, layout)
+            yield
+        return
+    _say("starting Ray on this machine")
+    try:
+        ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=True,
+        )
+        check_capacity(service, layout)
+        yield
+    finally:
+        from ray import serve
+
+        with contextlib.suppress(Exception):
+            serve.shutdown()
+        ray.shutdown()
+
+
+def _deploy(service: Service, app: Any, stop: threading.Event, started: float) -> str | None:
+    """Deploys and waits until the application runs; returns why it could not, or None."""
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    _say("starting Serve, the engine and its workers", started)
+    serve.start(
+        http_options={"host": service.serve.host, "port": service.serve.port},
+        logging_config=quiet,
+    )
+    serve.run(app, name=service.name, route_prefix="/", logging_config=quiet, blocking=False)
+    return None
+
+
+def _wait(service: Service, stop: threading.Event, started: float) -> None:
+    import ray
+
+    from r1_cluster.cli.running import Running, remember
+
+    url = f"http://{service.serve.host}:{service.serve.port}"
+    remember(
+        Running(
+            name=service.name,
+            pid=os.getpid(),
+            address=ray.get_runtime_context().gcs_address,
+            url=url,
+            model=service.served_name,
+            local=service.cluster.address is None,
+        )
+    )
+    _say(f"ready: {url}/v1  (model {service.served_name!r})", started)
+    print(
+        f"""
+  curl {url}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{{"model": "{service.served_name}", "messages": [{{"role": "user", "content": "What is 12 + 30?"}}]}}'
+
+  r1-cluster chat      from another terminal
+  Ctrl-C               stops everything
+""",
+        flush=True,
+    )
+    stop.wait()
+    sys.stdout.write("\r")

@@ -1,0 +1,57 @@
+"""`r1-cluster status`: who runs where, and how busy it is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the `status` command."""
+    parser = commands.add_parser(
+        "status",
+        help="who runs where, and how busy it is",
+        description="Shows a service's engines, and of each its stages, routers and experts with the node "
+        "and process that they run in.",
+    )
+    parser.add_argument("--service", help="which service, where several are running")
+    parser.add_argument("--json", action="store_true", help="everything, as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Asks every engine of the service."""
+    from actors.cluster import attach, engines_status
+    from r1_cluster.cli.running import find
+
+    running = find(arguments.service)
+    with attach(running.address):
+        engines = engines_status(running.name)
+    if arguments.json:
+        print(json.dumps({"service": running.name, "url": running.url, "engines": engines}, indent=2))
+        return 0
+    print(f"{running.name}: {running.url}/v1, model {running.model!r}")
+    for engine in engines:
+        _show(engine)
+    return 0
+
+
+def _show(engine: dict[str, Any]) -> None:
+    print(
+        f"\n{engine['engine']}  {engine['layout']}, epoch {engine['epoch']}, process {engine['pid']} on "
+        f"{engine['host']}: {engine['running']} running, {engine['waiting']} waiting, "
+        f"{engine['pages_used']}/{engine['pages']} pages, {engine['tokens']} tokens in {engine['steps']} steps"
+    )
+    if engine["failure"]:
+        print(f"  failed: {engine['failure']}")
+    if engine["step_ms"] is not None:
+        print(
+            f"  one sequence: {engine['step_ms']:.2f} ms a step, {engine['overhead_ms']:.2f} ms of it overhead"
+        )
+    print(f"  {'worker':12} {'roles':24} {'state':7} {'process':>8}  {'host':16} node")
+    for worker in engine["workers"]:
+        print(
+            f"  {worker['name']:12} {'+'.join(worker.get('roles', [])):24} {worker['state']:7} "
+            f"{worker.get('pid', ''):>8}  {worker.get('host', ''):16} {worker.get('node', '')[:12]}"
+        )

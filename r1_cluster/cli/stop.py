@@ -1,0 +1,47 @@
+"""`r1-cluster stop`: ends a service."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import time
+from typing import Any
+
+from r1_cluster.config import ConfigError
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the `stop` command."""
+    parser = commands.add_parser(
+        "stop",
+        help="stop a service and all that it started",
+        description="Stops a service: its deployments, its detached actors and placement groups and, where "
+        "`serve` had started a local Ray cluster, that cluster.",
+    )
+    parser.add_argument("--service", help="which service, where several are running")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait (default 60)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Asks the `serve` command to stop, or takes the service off a shared cluster."""
+    from r1_cluster.cli.running import find, forget, services
+
+    running = find(arguments.service)
+    if not running.local:
+        from actors.cluster import attach, remove_service
+
+        with attach(running.address):
+            remove_service(running.name)
+        forget(running.name)
+        print(f"{running.name} is stopped.")
+        return 0
+    os.kill(running.pid, signal.SIGTERM)
+    deadline = time.monotonic() + arguments.timeout
+    while time.monotonic() < deadline:
+        if not any(other.name == running.name for other in services()):
+            print(f"{running.name} is stopped.")
+            return 0
+        time.sleep(0.1)
+    raise ConfigError(f"{running.name} (process {running.pid}) has not stopped within {arguments.timeout:g} s")

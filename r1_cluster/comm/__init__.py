@@ -1,0 +1,1 @@
+"""Links between roles, and the dispatch of tokens to experts over them."""

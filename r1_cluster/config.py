@@ -1,0 +1,159 @@
+"""One YAML file describes a service: which model, in which layout, with which engine, served where.
+
+Everything is frozen and validated when it is read; a message names the key it is about. What depends on
+the checkpoint (does the layout cover all layers and experts?) is checked by `planning.layout`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+BUILTIN_PREFIX = "builtin:"
+ASSETS = Path(__file__).parent / "assets"
+
+
+class ConfigError(Exception):
+    """A service file that cannot be used; the text is one sentence for the person who wrote it."""
+
+
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(_Section):
+    """`path`: a folder in Hugging Face format, relative to the service file, or `builtin:NAME`."""
+
+    path: str
+    name: str = ""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Layout(_Section):
+    """Which roles share a process.
+
+    `stages` and `expert_shards` are a count (split evenly) or a list of inclusive ranges such as
+    ["0-1", "2-3"]. `spread` puts every stage, and every expert shard, on a node of its own.
+    """
+
+    kind: Literal["colocated", "disaggregated"] = "colocated"
+    stages: Annotated[int, Field(ge=1)] | list[str] = 1
+    expert_shards: Annotated[int, Field(ge=1)] | list[str] = 1
+    spread: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
+
+
+class Engine(_Section):
+    """The scheduler's limits. `page_size` counts tokens, `num_pages` pages per stage and layer."""
+
+    replicas: Annotated[int, Field(ge=1)] = 1
+    deterministic: bool | None = None
+    threads: Annotated[int, Field(ge=1)] = 1
+    page_size: Annotated[int, Field(ge=1)] = 16
+    num_pages: Annotated[int, Field(ge=1)] = 2048
+    max_num_seqs: Annotated[int, Field(ge=1)] = 64
+    max_batch_tokens: Annotated[int, Field(ge=1)] = 512
+    max_queued: Annotated[int, Field(ge=0)] = 256
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    micro_batches: Annotated[int, Field(ge=1)] = 1
+    lease_s: Annotated[float, Field(gt=0)] = 10.0
+    step_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+
+
+class Sampling(_Section):
+    """What a chat request gets where it is silent (DeepSeek's recommendation for R1)."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.6
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    max_tokens: Annotated[int, Field(ge=1)] = 32768
+
+
+class Serve(_Section):
+    """The HTTP edge. `drain_s` must exceed the longest answer: so long a replica may finish its streams."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    ingress_replicas: Annotated[int, Field(ge=1)] = 1
+    drain_s: Annotated[float, Field(gt=0)] = 1800.0
+    defaults: Sampling = Sampling()
+
+
+class Cluster(_Section):
+    """`address`: null starts a local Ray cluster, anything else is passed to `ray.init`."""
+
+    address: str | None = None
+    link_ports: tuple[int, int] = (21000, 23999)
+
+    @pydantic.field_validator("link_ports", mode="before")
+    @classmethod
+    def _as_range(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> Cluster:
+        low, high = self.link_ports
+        if not 1024 <= low <= high <= 65535:
+            raise ValueError("link_ports must be two ports, low then high, between 1024 and 65535")
+        return self
+
+
+class Service(_Section):
+    """A whole service file."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
+    model: Model
+    layout: Layout = Layout()
+    engine: Engine = Engine()
+    serve: Serve = Serve()
+    cluster: Cluster = Cluster()
+
+    @property
+    def served_name(self) -> str:
+        return self.model.name or self.name
+
+
+def load_service(path: Path) -> Service:
+    """Reads and validates a service file; raises ConfigError with one sentence that names the key."""
+    if not path.is_file():
+        raise ConfigError(f"service file {path} does not exist")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"service file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"service file {path} must be a mapping with the keys name, model, layout, …")
+    try:
+        service = Service.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"service file {path}: {_first_faults(error)}") from None
+    folder = resolve_model_path(service.model.path, path.parent)
+    return service.model_copy(update={"model": service.model.model_copy(update={"path": str(folder)})})
+
+
+def resolve_model_path(text: str, base: Path) -> Path:
+    """The checkpoint's folder for `builtin:NAME`, an absolute path, or one relative to `base`."""
+    if text.startswith(BUILTIN_PREFIX):
+        folder = ASSETS / text.removeprefix(BUILTIN_PREFIX)
+    else:
+        folder = (base / Path(text).expanduser()).resolve()
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path: {text} is no checkpoint: there is no {folder / 'config.json'}")
+    return folder
+
+
+def _first_faults(error: pydantic.ValidationError) -> str:
+    faults = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"]) or "the file"
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            message = "is not a known key"
+        elif fault["type"] == "missing":
+            message = "is required"
+        faults.append(f"{key}: {message}")
+    return "; ".join(faults)

@@ -1,0 +1,55 @@
+"""Which pages of the KV cache belong to whom.
+
+One allocator serves all stages of an engine: page p means row p of every layer's cache on every stage.
+"""
+
+from __future__ import annotations
+
+
+class OutOfPages(Exception):
+    """Fewer pages are free than were asked for; nothing was allocated."""
+
+
+class PageAllocator:
+    """Hands out pages of `page_size` tokens each, by number, and knows each page's owner."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._owned: dict[int, list[int]] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_pages - len(self._free)
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that `num_tokens` tokens fill."""
+        return -(-num_tokens // self.page_size)
+
+    def grow(self, owner: int, num_tokens: int) -> list[int]:
+        """Makes `owner`'s pages hold `num_tokens` tokens; returns the new pages. Raises OutOfPages."""
+        held = self._owned.get(owner, [])
+        missing = self.pages_for(num_tokens) - len(held)
+        if missing <= 0:
+            return []
+        if missing > len(self._free):
+            raise OutOfPages(f"{missing} pages are needed, {len(self._free)} of {self.num_pages} are free")
+        new = [self._free.pop() for _ in range(missing)]
+        self._owned.setdefault(owner, []).extend(new)
+        return new
+
+    def release(self, owner: int) -> None:
+        """Frees all pages of `owner`; an owner without pages is fine."""
+        self._free.extend(reversed(self._owned.pop(owner, [])))
+
+    def check(self) -> None:
+        """Raises AssertionError unless every page is free or owned, exactly once."""
+        pages = [*self._free, *(page for held in self._owned.values() for page in held)]
+        assert len(pages) == self.num_pages, f"{self.num_pages} pages, {len(pages)} accounted for"
+        assert set(pages) == set(range(self.num_pages)), "a page is listed twice, another is lost"
+        assert all(self._owned.values()), "an owner without pages is listed"

@@ -1,0 +1,253 @@
+"""Continuous batching: decides which sequences take part in the next step, and with how many tokens.
+
+Decoding sequences come first, one token each; what the token budget leaves goes to prompts, in chunks,
+first come first served. When pages run out, the sequence that came last loses its pages and is computed
+again later ("preemption by recomputation"), which changes no text, only its time.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+
+from r1_cluster.engine.pages import OutOfPages, PageAllocator
+from r1_cluster.records import FinishReason, Request, SampleSpec, StepPlan, StepResult, TokenDelta
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request inside the engine. `tokens` is prompt + generated; `num_computed` of them have KV."""
+
+    seq_id: int
+    request: Request
+    tokens: array[int]
+    stop_ids: frozenset[int]
+    num_computed: int = 0
+    pages: array[int] = field(default_factory=lambda: array("i"))
+    admitted: bool = False
+    in_flight: bool = False
+    aborted: bool = False
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Scheduler limits; see `config.Engine`."""
+
+    max_num_seqs: int
+    max_batch_tokens: int
+    max_model_len: int
+    micro_batches: int = 1
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A delta to be sent to its request's sink, and whether the request ended with it."""
+
+    sink: str
+    delta: TokenDelta
+
+
+class Scheduler:
+    """Holds all sequences of one engine. Not thread-safe: one loop owns it."""
+
+    def __init__(self, limits: Limits, allocator: PageAllocator, eos_ids: frozenset[int]) -> None:
+        self.limits = limits
+        self.allocator = allocator
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preempted = 0
+        self._eos_ids = eos_ids
+        self._by_request: dict[str, Sequence] = {}
+        self._planned: dict[int, list[tuple[Sequence, int]]] = {}
+        self._closed: list[int] = []
+        self._next_seq_id = 0
+        self._next_step = 0
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._planned)
+
+    @property
+    def idle(self) -> bool:
+        return not self._by_request
+
+    def add(self, request: Request) -> None:
+        """Queues a request. The ingress has checked its length against `max_model_len` and the pages."""
+        stop_ids = frozenset(request.stop_token_ids)
+        if not request.ignore_eos:
+            stop_ids |= self._eos_ids
+        tokens = array("i", request.prompt)
+        tokens.extend(request.generated)
+        sequence = Sequence(self._next_seq_id, request, tokens, stop_ids)
+        self._next_seq_id += 1
+        self._by_request[request.request_id] = sequence
+        self.waiting.append(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request without a further token. One in flight gives up its pages when its step ends."""
+        sequence = self._by_request.get(request_id)
+        if sequence is None:
+            return
+        sequence.aborted = True
+        if not sequence.in_flight:
+            self._close(sequence)
+
+    def schedule(self, epoch: int) -> StepPlan | None:
+        """The next step's plan; None when nothing can be computed now."""
+        batch = self._pick_decodes()
+        self._pick_prefills(batch)
+        if not batch:
+            return None
+        for sequence, _ in batch:
+            sequence.in_flight = True
+        step = self._next_step
+        self._next_step += 1
+        self._planned[step] = batch
+        closed, self._closed = self._closed, []
+        return self._plan(epoch, step, batch, closed)
+
+    def replan(self, epoch: int) -> list[StepPlan]:
+        """Plans of all steps in flight, under a new epoch: what a lost peer spoiled is done again."""
+        return [self._plan(epoch, step, batch, []) for step, batch in self._planned.items()]
+
+    def commit(self, result: StepResult) -> list[Finished]:
+        """Takes over what a step computed; returns one delta per sequence that got a token or ended."""
+        batch = self._planned.pop(result.step)
+        tokens = iter(result.tokens)
+        deltas = []
+        for sequence, num_new in batch:
+            sequence.in_flight = False
+            sequence.num_computed += num_new
+            sampled = sequence.num_computed == len(sequence.tokens)
+            token = next(tokens) if sampled else None
+            if sequence.aborted:
+                self._close(sequence)
+            elif token is not None:
+                deltas.append(self._append(sequence, token))
+        return deltas
+
+    def check(self) -> None:
+        """Raises AssertionError unless pages and sequences agree."""
+        self.allocator.check()
+        live = {sequence.seq_id for sequence in (*self.running, *self.waiting)}
+        assert len(live) == len(self._by_request)
+        held = sum(len(sequence.pages) for sequence in self.running)
+        assert held == self.allocator.num_used, f"{held} pages in tables, {self.allocator.num_used} in use"
+        for sequence in self.running:
+            assert len(sequence.pages) >= self.allocator.pages_for(sequence.num_computed)
+
+    def _pick_decodes(self) -> list[tuple[Sequence, int]]:
+        batch: list[tuple[Sequence, int]] = []
+        ready = [s for s in self.running if not s.in_flight and len(s.tokens) - s.num_computed == 1]
+        share = -(-len(ready) // max(1, self.limits.micro_batches - self.num_in_flight))
+        for sequence in ready[: min(share, self.limits.max_batch_tokens)]:
+            if sequence.admitted and self._make_room(sequence, sequence.num_computed + 1, taken=batch):
+                batch.append((sequence, 1))
+        return batch
+
+    def _pick_prefills(self, batch: list[tuple[Sequence, int]]) -> None:
+        budget = self.limits.max_batch_tokens - len(batch)
+        taken = {id(sequence) for sequence, _ in batch}
+        for sequence in list(self.running):
+            missing = len(sequence.tokens) - sequence.num_computed
+            if budget <= 0:
+                return
+            if missing <= 1 or not sequence.admitted or sequence.in_flight or id(sequence) in taken:
+                continue
+            chunk = min(missing, budget)
+            if self._make_room(sequence, sequence.num_computed + chunk, taken=batch):
+                batch.append((sequence, chunk))
+                budget -= chunk
+        while budget > 0 and self.waiting and len(self.running) < self.limits.max_num_seqs:
+            sequence = self.waiting[0]
+            # All of it must fit now: admitting what would soon have to be preempted computes twice.
+            if self.allocator.pages_for(len(sequence.tokens) + 1) > self.allocator.num_free:
+                return
+            self.waiting.popleft()
+            sequence.admitted = True
+            self.running.append(sequence)
+            chunk = min(len(sequence.tokens), budget)
+            self._grow(sequence, chunk)
+            batch.append((sequence, chunk))
+            budget -= chunk
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, taken: list[tuple[Sequence, int]]) -> bool:
+        """Grows `sequence`, preempting later ones until it fits; False if it must wait for this step."""
+        while True:
+            try:
+                self._grow(sequence, num_tokens)
+                return True
+            except OutOfPages:
+                planned = {id(other) for other, _ in taken}
+                victim = next(
+                    (s for s in reversed(self.running) if not s.in_flight and id(s) not in planned), None
+                )
+                if victim is None:
+                    return False
+                self._preempt(victim)
+                if victim is sequence:
+                    return False
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> None:
+        sequence.pages.extend(self.allocator.grow(sequence.seq_id, num_tokens))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        sequence.admitted = False
+        self.running.remove(sequence)
+        self.allocator.release(sequence.seq_id)
+        sequence.pages = array("i")
+        sequence.num_computed = 0
+        self.waiting.appendleft(sequence)
+        self.num_preempted += 1
+
+    def _plan(self, epoch: int, step: int, batch: list[tuple[Sequence, int]], closed: list[int]) -> StepPlan:
+        tokens = array("i")
+        samples = []
+        for index, (sequence, num_new) in enumerate(batch):
+            end = sequence.num_computed + num_new
+            tokens.extend(sequence.tokens[sequence.num_computed : end])
+            if end == len(sequence.tokens):
+                samples.append(SampleSpec(index, end, sequence.request.sampling))
+        return StepPlan(
+            epoch=epoch,
+            step=step,
+            micro_batch=step % self.limits.micro_batches,
+            seq_ids=[sequence.seq_id for sequence, _ in batch],
+            num_cached=[sequence.num_computed for sequence, _ in batch],
+            num_new=[num_new for _, num_new in batch],
+            tokens=tokens.tobytes(),
+            num_pages=[len(sequence.pages) for sequence, _ in batch],
+            pages=b"".join(sequence.pages.tobytes() for sequence, _ in batch),
+            samples=samples,
+            closed=closed,
+        )
+
+    def _append(self, sequence: Sequence, token: int) -> Finished:
+        position = sequence.num_generated
+        sequence.tokens.append(token)
+        reason: FinishReason | None = None
+        if token in sequence.stop_ids:
+            reason = "stop"
+        elif (
+            sequence.num_generated >= sequence.request.max_tokens
+            or len(sequence.tokens) >= self.limits.max_model_len
+        ):
+            reason = "length"
+        if reason is not None:
+            self._close(sequence)
+        request = sequence.request
+        return Finished(request.sink, TokenDelta(request.request_id, position, [token], reason))
+
+    def _close(self, sequence: Sequence) -> None:
+        if sequence.admitted:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self.allocator.release(sequence.seq_id)
+        self._closed.append(sequence.seq_id)
+        del self._by_request[sequence.request.request_id]

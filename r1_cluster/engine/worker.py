@@ -1,0 +1,278 @@
+"""A worker: the process that hosts roles, and the resident loop that feeds them.
+
+The loop waits for whatever comes first: a plan from the engine, hidden states from the stage before, a
+MoE request from a stage, dispatched rows from a router, a new link. It computes, passes on, and waits
+again; Ray has no part in it. A worker holds a lease on its engine: it ends by itself when no engine has
+spoken to it for `lease_s`.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+import torch
+
+from r1_cluster.comm.dispatch import LinkDispatcher, LocalDispatcher, answer_dispatch
+from r1_cluster.comm.links import Link, LocalLink, TcpLink, wait_any
+from r1_cluster.comm.listener import Endpoint, Hello, Listener, connect
+from r1_cluster.comm.wire import Header, Kind, LinkError, Message, pack, unpack
+from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole
+from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
+from r1_cluster.planning.layout import Layout, WorkerSpec
+from r1_cluster.records import StepPlan, StepResult
+from r1_cluster.weights.checkpoint import Checkpoint
+
+ENGINE = "engine"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class WorkerBoot(msgspec.Struct, frozen=True):
+    """All that a worker must know to start. Filled by the engine's supervisor."""
+
+    name: str
+    incarnation: str
+    workers: tuple[WorkerSpec, ...]
+    checkpoint: str
+    dtype: str
+    device: str
+    deterministic: bool
+    threads: int
+    page_size: int
+    num_pages: int
+    lease_s: float
+    step_timeout_s: float
+    host: str
+    link_ports: tuple[int, int]
+    secret: bytes
+
+
+class Topology(msgspec.Struct, frozen=True, array_like=True):
+    """Where every worker listens, and which incarnation of it. Sent by the engine; answered by an empty
+    control message once the links that the receiver opens are up."""
+
+    epoch: int
+    endpoints: dict[str, Endpoint]
+    incarnations: dict[str, str]
+
+
+class Hidden(msgspec.Struct, frozen=True, array_like=True):
+    """Travels with the hidden states from stage to stage."""
+
+    plan: StepPlan
+    lost: list[str]
+    compute_s: float
+
+
+class Worker:
+    """Hosts the roles that `boot.workers` gives to `boot.name`."""
+
+    def __init__(self, boot: WorkerBoot) -> None:
+        torch.set_num_threads(boot.threads)
+        self.boot = boot
+        self.spec = next(worker for worker in boot.workers if worker.name == boot.name)
+        self.epoch = 0
+        self.num_steps = 0
+        self.stale_dropped = 0
+        self._stopping = False
+        self._control: TcpLink | None = None
+        self._links: dict[str, TcpLink] = {}
+        self._incarnations: dict[str, str] = {}
+        self._plans = msgspec.msgpack.Decoder(StepPlan)
+        self._load()
+        self.listener = Listener(boot.host, boot.link_ports, boot.name, boot.secret)
+
+    def _load(self) -> None:
+        boot, spec = self.boot, self.spec
+        folder = boot.checkpoint
+        config = ModelConfig.from_folder(folder)
+        checkpoint = Checkpoint(folder)
+        self.layout = Layout(boot.workers, config.num_hidden_layers, config.first_k_dense_replace)
+        dtype, device = _DTYPES[boot.dtype], torch.device(boot.device)
+        moe_layers = range(config.first_k_dense_replace, config.num_hidden_layers)
+        self.experts: ExpertModel | None = None
+        self.router: RouterRole | None = None
+        self.stage: StageRole | None = None
+        self._remote: RemoteRouter | None = None
+        if spec.experts is not None:
+            self.experts = ExpertModel.load(
+                config,
+                checkpoint,
+                moe_layers,
+                range(*spec.experts),
+                dtype=dtype,
+                device=device,
+                deterministic=boot.deterministic,
+            )
+        if spec.router is not None:
+            layers = range(max(spec.router[0], config.first_k_dense_replace), spec.router[1])
+            router = RouterModel.load(
+                config, checkpoint, layers, dtype=dtype, device=device, deterministic=boot.deterministic
+            )
+            self.router = RouterRole(router, self._dispatcher())
+        if spec.stage is not None:
+            stage = StageModel.load(
+                config,
+                checkpoint,
+                range(*spec.stage),
+                dtype=dtype,
+                device=device,
+                deterministic=boot.deterministic,
+            )
+            serving = self.layout.router_of(spec)
+            if serving is not None and serving is not spec:
+                self._remote = RemoteRouter(serving.name, boot.step_timeout_s)
+            moe = self._remote or self.router
+            self.stage = StageRole(stage, moe, num_pages=boot.num_pages, page_size=boot.page_size)
+        checkpoint.close()
+
+    def _dispatcher(self) -> LocalDispatcher | LinkDispatcher:
+        shards = self.layout.shards
+        if self.experts is not None and shards == (self.spec,):
+            return LocalDispatcher(self.experts.forward)
+        links: list[Link | None] = [
+            LocalLink(shard.name, self._answer_experts) if shard is self.spec else None for shard in shards
+        ]
+        spans = [range(*shard.experts) for shard in shards if shard.experts is not None]
+        return LinkDispatcher([shard.name for shard in shards], links, spans, self.boot.step_timeout_s)
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """The resident loop; returns when the worker was stopped or its lease ended.
+
+        A living engine sends heartbeats, so a worker to which nobody spoke for `lease_s` has none. Time
+        spent in a step does not count: what came meanwhile is read before the lease is judged.
+        """
+        try:
+            while not self._stopping:
+                sources: list[TcpLink | Listener] = [self.listener, *self._links.values()]
+                if self._control is not None:
+                    sources.append(self._control)
+                ready = wait_any(sources, self.boot.lease_s)
+                if not ready:
+                    return
+                for source in ready:
+                    if isinstance(source, Listener):
+                        self._accept()
+                    else:
+                        self._receive(source)
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Ends the loop from another thread."""
+        self._stopping = True
+        self.listener.close()
+
+    def close(self) -> None:
+        """Closes every link; peers notice at once."""
+        self.listener.close()
+        for link in (*self._links.values(), self._control):
+            if link is not None:
+                link.close()
+
+    def _accept(self) -> None:
+        for hello, link in self.listener.take():
+            if hello.peer == ENGINE:
+                if hello.epoch < self.epoch or self._control is None and hello.epoch == 0:
+                    link.close()
+                    continue
+                if self._control is not None:
+                    self._control.close()
+                self._control = link
+                self.epoch = hello.epoch
+            else:
+                self._keep(hello.peer, hello.incarnation, link)
+
+    def _keep(self, peer: str, incarnation: str, link: TcpLink) -> None:
+        former = self._links.get(peer)
+        if former is not None:
+            former.close()
+        self._links[peer] = link
+        self._incarnations[peer] = incarnation
+        if self._remote is not None and peer == self._remote.name:
+            self._remote.link = link
+        if self.router is not None and isinstance(self.router.dispatcher, LinkDispatcher):
+            self.router.dispatcher.replace_link(peer, link)
+
+    def _receive(self, link: TcpLink) -> None:
+        try:
+            message = link.recv(self.boot.step_timeout_s)
+        except LinkError:
+            link.close()
+            if link is self._control:
+                self._control = None
+            else:
+                self._links.pop(link.peer, None)
+            return
+        if message.header.epoch < self.epoch:
+            self.stale_dropped += 1
+            return
+        self._handle(link, message)
+
+    def _handle(self, link: TcpLink, message: Message) -> None:
+        kind = message.header.kind
+        if kind == Kind.PLAN:
+            self._step(self._plans.decode(message.body), None, [], 0.0)
+        elif kind == Kind.HIDDEN:
+            hidden = unpack(message.body, Hidden)
+            self._step(hidden.plan, message.tensors[0], hidden.lost, hidden.compute_s)
+        elif kind == Kind.MOE and self.router is not None:
+            self._reply(link, *self.router.answer(message))
+        elif kind == Kind.DISPATCH and self.experts is not None:
+            reply = self._answer_experts(message)
+            self._reply(link, reply.header, list(reply.tensors), reply.body)
+        elif kind == Kind.HEARTBEAT:
+            self._reply(link, message.header, [], b"")
+        elif kind == Kind.CONTROL:
+            self._connect(unpack(message.body, Topology))
+            self._reply(link, message.header, [], b"")
+
+    def _answer_experts(self, message: Message) -> Message:
+        assert self.experts is not None
+        return answer_dispatch(message, self.experts.forward)
+
+    def _reply(self, link: TcpLink, header: Header, tensors: list[torch.Tensor], body: bytes) -> None:
+        try:
+            link.send(header, tensors, body)
+        except LinkError:
+            link.close()  # the next wait finds it closed and drops it
+
+    def _connect(self, topology: Topology) -> None:
+        """Opens the links that this worker opens, but for those that stand already."""
+        self.epoch = topology.epoch
+        for peer in self.layout.connects_to(self.spec):
+            standing = self._links.get(peer)
+            if standing is not None and not standing.closed:
+                if self._incarnations[peer] == topology.incarnations[peer]:
+                    continue
+                standing.close()
+            hello = Hello(self.boot.name, self.boot.incarnation, topology.epoch, "tensor")
+            link = connect(topology.endpoints[peer], peer, hello, self.boot.secret)
+            self._keep(peer, topology.incarnations[peer], link)
+
+    def _step(self, plan: StepPlan, x_TD: torch.Tensor | None, lost: list[str], compute_s: float) -> None:
+        assert self.stage is not None
+        started = time.perf_counter()
+        x_TD, tokens = self.stage.forward(plan, x_TD)
+        compute_s += time.perf_counter() - started
+        lost = lost + self.stage.take_lost()
+        self.num_steps += 1
+        if tokens is None:
+            following = self._following()
+            header = Header(Kind.HIDDEN, plan.epoch, plan.step, -1, plan.micro_batch, len(x_TD))
+            try:
+                self._links[following].send(header, [x_TD], pack(Hidden(plan, lost, compute_s)))
+                return
+            except (LinkError, KeyError):
+                lost = [*lost, following]
+                tokens = []
+        result = StepResult(plan.epoch, plan.step, tokens, lost, compute_s)
+        if self._control is not None:
+            header = Header(Kind.RESULT, plan.epoch, plan.step, -1, plan.micro_batch)
+            self._reply(self._control, header, [], pack(result))
+
+    def _following(self) -> str:
+        stages = self.layout.stages
+        return stages[stages.index(self.spec) + 1].name

@@ -1,0 +1,1 @@
+"""The networks: configurations, layers, MLA, mixture of experts; built by range of layers."""

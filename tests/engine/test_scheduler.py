@@ -1,0 +1,175 @@
+"""The scheduler against a model that "samples" a fixed function of the tokens before it."""
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r1_cluster.engine.pages import PageAllocator
+from r1_cluster.engine.scheduler import Limits, Scheduler
+from r1_cluster.records import Request, SamplingParams, StepPlan, StepResult, unpack_int32
+
+GREEDY = SamplingParams(0.0, 1.0, 0, 0)
+
+
+def request(name, prompt, max_tokens=5, **kwargs):
+    return Request(name, prompt, GREEDY, max_tokens, [], "sink", **kwargs)
+
+
+def scheduler(num_pages=16, page_size=4, **limits):
+    defaults = {"max_num_seqs": 8, "max_batch_tokens": 16, "max_model_len": 64}
+    return Scheduler(Limits(**{**defaults, **limits}), PageAllocator(num_pages, page_size), frozenset({1}))
+
+
+def next_token(tokens):
+    return 2 + sum(tokens) * 31 % 97
+
+
+class FakeWorkers:
+    """Keeps "KV" as the token written in each slot, and checks that every plan can be computed from it."""
+
+    def __init__(self, page_size):
+        self.page_size = page_size
+        self.slots: dict[int, int] = {}
+
+    def run(self, plan: StepPlan) -> StepResult:
+        tokens, pages = iter(unpack_int32(plan.tokens).tolist()), iter(unpack_int32(plan.pages).tolist())
+        contexts = []
+        for cached, new, num_pages in zip(plan.num_cached, plan.num_new, plan.num_pages):
+            table = [next(pages) for _ in range(num_pages)]
+            slots = [
+                table[i // self.page_size] * self.page_size + i % self.page_size for i in range(cached + new)
+            ]
+            for slot in slots[cached:]:
+                self.slots[slot] = next(tokens)
+            contexts.append([self.slots[slot] for slot in slots])
+        for spec in plan.samples:
+            assert spec.position == len(contexts[spec.index])
+        return StepResult(plan.epoch, plan.step, [next_token(contexts[s.index]) for s in plan.samples])
+
+
+def expected(prompt, max_tokens, limit=64):
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < max_tokens and len(tokens) < limit:
+        tokens.append(next_token(tokens))
+        if tokens[-1] == 1:
+            break
+    return tokens[len(prompt) :]
+
+
+def collect(sched, workers, texts, max_in_flight=1, order=lambda plans: plans.pop(0)):
+    plans = []
+    for _ in range(2000):
+        while sched.num_in_flight < max_in_flight and (plan := sched.schedule(epoch=1)) is not None:
+            plans.append(plan)
+            sched.check()
+        if not plans:
+            return
+        for item in sched.commit(workers.run(order(plans))):
+            delta = item.delta
+            assert delta.position == len(texts.setdefault(delta.request_id, []))
+            texts[delta.request_id].extend(delta.tokens)
+        sched.check()
+    raise AssertionError("the scheduler makes no progress")
+
+
+def test_one_request_is_chunked_and_decoded():
+    sched, texts = scheduler(max_batch_tokens=4), {}
+    prompt = list(range(2, 13))
+    sched.add(request("a", prompt, 6))
+    collect(sched, FakeWorkers(4), texts)
+    assert texts["a"] == expected(prompt, 6)
+    assert sched.idle
+    assert sched.allocator.num_used == 0
+
+
+def test_a_decode_shares_its_step_with_a_prompts_chunk():
+    sched, workers = scheduler(max_batch_tokens=8), FakeWorkers(4)
+    sched.add(request("a", [5, 6, 7]))
+    sched.commit(workers.run(sched.schedule(1)))
+    sched.add(request("b", list(range(2, 22))))
+    plan = sched.schedule(1)
+    assert plan.num_new == [1, 7]
+    assert [spec.index for spec in plan.samples] == [0]
+
+
+def test_generated_tokens_of_a_former_engine_are_continued():
+    whole = expected([5, 6, 7], 9)
+    sched, texts = scheduler(), {"a": whole[:4]}
+    sched.add(request("a", [5, 6, 7], 9, generated=whole[:4]))
+    collect(sched, FakeWorkers(4), texts)
+    assert texts["a"] == whole
+
+
+def test_abort_of_waiting_running_and_in_flight():
+    sched, workers = scheduler(max_num_seqs=1), FakeWorkers(4)
+    sched.add(request("a", [5, 6, 7], 50))
+    sched.add(request("b", [5, 6], 50))
+    plan = sched.schedule(1)
+    sched.abort("b")
+    sched.abort("a")
+    assert sched.allocator.num_used == 1
+    assert sched.commit(workers.run(plan)) == []
+    sched.check()
+    assert sched.idle
+    assert sched.allocator.num_used == 0
+    sched.abort("never seen")
+
+
+def test_closed_sequences_are_announced_once():
+    sched, workers = scheduler(), FakeWorkers(4)
+    sched.add(request("a", [5, 6, 7], 1))
+    sched.commit(workers.run(sched.schedule(1)))
+    sched.add(request("b", [5, 6, 7], 2))
+    first = sched.schedule(1)
+    assert first.closed == [0]
+    sched.commit(workers.run(first))
+    assert sched.schedule(1).closed == []
+
+
+def test_stop_token_and_ignore_eos():
+    prompt = [3, 4]
+    stop = expected(prompt, 3)[2]
+    sched, texts = scheduler(), {}
+    sched.add(Request("a", prompt, GREEDY, 10, [stop], "sink"))
+    collect(sched, FakeWorkers(4), texts)
+    assert texts["a"][-1] == stop
+    assert len(texts["a"]) <= 3
+
+
+def test_micro_batches_split_the_running_sequences():
+    sched, workers = scheduler(micro_batches=2), FakeWorkers(4)
+    for i in range(6):
+        sched.add(request(f"r{i}", [2 + i, 3], 20))
+    sched.commit(workers.run(sched.schedule(1)))
+    first, second = sched.schedule(1), sched.schedule(1)
+    assert len(first.seq_ids) == len(second.seq_ids) == 3
+    assert not set(first.seq_ids) & set(second.seq_ids)
+
+
+def test_a_replan_computes_the_same():
+    sched, workers = scheduler(), FakeWorkers(4)
+    sched.add(request("a", [5, 6, 7]))
+    plan = sched.schedule(1)
+    (again,) = sched.replan(2)
+    assert (again.epoch, again.step) == (2, plan.step)
+    assert again.tokens == plan.tokens
+    assert workers.run(again).tokens == workers.run(plan).tokens
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(0, 2**32), st.integers(1, 3), st.integers(16, 40), st.integers(3, 30))
+def test_any_load_gives_every_request_its_own_text(seed, in_flight, num_pages, budget):
+    rng = random.Random(seed)
+    sched = scheduler(num_pages=num_pages, max_batch_tokens=budget, micro_batches=in_flight)
+    prompts = {
+        f"r{i}": ([rng.randrange(2, 99) for _ in range(rng.randrange(1, 30))], rng.randrange(1, 30))
+        for i in range(rng.randrange(1, 12))
+    }
+    for name, (prompt, max_tokens) in prompts.items():
+        sched.add(request(name, prompt, max_tokens))
+    texts: dict[str, list[int]] = {}
+    collect(sched, FakeWorkers(4), texts, in_flight)
+    assert texts == {name: expected(prompt, n) for name, (prompt, n) in prompts.items()}
+    assert sched.idle
+    assert sched.allocator.num_used == 0
