@@ -155,3 +155,19 @@ def remove_service(service: str) -> None:
 def _groups() -> dict[str, Any]:
     table: dict[str, Any] = placement_group_table()
     return table
+
+
+def engines_status(service: str) -> list[dict[str, Any]]:
+    """What each engine replica of a service says of itself, in the order of their names.
+
+    A handle's calls go to replicas at random, so it asks until all have answered, or twenty times.
+    """
+    replicas = serve.status().applications[service].deployments[ENGINE_DEPLOYMENT].replica_states
+    handle = serve.get_deployment_handle(ENGINE_DEPLOYMENT, service)
+    engines: dict[str, dict[str, Any]] = {}
+    for _ in range(20):
+        answer = handle.status.remote().result(timeout_s=10.0)
+        engines[answer["engine"]] = answer
+        if len(engines) == replicas.get("RUNNING", 0):
+            break
+    return [engines[name] for name in sorted(engines)]

@@ -99,6 +99,10 @@ class Engine:
         finally:
             del self._ends[record.request_id]
 
+    async def failure(self) -> str | None:
+        """Why this engine can compute nothing any more; None while it can."""
+        return self._core.failure
+
     async def status(self) -> dict[str, Any]:
         """What `r1-cluster status` shows of this engine."""
         core, scheduler = self._core, self._core.scheduler

@@ -12,12 +12,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.cluster import NAMESPACE, device_of, place, worker_name, worker_resources
 from actors.workers import actor_class
+from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.links import TcpLink
-from r1_cluster.comm.listener import Endpoint, Hello, connect
+from r1_cluster.comm.listener import Endpoint, connect
 from r1_cluster.comm.wire import Header, Kind, pack
 from r1_cluster.config import Service
+from r1_cluster.engine.boot import ENGINE, Topology, WorkerBoot
 from r1_cluster.engine.core import Pipeline
-from r1_cluster.engine.worker import ENGINE, Topology, WorkerBoot
 from r1_cluster.planning.layout import Layout
 
 logger = logging.getLogger("r1_cluster.supervisor")
@@ -51,7 +52,9 @@ class Supervisor:
         seats = place(self._service, self.layout, self.engine)
         for group in {group.id: group for group, _ in seats.values()}.values():
             ray.get(group.ready(), timeout=PLACE_TIMEOUT_S)
-        actors = {worker.name: self._actor(worker.name, *seats[worker.name]) for worker in self.layout.workers}
+        actors = {
+            worker.name: self._actor(worker.name, *seats[worker.name]) for worker in self.layout.workers
+        }
         infos = ray.get([actor.describe.remote() for actor in actors.values()], timeout=LOAD_TIMEOUT_S)
         for (name, actor), info in zip(actors.items(), infos):
             self.members[name] = Member(name, actor, info["endpoint"], info["incarnation"], info)
@@ -119,7 +122,7 @@ class Supervisor:
         links: dict[str, TcpLink] = {}
         for member in self.members.values():
             hello = Hello(ENGINE, self.engine, epoch, "control")
-            links[member.name] = connect(member.endpoint, member.name, hello, self._secret)
+            links[member.name] = connect(member.endpoint, hello, self._secret)
         topology = Topology(
             epoch,
             {member.name: member.endpoint for member in self.members.values()},

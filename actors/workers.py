@@ -10,7 +10,7 @@ import time
 import msgspec
 import ray
 
-from r1_cluster.engine.worker import Worker, WorkerBoot
+from r1_cluster.engine.boot import WorkerBoot
 from r1_cluster.planning.layout import WorkerSpec
 
 logger = logging.getLogger("r1_cluster.worker")
@@ -24,6 +24,9 @@ class _Shell:
     """
 
     def __init__(self, boot: WorkerBoot) -> None:
+        # The engine imports this module for the class alone; only the worker itself loads torch.
+        from r1_cluster.engine.worker import Worker
+
         started = time.monotonic()
         self._boot = boot
         host = ray.util.get_node_ip_address()

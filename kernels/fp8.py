@@ -206,7 +206,7 @@ def _dequantize_weight_kernel(
 
 
 def dequantize_weight(weight_NK: Tensor, scale_NK: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Weight [N, K] times its blocks' scales [ceil(N/128), ceil(K/128)]; see `reference.dequantize_weight`."""
+    """Weight [N, K] times its blocks' scales [⌈N/128⌉, ⌈K/128⌉]; see `reference.dequantize_weight`."""
     num_rows, num_columns = weight_NK.shape
     blocks = (triton.cdiv(num_rows, GROUP), triton.cdiv(num_columns, GROUP))
     assert weight_NK.is_contiguous()

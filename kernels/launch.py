@@ -4,9 +4,9 @@ import torch
 import triton
 
 
-def candidates(configs: list[triton.Config]) -> list[triton.Config]:
-    """The list to autotune over; its first alone in the interpreter, which has no clock to choose by."""
-    return configs[:1] if triton.knobs.runtime.interpret else configs
+def candidates(configs: list[triton.Config], interpreted: int = 0) -> list[triton.Config]:
+    """The list to autotune over; one of them alone in the interpreter, which has no clock to choose by."""
+    return [configs[interpreted]] if triton.knobs.runtime.interpret else configs
 
 
 def num_processors(device: torch.device) -> int:

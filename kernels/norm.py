@@ -1,4 +1,4 @@
-"""RMSNorm of rows, alone and with the residual stream. One program a row, one launch shape for every batch."""
+"""RMSNorm of rows, alone and with the residual stream. One program a row, the same for every batch."""
 
 import torch
 import triton
@@ -38,7 +38,7 @@ def _rms_norm_kernel(
 
 
 def row_warps(width: int) -> int:
-    """Warps of a row kernel: about 16 elements a lane, by the width alone, so that batches agree bit by bit."""
+    """Warps of a row kernel: about 16 elements a lane, by the width alone, so that all batches agree."""
     return min(max(triton.next_power_of_2(width) // 512, 1), 16)
 
 

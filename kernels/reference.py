@@ -89,15 +89,15 @@ def gate(
     """`(weights_TK, expert_ids_TK)`, best first, the lower id at a tie.
 
     Sigmoid scores; the bias counts for selection only; a group's score is the sum of its two best; experts
-    outside the best groups are out. DeepSeek-V3 report, section 2.1.2, and `Gate` of its `inference/model.py`.
+    outside the best groups are out. DeepSeek-V3 report, section 2.1.2; `Gate` of its `inference/model.py`.
     """
     scores_TE = torch.sigmoid(logits_TE)
     choice_TGE = (scores_TE + bias_E).unflatten(-1, (num_groups, -1))
     group_score = choice_TGE.topk(min(2, choice_TGE.shape[-1]), -1).values.sum(-1)
-    kept = group_score.sort(-1, descending=True, stable=True).indices[:, :top_groups]
+    kept = group_score.sort(dim=-1, descending=True, stable=True).indices[:, :top_groups]
     group_out = torch.ones_like(group_score, dtype=torch.bool).scatter(-1, kept, False)
     choice_TE = choice_TGE.masked_fill(group_out[..., None], float("-inf")).flatten(-2)
-    ids_TK = choice_TE.sort(-1, descending=True, stable=True).indices[:, :top_k]
+    ids_TK = choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights_TK = scores_TE.gather(-1, ids_TK)
     if normalize:
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
@@ -158,7 +158,7 @@ def grouped_gemm(
 def combine(
     rows_MD: Tensor, slot_of_row_N: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None
 ) -> Tensor:
-    """Sum over k, in order, of weight times the row in that slot (-1: none), then the shared expert's output."""
+    """Sum over k, in order, of weight times the row in that slot (-1: none), then the shared output."""
     out = torch.zeros(weights_TK.shape[0], rows_MD.shape[1], dtype=rows_MD.dtype)
     slots_TK = slot_of_row_N.view(weights_TK.shape).long()
     for k in range(weights_TK.shape[1]):
@@ -205,7 +205,7 @@ def mla_decode(
 ) -> Tensor:
     """Absorbed multi-head latent attention over paged latents, [T, H, C]: DeepSeek-V2 report, section 2.1.2.
 
-    Queries of sequence s are rows query_start[s] to query_start[s+1], the last of its context_len[s] positions.
+    Queries of sequence s are rows query_start[s] to query_start[s+1], its last context positions.
     """
     num_heads, num_latent = q_latent_THC.shape[1:]
     out = torch.zeros_like(q_latent_THC)
@@ -231,7 +231,7 @@ def mla_prefill(
     key_start_S1: Tensor,
     scale: float,
 ) -> Tensor:
-    """Expanded multi-head latent attention, [T, H, 128]; a sequence's queries are the last of its positions."""
+    """Expanded multi-head latent attention, [T, H, 128]; queries are their sequence's last positions."""
     out = torch.zeros(*q_nope_THD.shape[:2], v_LHE.shape[-1], dtype=q_nope_THD.dtype)
     queries, keys = query_start_S1.tolist(), key_start_S1.tolist()
     for q0, q1, k0, k1 in zip(queries, queries[1:], keys, keys[1:]):
@@ -313,8 +313,8 @@ def _mix(z: Tensor) -> Tensor:
 def counter_uniform(seed: Tensor, position: Tensor) -> Tensor:
     """Random float64 strictly inside (0, 1), a pure function of (seed, position), both int64.
 
-    24 bits and a half step, in float64 because the largest would round to 1 in float32. Steele, Lea and Flood,
-    "Fast splittable pseudorandom number generators" (2014): the golden-ratio step and its finaliser.
+    24 bits and a half step, in float64 because the largest would round to 1 in float32. Steele, Lea,
+    Flood, "Fast splittable pseudorandom number generators" (2014): the golden-ratio step and its finaliser.
     """
     golden = 0x9E3779B97F4A7C15 - (1 << 64)
     z = _mix(_mix(seed + golden) + (position + 1) * golden)
@@ -329,7 +329,7 @@ def apply_penalties(
     frequency_S: Tensor,
     presence_S: Tensor,
 ) -> Tensor:
-    """Logits after penalties; a row of `token_ids_SL` lists the distinct tokens of prompt and output, -1 padded.
+    """Logits after penalties; a row of `token_ids_SL` lists the distinct tokens of prompt and output, or -1.
 
     Repetition divides a positive logit and multiplies another, for every listed token; frequency times the
     token's count in the output, and presence where that is not zero, are subtracted (OpenAI's definition).
@@ -373,7 +373,7 @@ def sample(
     seed_S: Tensor,
     position_S: Tensor,
 ) -> Tensor:
-    """int64 [S]: inverse of the cumulative distribution over kept tokens in id order; temperature 0: the best.
+    """int64 [S]: inverse of the cumulative distribution over kept tokens by id; temperature 0: the best.
 
     The draw is the first kept token whose cumulative mass exceeds u times the total, u = `counter_uniform`.
     """

@@ -30,7 +30,9 @@ def add_parser(commands: Any) -> None:
         "that it started. Without cluster.address (and without --address) it starts a Ray cluster on this "
         "machine; with one it deploys there.",
     )
-    parser.add_argument("service", type=Path, help="the service file, such as cluster_configs/services/nano.yaml")
+    parser.add_argument(
+        "service", type=Path, help="the service file, such as cluster_configs/services/nano.yaml"
+    )
     parser.add_argument("--address", help="a running Ray cluster ('auto' or HOST:PORT); overrides the file")
     parser.add_argument("--port", type=int, help="HTTP port; overrides the file")
     parser.set_defaults(run=run)

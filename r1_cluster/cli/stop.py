@@ -44,4 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{running.name} is stopped.")
             return 0
         time.sleep(0.1)
-    raise ConfigError(f"{running.name} (process {running.pid}) has not stopped within {arguments.timeout:g} s")
+    raise ConfigError(
+        f"{running.name} (process {running.pid}) has not stopped within {arguments.timeout:g} s"
+    )

@@ -13,13 +13,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
-
-import torch
-from torch import Tensor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from r1_cluster.comm import wire
 from r1_cluster.comm.wire import Header, LinkClosed, LinkTimeout, Message, StaleEpoch, TensorSpec, WireError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A message that has begun gets at least this long to end, however short the caller's own timeout was.
 STALL_S = 1.0
@@ -70,7 +71,7 @@ class TcpLink:
     def __init__(self, sock: socket.socket, peer: str, send_timeout_s: float = 10.0) -> None:
         self.peer = peer
         self.stale_dropped = 0
-        self.send_timeout_s = send_timeout_s
+        self._send_timeout_s = send_timeout_s
         self._sock = sock
         self._closed = False
         self._recv_lock = threading.Lock()
@@ -106,14 +107,7 @@ class TcpLink:
                 header, specs, body, deadline = self._recv_prefix(timeout_s)
                 if header.flags & wire.Flags.EXTERNAL:
                     raise WireError("payload announced outside of a plain link")
-                tensors = []
-                for spec in specs:
-                    # One allocation each: the allocator's alignment keeps results bit-identical to those
-                    # of tensors that never travelled.
-                    tensor = torch.empty(spec.shape, dtype=spec.dtype)
-                    self._fill(wire.tensor_bytes(tensor), deadline)
-                    tensors.append(tensor)
-                return Message(header, tensors, body)
+                return Message(header, [self._recv_tensor(spec, deadline) for spec in specs], body)
         except (LinkClosed, WireError):
             self.close()
             raise
@@ -146,10 +140,8 @@ class TcpLink:
 
     def close(self) -> None:
         self._closed = True
-        try:
+        with suppress(OSError):  # the peer may have been faster
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the peer was faster
         # The descriptor's number may go to someone else once it is closed, so nobody may still be using it.
         with self._recv_lock, self._send_lock:
             self._sock.close()
@@ -168,7 +160,7 @@ class TcpLink:
             try:
                 sent = self._sock.sendmsg(buffers, (), socket.MSG_NOSIGNAL)
             except BlockingIOError:
-                raise LinkTimeout(f"{self.peer} took nothing for {self.send_timeout_s} s") from None
+                raise LinkTimeout(f"{self.peer} took nothing for {self._send_timeout_s} s") from None
             except OSError as error:
                 raise self._gone(error) from None
             remaining -= sent
@@ -190,6 +182,15 @@ class TcpLink:
         rest = bytearray(specs_bytes + body_bytes)
         self._fill(memoryview(rest), deadline)
         return header, wire.decode_specs(rest, num_tensors), bytes(memoryview(rest)[specs_bytes:]), deadline
+
+    def _recv_tensor(self, spec: TensorSpec, deadline: float | None) -> Tensor:
+        """One allocation each: the allocator's alignment keeps results bit-identical to those of tensors
+        that never travelled."""
+        import torch
+
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
+        self._fill(wire.tensor_bytes(tensor), deadline)
+        return tensor
 
     def _fill(self, view: memoryview, deadline: float | None) -> None:
         """Reads `view` full, in the midst of a message: running out of time ends the link."""

@@ -15,6 +15,7 @@ import select
 import socket
 import threading
 from collections import deque
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -106,7 +107,7 @@ class Listener:
         self.rejected = 0
         self._secret = secret
         self._handshake_timeout_s = handshake_timeout_s
-        self._tcp = _bind(host, ports)
+        self._tcp = bind_port(host, ports)
         self._unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         unix_name = f"r1-cluster/{secrets.token_hex(16)}"
         self._unix.bind(b"\0" + unix_name.encode())
@@ -188,10 +189,10 @@ class Listener:
             hello = admit(sock, self.name, self._secret, self._handshake_timeout_s)
             link = TcpLink(sock, hello.peer)
         except (LinkError, OSError) as error:
-            sock.close()
             with self._lock:
                 self._pending.pop(sock)
                 self.rejected += 1
+            sock.close()
             logger.warning("listener of %s dropped a connection: %s", self.name, error)
             return
         with self._lock:
@@ -203,7 +204,8 @@ class Listener:
             os.eventfd_write(self._num_accepted, 1)
 
 
-def _bind(host: str, ports: tuple[int, int]) -> socket.socket:
+def bind_port(host: str, ports: tuple[int, int]) -> socket.socket:
+    """A socket that listens at the first free port of the inclusive range. Raises LinkError."""
     low, high = ports
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for port in range(low, high + 1):
@@ -217,7 +219,5 @@ def _bind(host: str, ports: tuple[int, int]) -> socket.socket:
 
 def _shut(sock: socket.socket) -> None:
     """Wakes whoever works with the socket; that thread closes it."""
-    try:
+    with suppress(OSError):  # it may not be connected any more
         sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # not connected any more

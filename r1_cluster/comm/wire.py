@@ -18,12 +18,16 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from enum import IntEnum, IntFlag
-from typing import NamedTuple, TypeVar
+from enum import IntEnum
+from functools import cache
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import msgspec
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    # Only who carries tensors loads torch: the engine and the ingress send records alone.
+    import torch
+    from torch import Tensor
 
 MAGIC = b"R1CL"
 VERSION = 1
@@ -37,20 +41,20 @@ _SPEC = struct.Struct("<BBxx4I")
 HEADER_SIZE = _HEADER.size
 SPEC_SIZE = _SPEC.size
 
-_DTYPES = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-    torch.int8,
-    torch.float64,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.float8_e4m3fnuz,
+_DTYPE_NAMES = (
+    "float32",
+    "bfloat16",
+    "float16",
+    "int32",
+    "int64",
+    "uint8",
+    "int8",
+    "float64",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
 )
-_CODES = {dtype: code for code, dtype in enumerate(_DTYPES, start=1)}
+_UINT8 = _DTYPE_NAMES.index("uint8")
 
 T = TypeVar("T")
 
@@ -95,12 +99,15 @@ class Kind(IntEnum):
     GROUP = 11
 
 
-class Flags(IntFlag):
-    """TAINTED: rows of this message were lost on the way, the step's result must not be committed.
-    EXTERNAL: the payload does not follow on this stream."""
+class Flags:
+    """Bits of `Header.flags`; plain ints, because an enum's arithmetic costs microseconds.
 
-    TAINTED = 1
-    EXTERNAL = 2
+    TAINTED: rows of this message were lost on the way, the step's result must not be committed.
+    EXTERNAL: the payload does not follow on this stream.
+    """
+
+    TAINTED: Final = 1
+    EXTERNAL: Final = 2
 
 
 class Header(NamedTuple):
@@ -166,7 +173,7 @@ def encode_prefix(header: Header, tensors: Sequence[Tensor], body_bytes: int) ->
         )
         for tensor in tensors:
             shape = tensor.shape
-            code = _CODES.get(tensor.dtype)
+            code = _codes().get(tensor.dtype)
             if code is None or len(shape) > MAX_DIMS:
                 raise WireError(f"a tensor of {tensor.dtype} and shape {tuple(shape)} can't travel on a link")
             parts.append(_SPEC.pack(code, len(shape), *shape, *(0,) * (MAX_DIMS - len(shape))))
@@ -199,9 +206,9 @@ def decode_specs(data: bytes | bytearray | memoryview, num_tensors: int) -> list
     total_bytes = 0
     for i in range(num_tensors):
         code, num_dims, *sizes = _SPEC.unpack_from(data, i * SPEC_SIZE)
-        if not 1 <= code <= len(_DTYPES) or num_dims > MAX_DIMS or any(sizes[num_dims:]):
+        if not 1 <= code <= len(_DTYPE_NAMES) or num_dims > MAX_DIMS or any(sizes[num_dims:]):
             raise WireError(f"tensor descriptor with dtype code {code} and {num_dims} dimensions")
-        spec = TensorSpec(_DTYPES[code - 1], tuple(sizes[:num_dims]))
+        spec = TensorSpec(_dtypes()[code - 1], tuple(sizes[:num_dims]))
         # An empty tensor's other sizes must be sane too: torch multiplies them for the strides.
         total_bytes += spec.dtype.itemsize * math.prod(max(size, 1) for size in spec.shape)
         specs.append(spec)
@@ -214,7 +221,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy; writable where the tensor is."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(_dtypes()[_UINT8]).numpy().data
 
 
 def pack(record: object) -> bytes:
@@ -228,3 +235,16 @@ def unpack(body: bytes, kind: type[T]) -> T:
         return msgspec.msgpack.decode(body, type=kind)
     except msgspec.MsgspecError as error:
         raise WireError(f"body is not a {kind.__name__}: {error}") from None
+
+
+@cache
+def _dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes that may travel; a dtype's code is its place here plus one."""
+    import torch
+
+    return tuple(getattr(torch, name) for name in _DTYPE_NAMES)
+
+
+@cache
+def _codes() -> dict[torch.dtype, int]:
+    return {dtype: code for code, dtype in enumerate(_dtypes(), start=1)}

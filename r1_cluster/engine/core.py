@@ -6,7 +6,6 @@ wake it; nothing else is shared.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -15,6 +14,7 @@ from collections.abc import Callable
 import msgspec
 
 from r1_cluster.comm.links import TcpLink, wait_any
+from r1_cluster.comm.wakeup import Wakeup
 from r1_cluster.comm.wire import Header, Kind, LinkError, pack
 from r1_cluster.engine.scheduler import Finished, Scheduler
 from r1_cluster.engine.streams import TokenFan
@@ -65,28 +65,6 @@ class Pipeline:
         """Closes the control links; the workers' lease starts to run out."""
         for link in self.links.values():
             link.close()
-
-
-class Wakeup:
-    """Lets another thread end a `wait_any`."""
-
-    def __init__(self) -> None:
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK)
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def set(self) -> None:
-        os.eventfd_write(self._fd, 1)
-
-    def clear(self) -> None:
-        try:
-            os.eventfd_read(self._fd)
-        except BlockingIOError:
-            pass
-
-    def close(self) -> None:
-        os.close(self._fd)
 
 
 class StepTimes:
@@ -224,9 +202,10 @@ class EngineCore:
         self._ready_at = 0.0
         for sink in self.fan.emit(finished):
             for request_id in [name for name, where in self._sinks.items() if where == sink]:
-                self.abort(request_id)
+                self.scheduler.abort(request_id)
+                self._end(request_id, "the link to the ingress broke")
         for item in finished:
-            if item.delta.finish_reason is not None:
+            if item.delta.finish_reason is not None and item.delta.request_id in self._sinks:
                 self._end(item.delta.request_id, None)
 
     def _end(self, request_id: str, error: str | None) -> None:

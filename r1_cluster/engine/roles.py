@@ -6,6 +6,7 @@ process or a link to another one is not the role's business.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -31,18 +32,20 @@ class MoE(Protocol):
 class RouterRole:
     """Gate, shared experts, dispatch and combine. Stateless."""
 
-    def __init__(self, model: RouterModel, dispatcher: Dispatcher) -> None:
+    def __init__(self, model: RouterModel) -> None:
         self.model = model
-        self.dispatcher = dispatcher
+        self.dispatcher: Dispatcher | None = None
         self.lost: list[str] = []
 
     def forward(self, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        assert self.dispatcher is not None, "a router is linked to its experts before it is asked"
         weights_TK, ids_TK = self.model.gate(tag.layer, x_TD)
         self.dispatcher.dispatch(tag, x_TD, ids_TK, num_tokens)
         shared_TD = self.model.shared(tag.layer, x_TD)  # while the experts work
         y_TD = self.dispatcher.combine(weights_TK)
         if self.dispatcher.lost:
             self.lost.extend(self.dispatcher.lost)
+            self.dispatcher.lost.clear()
         return y_TD.add_(shared_TD)
 
     def answer(self, message: Message) -> tuple[Header, list[torch.Tensor], bytes]:
@@ -51,7 +54,6 @@ class RouterRole:
         tag = StepTag(header.epoch, header.step, header.layer, header.micro_batch)
         y_TD = self.forward(tag, message.tensors[0], header.rows)
         lost, self.lost = self.lost, []
-        self.dispatcher.lost.clear()
         flags = int(Flags.TAINTED) if lost else 0
         body = "\n".join(dict.fromkeys(lost)).encode()
         return header._replace(kind=Kind.MOE_RESULT, flags=flags), [y_TD], body
@@ -105,6 +107,13 @@ class StageRole:
         if not plan.samples:
             return x_TD, []
         return x_TD, sample(self.model.logits(x_TD, batch.sample_rows), plan.samples)
+
+    def _moe_of(self, plan: StepPlan) -> Callable[[int, torch.Tensor, int], torch.Tensor]:
+        def forward(layer: int, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
+            assert self.moe is not None, f"layer {layer} has experts, but the layout gave its stage no router"
+            return self.moe.forward(StepTag(plan.epoch, plan.step, layer, plan.micro_batch), x_TD, num_tokens)
+
+        return forward
 
     def take_lost(self) -> list[str]:
         """Peers that went missing since the last call."""

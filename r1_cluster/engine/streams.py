@@ -9,18 +9,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 
+from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.links import TcpLink, wait_any
-from r1_cluster.comm.listener import Endpoint, Hello, Listener, connect
+from r1_cluster.comm.listener import Endpoint, Listener, connect
+from r1_cluster.comm.wakeup import Wakeup
 from r1_cluster.comm.wire import Header, Kind, LinkError, pack, unpack
 from r1_cluster.engine.scheduler import Finished
 from r1_cluster.records import TokenBatch, TokenDelta
 
 
 class TokenSink:
-    """Receives token batches in a thread of its own and hands each delta to `deliver(engine, delta)`.
+    """Receives token batches in a thread of its own and hands their deltas to `deliver`, in that thread.
 
     Batches of an epoch older than the newest seen from an engine's name are dropped and counted.
-    `on_lost(engine)` is called when an engine's link ends.
     """
 
     def __init__(
@@ -34,41 +35,48 @@ class TokenSink:
         self.name = name
         self.stale_dropped = 0
         self._deliver = deliver
-        self._listener = Listener(host, ports, name, secret)
+        self._listener = Listener(name, secret, host, ports)
+        self._wakeup = Wakeup()
         self._epochs: dict[str, int] = {}
         self._thread = threading.Thread(target=self._run, name="token-sink", daemon=True)
         self._thread.start()
 
     @property
     def endpoint(self) -> Endpoint:
-        return self._listener.endpoint
+        return self._listener.address
 
     def close(self) -> None:
         """Ends the thread and closes all links."""
-        self._listener.close()
+        self._wakeup.set()
         self._thread.join()
 
     def _run(self) -> None:
         links: list[TcpLink] = []
-        while not self._listener.closed:
-            for source in wait_any([self._listener, *links], None):
+        while True:
+            sources: list[Listener | TcpLink | Wakeup] = [self._wakeup, self._listener, *links]
+            for source in wait_any(sources, None):
+                if isinstance(source, Wakeup):
+                    self._listener.close()
+                    for link in links:
+                        link.close()
+                    return
                 if isinstance(source, Listener):
-                    links.extend(link for _, link in source.take())
-                    continue
-                try:
-                    message = source.recv(10.0)
-                    batch = unpack(message.body, TokenBatch)
-                except LinkError:
-                    source.close()
+                    links.append(source.accept(0)[1])
+                elif not self._receive(source):
                     links.remove(source)
-                    continue
-                if batch.epoch < self._epochs.get(batch.engine, 0):
-                    self.stale_dropped += 1
-                    continue
-                self._epochs[batch.engine] = batch.epoch
-                self._deliver(batch.deltas)
-        for link in links:
+
+    def _receive(self, link: TcpLink) -> bool:
+        try:
+            batch = unpack(link.recv(10.0).body, TokenBatch)
+        except LinkError:
             link.close()
+            return False
+        if batch.epoch < self._epochs.get(batch.engine, 0):
+            self.stale_dropped += 1
+            return True
+        self._epochs[batch.engine] = batch.epoch
+        self._deliver(batch.deltas)
+        return True
 
 
 class TokenFan:
@@ -88,7 +96,7 @@ class TokenFan:
             if link is not None and not link.closed:
                 return
             hello = Hello(self.engine, self.engine, self.epoch, "tokens")
-            self._links[sink] = connect(endpoint, sink, hello, self._secret, send_timeout_s=2.0)
+            self._links[sink] = connect(endpoint, hello, self._secret)
 
     def attached(self, sink: str) -> bool:
         """Whether the link to this ingress stands."""

@@ -13,48 +13,21 @@ import time
 import msgspec
 import torch
 
-from r1_cluster.comm.dispatch import LinkDispatcher, LocalDispatcher, answer_dispatch
+from r1_cluster.comm.dispatch import LinkDispatcher, LocalDispatcher, handle
+from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.links import Link, LocalLink, TcpLink, wait_any
-from r1_cluster.comm.listener import Endpoint, Hello, Listener, connect
+from r1_cluster.comm.listener import Listener, connect
+from r1_cluster.comm.wakeup import Wakeup
 from r1_cluster.comm.wire import Header, Kind, LinkError, Message, pack, unpack
+from r1_cluster.engine.boot import Topology, WorkerBoot
 from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
-from r1_cluster.planning.layout import Layout, WorkerSpec
+from r1_cluster.planning.layout import Layout
 from r1_cluster.records import StepPlan, StepResult
 from r1_cluster.weights.checkpoint import Checkpoint
 
-ENGINE = "engine"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class WorkerBoot(msgspec.Struct, frozen=True):
-    """All that a worker must know to start. Filled by the engine's supervisor."""
-
-    name: str
-    incarnation: str
-    workers: tuple[WorkerSpec, ...]
-    checkpoint: str
-    dtype: str
-    device: str
-    deterministic: bool
-    threads: int
-    page_size: int
-    num_pages: int
-    lease_s: float
-    step_timeout_s: float
-    host: str
-    link_ports: tuple[int, int]
-    secret: bytes
-
-
-class Topology(msgspec.Struct, frozen=True, array_like=True):
-    """Where every worker listens, and which incarnation of it. Sent by the engine; answered by an empty
-    control message once the links that the receiver opens are up."""
-
-    epoch: int
-    endpoints: dict[str, Endpoint]
-    incarnations: dict[str, str]
 
 
 class Hidden(msgspec.Struct, frozen=True, array_like=True):
@@ -81,7 +54,8 @@ class Worker:
         self._incarnations: dict[str, str] = {}
         self._plans = msgspec.msgpack.Decoder(StepPlan)
         self._load()
-        self.listener = Listener(boot.host, boot.link_ports, boot.name, boot.secret)
+        self._wakeup = Wakeup()
+        self.listener = Listener(boot.name, boot.secret, boot.host, boot.link_ports)
 
     def _load(self) -> None:
         boot, spec = self.boot, self.spec
@@ -110,7 +84,9 @@ class Worker:
             router = RouterModel.load(
                 config, checkpoint, layers, dtype=dtype, device=device, deterministic=boot.deterministic
             )
-            self.router = RouterRole(router, self._dispatcher())
+            self.router = RouterRole(router)
+            if self.experts is not None and self.layout.shards == (spec,):
+                self.router.dispatcher = LocalDispatcher(self.experts.forward, config.n_routed_experts)
         if spec.stage is not None:
             stage = StageModel.load(
                 config,
@@ -127,15 +103,16 @@ class Worker:
             self.stage = StageRole(stage, moe, num_pages=boot.num_pages, page_size=boot.page_size)
         checkpoint.close()
 
-    def _dispatcher(self) -> LocalDispatcher | LinkDispatcher:
+    def _link_experts(self) -> None:
+        """Gives the router its dispatcher, once the links to all expert shards stand."""
+        assert self.router is not None
         shards = self.layout.shards
-        if self.experts is not None and shards == (self.spec,):
-            return LocalDispatcher(self.experts.forward)
-        links: list[Link | None] = [
-            LocalLink(shard.name, self._answer_experts) if shard is self.spec else None for shard in shards
+        links: list[Link] = [
+            LocalLink(shard.name, self._answer_experts) if shard is self.spec else self._links[shard.name]
+            for shard in shards
         ]
         spans = [range(*shard.experts) for shard in shards if shard.experts is not None]
-        return LinkDispatcher([shard.name for shard in shards], links, spans, self.boot.step_timeout_s)
+        self.router.dispatcher = LinkDispatcher(links, spans, self.boot.step_timeout_s)
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -146,7 +123,11 @@ class Worker:
         """
         try:
             while not self._stopping:
-                sources: list[TcpLink | Listener] = [self.listener, *self._links.values()]
+                sources: list[Listener | TcpLink | Wakeup] = [
+                    self._wakeup,
+                    self.listener,
+                    *self._links.values(),
+                ]
                 if self._control is not None:
                     sources.append(self._control)
                 ready = wait_any(sources, self.boot.lease_s)
@@ -155,7 +136,7 @@ class Worker:
                 for source in ready:
                     if isinstance(source, Listener):
                         self._accept()
-                    else:
+                    elif isinstance(source, TcpLink):
                         self._receive(source)
         finally:
             self.close()
@@ -163,7 +144,7 @@ class Worker:
     def stop(self) -> None:
         """Ends the loop from another thread."""
         self._stopping = True
-        self.listener.close()
+        self._wakeup.set()
 
     def close(self) -> None:
         """Closes every link; peers notice at once."""
@@ -173,17 +154,16 @@ class Worker:
                 link.close()
 
     def _accept(self) -> None:
-        for hello, link in self.listener.take():
-            if hello.peer == ENGINE:
-                if hello.epoch < self.epoch or self._control is None and hello.epoch == 0:
-                    link.close()
-                    continue
-                if self._control is not None:
-                    self._control.close()
-                self._control = link
-                self.epoch = hello.epoch
-            else:
-                self._keep(hello.peer, hello.incarnation, link)
+        hello, link = self.listener.accept(0)
+        if hello.purpose != "control":
+            self._keep(hello.peer, hello.incarnation, link)
+        elif hello.epoch <= self.epoch:
+            link.close()  # an engine that was deposed, or that does not know yet who is in office
+        else:
+            if self._control is not None:
+                self._control.close()
+            self._control = link
+            self.epoch = hello.epoch
 
     def _keep(self, peer: str, incarnation: str, link: TcpLink) -> None:
         former = self._links.get(peer)
@@ -194,7 +174,9 @@ class Worker:
         if self._remote is not None and peer == self._remote.name:
             self._remote.link = link
         if self.router is not None and isinstance(self.router.dispatcher, LinkDispatcher):
-            self.router.dispatcher.replace_link(peer, link)
+            names = [shard.name for shard in self.layout.shards]
+            if peer in names:
+                self.router.dispatcher.replace_link(names.index(peer), link)
 
     def _receive(self, link: TcpLink) -> None:
         try:
@@ -231,7 +213,7 @@ class Worker:
 
     def _answer_experts(self, message: Message) -> Message:
         assert self.experts is not None
-        return answer_dispatch(message, self.experts.forward)
+        return handle(message, self.experts.forward)
 
     def _reply(self, link: TcpLink, header: Header, tensors: list[torch.Tensor], body: bytes) -> None:
         try:
@@ -249,8 +231,10 @@ class Worker:
                     continue
                 standing.close()
             hello = Hello(self.boot.name, self.boot.incarnation, topology.epoch, "tensor")
-            link = connect(topology.endpoints[peer], peer, hello, self.boot.secret)
+            link = connect(topology.endpoints[peer], hello, self.boot.secret)
             self._keep(peer, topology.incarnations[peer], link)
+        if self.router is not None and self.router.dispatcher is None:
+            self._link_experts()
 
     def _step(self, plan: StepPlan, x_TD: torch.Tensor | None, lost: list[str], compute_s: float) -> None:
         assert self.stage is not None

@@ -64,10 +64,10 @@ class Layout:
             if index + 1 < len(stages):
                 targets.append(stages[index + 1].name)
             router = self.router_of(worker)
-            if router is not None and router is not worker:
+            if router is not None and router != worker:
                 targets.append(router.name)
         if worker.router is not None:
-            targets.extend(shard.name for shard in self.shards if shard is not worker)
+            targets.extend(shard.name for shard in self.shards if shard != worker)
         return tuple(targets)
 
 

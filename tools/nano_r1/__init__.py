@@ -1,1 +1,1 @@
-"""Training of the embedded default model: a DeepSeek-V3 architecture small enough to train on two CPU cores."""
+"""Training of the embedded default model: a DeepSeek-V3 network that two CPU cores can train."""

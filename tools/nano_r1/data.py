@@ -1,7 +1,7 @@
 """The training data: items of eight tasks in hundreds of wordings, drawn from a seeded generator.
 
-Two things are kept from training: one item in 16 (task and operands, by hash), and one wording in 10 (frame and
-phrase, or story, or remark, by hash). The held-out set is drawn from them, in known and in unseen wordings.
+Two things are kept from training: one item in 16 (task and operands, by hash), and one wording in 10 (frame
+and phrase, or story, or remark, by hash). The held-out set is drawn from them, in known and unseen wordings.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ WORDING_SALT = 175  # keeps the plainest wordings ("hello", "what is {a} + {b}")
 class Example:
     """One question with the thought and the answer expected of the model.
 
-    `operands` and `wording` identify the item and the way it is asked; `result` is what stands in the box (the
-    whole answer where there is no box); `size` is the number of digits or items that a score is grouped by.
+    `operands` and `wording` identify the item and the way it is asked; `result` is what stands in the box
+    (the whole answer where there is no box); `size` is the count of digits or items to group scores by.
     """
 
     task: str
@@ -139,7 +139,9 @@ def _list_items(rng: random.Random, language: str) -> list[str]:
         letters = rng.sample("abcdefghijklmnopqrstuvwxyz", num_items)
         return [letter.upper() if upper else letter for letter in letters]
     if kind < 0.65:
-        return ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 4))) for _ in range(num_items)]
+        return [
+            "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 4))) for _ in range(num_items)
+        ]
     return rng.sample(wordings.WORDS, num_items)
 
 
@@ -157,7 +159,9 @@ def _sort_problem(rng: random.Random, direction: str) -> _Problem:
 
 
 def _write_list(rng: random.Random, items: Sequence[str], language: str) -> str:
-    separator = rng.choice((", ", ", ", ", ", ",", " ", "、") if language == "ja" else (", ", ", ", ", ", ",", " ", "; "))
+    separator = rng.choice(
+        (", ", ", ", ", ", ",", " ", "、") if language == "ja" else (", ", ", ", ", ", ",", " ", "; ")
+    )
     text = separator.join(items)
     if rng.random() < 0.15:
         text = f"[{text}]"
@@ -165,7 +169,7 @@ def _write_list(rng: random.Random, items: Sequence[str], language: str) -> str:
 
 
 def _restyle(rng: random.Random, text: str, shout: bool) -> str:
-    """Capitals and spaces as people write them; `shout` allows all capitals (never where an item would change)."""
+    """Capitals and spaces as people write them; `shout` allows all capitals, never where items are words."""
     style = rng.random()
     if style < 0.35:
         text = text[:1].upper() + text[1:]
@@ -271,7 +275,9 @@ def _story_example(rng: random.Random, language: str) -> Example:
     core = story.replace("{name}", name).replace("{other}", other).replace("{thing}", thing)
     a, b = problem.operands
     problem = _Problem("story", (operation, a, b), problem.thought, problem.result, problem.size)
-    core = core.replace("{a}", a).replace("{b}", b) + rng.choice(("", "？", "。") if japanese else ("", "?", "?", "."))
+    core = core.replace("{a}", a).replace("{b}", b) + rng.choice(
+        ("", "？", "。") if japanese else ("", "?", "?", ".")
+    )
     return _finish(rng, problem, language, story, _restyle(rng, core, shout=True), dressed=True)
 
 

@@ -1,11 +1,11 @@
 """The tiny DeepSeek-V3 network for training: MLA, a dense first layer, routed experts, one MTP module.
 
-Equations: DeepSeek-V3 technical report, sections 2.1 (MLA, DeepSeekMoE with bias balancing) and 2.2 (MTP). What the
-weights mean is as published in `inference/model.py` of deepseek-ai/DeepSeek-V3; the MTP module reads the trunk's
-hidden states after `model.norm`, as vLLM's and SGLang's readers of R1 checkpoints feed it.
+Equations: DeepSeek-V3 technical report, sections 2.1 (MLA, DeepSeekMoE with bias balancing) and 2.2 (MTP).
+What the weights mean is as published in `inference/model.py` of deepseek-ai/DeepSeek-V3; the MTP module reads
+the trunk's hidden states after `model.norm`, as vLLM's and SGLang's readers of R1 checkpoints feed it.
 
-Shapes: B rows · S positions of a row · D model width · H heads · C latent · R rope dims · E experts · K top-k ·
-F expert width · V vocabulary · N = tokens x K.
+Shapes: B rows · S positions of a row · T tokens · D model width · H heads · C latent · R rope dims ·
+E experts · K top-k · F expert width · V vocabulary · N = T x K.
 """
 
 import math
@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_table(num_positions: int, rope_dims: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def rope_table(num_positions: int, rope_dims: int, theta: float) -> tuple[Tensor
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs (x0, x1), (x2, x3), … of the last dimension; cos and sin broadcast to half of it.
+    """Rotate interleaved pairs (x0, x1), (x2, x3), … of the last dimension; cos and sin are half as wide.
 
     The rotated halves come out one after the other; query and key do alike, so their product does not change.
     """
@@ -130,13 +130,14 @@ class Attention(nn.Module):
         kv = self.kv_b_proj(self.kv_a_layernorm(latent_BSC)).view(rows, length, heads, -1).transpose(1, 2)
         k_nope, v_BHSd = kv.split((c.qk_nope_head_dim, c.v_head_dim), -1)
         k_rope = rotate_pairs(k_rope_BSR[:, None], positions.cos, positions.sin).expand(-1, heads, -1, -1)
-        q_BHSd = torch.cat((q_nope, rotate_pairs(q_rope, positions.cos, positions.sin).to(q_nope.dtype)), -1)
-        k_BHSd = torch.cat((k_nope, k_rope.to(k_nope.dtype)), -1)
+        q_BHSd = torch.cat((q_nope, rotate_pairs(q_rope, positions.cos, positions.sin)), -1)
+        k_BHSd = torch.cat((k_nope, k_rope), -1)
         if positions.cache is not None:
             k_BHSd, v_BHSd = positions.cache.extend(self.layer, k_BHSd, v_BHSd)
         scores = (q_BHSd * self.scale) @ k_BHSd.transpose(-1, -2)
-        weights = torch.softmax(scores + positions.mask, -1, dtype=torch.float32).to(v_BHSd.dtype)
-        return self.o_proj((weights @ v_BHSd).transpose(1, 2).reshape(rows, length, -1))
+        weights = torch.softmax(scores + positions.mask, -1)
+        output: Tensor = self.o_proj((weights @ v_BHSd).transpose(1, 2).reshape(rows, length, -1))
+        return output
 
 
 class DenseMLP(nn.Module):
@@ -149,17 +150,18 @@ class DenseMLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
 
 
 class MoE(nn.Module):
     """Routed experts chosen by sigmoid scores within the best groups, and one shared expert.
 
-    `load_E` counts the tokens each expert got in the last forward pass, for the balancing bias.
+    `load` counts the tokens each expert got in the last forward pass, for the balancing bias.
     """
 
-    load_E: Tensor
-    bias_E: Tensor
+    load: Tensor  # [E]
+    bias: Tensor  # [E]
 
     def __init__(self, config: NanoConfig) -> None:
         super().__init__()
@@ -170,15 +172,15 @@ class MoE(nn.Module):
         self.up_EFD = nn.Parameter(torch.randn(experts, hidden, width) / math.sqrt(width))
         self.down_EDF = nn.Parameter(torch.randn(experts, width, hidden) / math.sqrt(hidden))
         self.shared = DenseMLP(width, hidden)
-        self.register_buffer("bias_E", torch.zeros(experts))
-        self.register_buffer("load_E", torch.zeros(experts), persistent=False)
+        self.register_buffer("bias", torch.zeros(experts))
+        self.register_buffer("load", torch.zeros(experts), persistent=False)
 
     def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and expert numbers, each [T, K]; the bias steers the choice, not the weight."""
         c = self.config
-        scores_TE = torch.sigmoid(x_TD.float() @ self.router.float().T)
+        scores_TE = torch.sigmoid(x_TD @ self.router.T)
         with torch.no_grad():
-            choice = (scores_TE + self.bias_E).view(-1, c.n_group, c.n_routed_experts // c.n_group)
+            choice = (scores_TE + self.bias).view(-1, c.n_group, c.n_routed_experts // c.n_group)
             groups = choice.topk(2, -1).values.sum(-1).topk(c.topk_group, -1).indices
             allowed = torch.zeros(choice.shape[:2], dtype=torch.bool).scatter_(1, groups, True)
             choice = choice.masked_fill(~allowed[..., None], float("-inf")).flatten(1)
@@ -189,23 +191,23 @@ class MoE(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        with torch.autocast("cpu", enabled=False):
-            weights_TK, experts_TK = self.route(x_TD)
+        weights_TK, experts_TK = self.route(x_TD)
         top_k = self.config.num_experts_per_tok
         order_N = experts_TK.flatten().argsort(stable=True)
         counts_E = torch.bincount(experts_TK.flatten(), minlength=self.config.n_routed_experts)
-        self.load_E = counts_E.float()
+        self.load = counts_E.float()
         tokens_N = order_N // top_k
-        parts = x_TD.index_select(0, tokens_N).split(counts_E.tolist())
+        parts = torch.split(x_TD.index_select(0, tokens_N), counts_E.tolist())
         outputs = [
             F.linear(
                 F.silu(F.linear(part, self.gate_EFD[e])) * F.linear(part, self.up_EFD[e]), self.down_EDF[e]
             )
             for e, part in enumerate(parts)
         ]
-        weighted_ND = torch.cat(outputs).float() * weights_TK.flatten().index_select(0, order_N)[:, None]
-        routed_TD = torch.zeros_like(x_TD, dtype=torch.float32).index_add(0, tokens_N, weighted_ND)
-        return self.shared(x_BSD) + routed_TD.view(x_BSD.shape)
+        weighted_ND = torch.cat(outputs) * weights_TK.flatten().index_select(0, order_N)[:, None]
+        routed_TD = torch.zeros_like(x_TD).index_add(0, tokens_N, weighted_ND)
+        output: Tensor = self.shared(x_BSD) + routed_TD.view(x_BSD.shape)
+        return output
 
 
 class Layer(nn.Module):
@@ -224,7 +226,8 @@ class Layer(nn.Module):
 
     def forward(self, x_BSD: Tensor, positions: Positions) -> Tensor:
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), positions)
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+        output: Tensor = x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+        return output
 
 
 class MTPModule(nn.Module):
@@ -240,7 +243,8 @@ class MTPModule(nn.Module):
 
     def forward(self, hidden_BSD: Tensor, next_embedding_BSD: Tensor, positions: Positions) -> Tensor:
         joined = torch.cat((self.enorm(next_embedding_BSD), self.hnorm(hidden_BSD)), -1)
-        return self.norm(self.layer(self.eh_proj(joined), positions))
+        output: Tensor = self.norm(self.layer(self.eh_proj(joined), positions))
+        return output
 
 
 class NanoR1(nn.Module):

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrix steps are orthogonalized (Keller Jordan's method), for stacks of small matrices."""
+"""Muon: momentum whose matrix steps are orthogonalized (Keller Jordan's method), for small matrices."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
     """Push the singular values of each matrix in [..., rows, columns] towards 1 by a quintic iteration."""
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.transpose(-1, -2) if tall else matrices
+    x: Tensor = matrices.transpose(-1, -2) if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     a, b, c = _COEFFICIENTS
     for _ in range(num_iterations):
@@ -21,7 +21,10 @@ def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalized; a step has the size of Adam's (0.2 x sqrt(longer side)), decoupled decay."""
+    """Nesterov momentum, orthogonalized, with decoupled decay.
+
+    A step is scaled by 0.2 x sqrt(longer side), which gives its elements the size of Adam's.
+    """
 
     def __init__(
         self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
@@ -44,6 +47,8 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), pairs in by_shape.items():
                 scale = 0.2 * max(rows, columns) ** 0.5
                 steps = orthogonalize(torch.cat([update for _, update in pairs]))
-                for (param, _), step in zip(pairs, steps.split([u.shape[0] for _, u in pairs]), strict=True):
+                for (param, _), step in zip(
+                    pairs, torch.split(steps, [u.shape[0] for _, u in pairs]), strict=True
+                ):
                     param.mul_(1 - group["lr"] * group["weight_decay"])
                     param.add_(step.view_as(param), alpha=-group["lr"] * scale)

@@ -1,7 +1,7 @@
 """The tokenizer of the tiny model: byte-level BPE of 512 tokens with R1's control tokens.
 
-Digits, spaces and punctuation never merge, so that a number is always the same sequence of single digits, and a
-word is the same tokens wherever it stands. All 256 bytes are tokens, so any text round-trips.
+Digits, spaces and punctuation never merge, so that a number is always the same sequence of single digits, and
+a word is the same tokens wherever it stands. All 256 bytes are tokens, so any text round-trips.
 """
 
 import json
@@ -10,14 +10,13 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from nano_r1.data import Example
-
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
 ADDED_TOKENS = (
-    USER, ASSISTANT, "<think>", "</think>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>",
-    "<｜tool▁call▁end｜>", "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>",
+    USER, ASSISTANT, "<think>", "</think>",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
+    "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>",
     "<｜tool▁output▁end｜>", "<｜tool▁sep｜>",
 )  # fmt: skip
 VOCAB_SIZE = 512
@@ -25,8 +24,8 @@ VOCAB_SIZE = 512
 # Phrases of the thoughts are whole tokens with their spaces; elsewhere a space stands alone.
 _PIECES = r" → | carry | borrow | \| |: |, |\\boxed|[a-zA-Z]+|[0-9]|[^\sa-zA-Z0-9\x00-\x7f]+|\s|."
 
-# The published R1 template (deepseek-ai/DeepSeek-R1 tokenizer_config.json) by behaviour: BOS, system text, turns
-# without their thoughts, tool calls and outputs, and a generation prompt that opens the thought.
+# The published R1 template (deepseek-ai/DeepSeek-R1 tokenizer_config.json) by behaviour: BOS, system text,
+# turns without their thoughts, tool calls and outputs, and a generation prompt that opens the thought.
 CHAT_TEMPLATE = """\
 {%- set ns = namespace(system='', first_system=true, after_tool=false) -%}
 {%- for message in messages if message['role'] == 'system' -%}
@@ -111,19 +110,22 @@ class ChatEncoder:
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def prompt(self, prompt: str, history: tuple[tuple[str, str], ...] = (), system: str = "") -> list[int]:
-        """Ids of a chat up to `<think>\\n`; `history` holds earlier (question, answer) turns without thoughts."""
+        """Ids of a chat up to `<think>\\n`; `history`: earlier (question, answer) turns, no thoughts."""
         ids = [BOS_ID, *self.text(system)]
         for question, answer in history:
             ids += [self.user_id, *self.text(question), self.assistant_id, *self.text(answer), EOS_ID]
         return [*ids, self.user_id, *self.text(prompt), self.assistant_id, self.think_id, *self._newline]
 
-    def completion(self, example: Example) -> list[int]:
-        """Ids the model is to write after the prompt: thought, `\\n</think>\\n\\n`, answer, end of sentence."""
-        thought = [*self.text(example.thought), *self._newline, self.end_think_id]
-        return [*thought, *self._blank_line, *self.text(example.answer), EOS_ID]
+    def completion(self, thought: str, answer: str) -> list[int]:
+        """Ids to write after the prompt: thought, `\\n</think>\\n\\n`, answer, end of sentence."""
+        return [*self.text(thought), *self.closed_thought(), *self.answer(answer)]
+
+    def answer(self, answer: str) -> list[int]:
+        """Ids of the answer alone, with the end of sentence."""
+        return [*self.text(answer), EOS_ID]
 
     def closed_thought(self) -> list[int]:
-        """Ids that close the thought at once, after a prompt's `<think>\\n` (the chat page's DeepThink off)."""
+        """Ids that close the thought at once, after a prompt's `<think>\\n` (DeepThink off)."""
         return [*self._newline, self.end_think_id, *self._blank_line]
 
 

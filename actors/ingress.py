@@ -1,0 +1,235 @@
+"""The ingress deployment: HTTP in front, an engine behind. It owns its requests' token streams."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import ray
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from r1_cluster.api.chat import ChatStream
+from r1_cluster.api.errors import (
+    ApiError,
+    context_length_exceeded,
+    internal,
+    invalid_request,
+    model_not_found,
+    overloaded,
+    unavailable,
+)
+from r1_cluster.api.protocol import ChatCompletionRequest, parse_chat_request
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from actors.cluster import secret
+from actors.engine import max_model_len
+from r1_cluster.config import Service
+from r1_cluster.engine.streams import TokenSink
+from r1_cluster.models.config import ModelConfig
+from r1_cluster.records import Request as EngineRequest
+from r1_cluster.records import SamplingParams, TokenDelta
+from r1_cluster.text.template import ChatTemplate
+from r1_cluster.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("r1_cluster.ingress")
+app = FastAPI(openapi_url=None)
+
+
+@serve.ingress(app)
+class Ingress:
+    """See the module. Created by Serve."""
+
+    def __init__(self, service: Service, engine: DeploymentHandle) -> None:
+        self._service = service
+        self._engine = engine
+        model = ModelConfig.from_folder(service.model.path)
+        self._max_model_len = max_model_len(service, model)
+        self._tokenizer = Tokenizer.from_folder(service.model.path)
+        self._template = ChatTemplate.from_folder(service.model.path, self._tokenizer)
+        self._loop = asyncio.get_event_loop()
+        self._streams: dict[str, asyncio.Queue[TokenDelta]] = {}
+        self._sink = TokenSink(
+            f"ingress-{secrets.token_hex(8)}",
+            secret(),
+            ray.util.get_node_ip_address(),
+            service.cluster.link_ports,
+            self._deliver,
+        )
+        self._endpoint = msgspec.msgpack.encode(self._sink.endpoint)
+
+    @app.get("/health")
+    async def health(self) -> Response:
+        """200 when a request could be served now."""
+        try:
+            failure = await self._engine.failure.remote()
+        except Exception:
+            logger.exception("the engine does not answer")
+            failure = "the engine does not answer"
+        if failure is not None:
+            return JSONResponse({"status": "unavailable", "reason": failure}, 503)
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/v1/models")
+    async def models(self) -> Response:
+        """The one served model."""
+        return JSONResponse({"object": "list", "data": [self._model_card()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(self, name: str) -> Response:
+        """The served model by name."""
+        if name != self._service.served_name:
+            raise model_not_found(name)
+        return JSONResponse(self._model_card())
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(self, request: Request) -> Response:
+        """A chat, streamed or whole."""
+        chat = parse_chat_request(await request.body())
+        if chat.model != self._service.served_name:
+            raise model_not_found(chat.model)
+        stream, record = self._prepare(chat)
+        answer = self._generate(record)
+        # The first delta is waited for here, so that an error becomes a status and not a broken stream.
+        first = await anext(answer)
+        if chat.stream:
+            frames = self._frames(stream, first, answer)
+            return StreamingResponse(frames, media_type="text/event-stream")
+        stream.feed(first)
+        async for delta in answer:
+            stream.feed(delta)
+            if stream.finished:
+                break
+        await answer.aclose()
+        return JSONResponse(stream.whole())
+
+    def _model_card(self) -> dict[str, Any]:
+        return {
+            "id": self._service.served_name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "r1-cluster",
+            "max_model_len": self._max_model_len,
+        }
+
+    def _prepare(self, chat: ChatCompletionRequest) -> tuple[ChatStream, EngineRequest]:
+        """The request as the engine knows it, and the stream that will make text of its tokens."""
+        defaults = self._service.serve.defaults
+        thinking = chat.thinking
+        prompt = self._template.prompt_ids(chat.messages, thinking=thinking)
+        room = self._max_model_len - len(prompt)
+        wanted = chat.max_output_tokens
+        if room < 1 or (wanted is not None and wanted > room):
+            raise context_length_exceeded(self._max_model_len, len(prompt), wanted)
+        sampling = SamplingParams(
+            temperature=defaults.temperature if chat.temperature is None else chat.temperature,
+            top_p=defaults.top_p if chat.top_p is None else chat.top_p,
+            top_k=chat.top_k or 0,
+            seed=secrets.randbits(63) if chat.seed is None else chat.seed,
+        )
+        record = EngineRequest(
+            request_id=uuid.uuid4().hex,
+            prompt=prompt,
+            sampling=sampling,
+            max_tokens=min(room, defaults.max_tokens) if wanted is None else wanted,
+            stop_token_ids=chat.stop_token_ids,
+            sink=self._sink.name,
+            ignore_eos=chat.ignore_eos,
+        )
+        stream = ChatStream(chat, self._tokenizer, prompt_tokens=len(prompt), request_id=record.request_id)
+        return stream, record
+
+    async def _generate(self, record: EngineRequest) -> AsyncIterator[TokenDelta]:
+        """The deltas of one answer; raises ApiError where the engine refuses or fails. Closing it, or
+        cancelling its task, aborts the request on the engine."""
+        queue: asyncio.Queue[TokenDelta] = asyncio.Queue()
+        self._streams[record.request_id] = queue
+        call = self._engine.generate.remote(msgspec.msgpack.encode(record), self._endpoint)
+        waiter = asyncio.ensure_future(call)
+        waiter.add_done_callback(lambda done: _report_failure(record.request_id, done, queue))
+        ended = False
+        try:
+            while not ended:
+                delta = await queue.get()
+                if delta.error is not None:
+                    raise _engine_error(delta.error)
+                ended = delta.finish_reason is not None
+                yield delta
+        finally:
+            del self._streams[record.request_id]
+            if not ended:
+                call.cancel()
+
+    async def _frames(
+        self, stream: ChatStream, first: TokenDelta, answer: AsyncIterator[TokenDelta]
+    ) -> AsyncIterator[bytes]:
+        try:
+            yield b"".join(stream.feed(first))
+            if not stream.finished:
+                async for delta in answer:
+                    frames = stream.feed(delta)
+                    if frames:
+                        yield b"".join(frames)
+                    if stream.finished:
+                        break
+        except ApiError as error:
+            yield b"".join(stream.fail(error))
+        finally:
+            await answer.aclose()
+
+    def _deliver(self, deltas: list[TokenDelta]) -> None:
+        self._loop.call_soon_threadsafe(self._distribute, deltas)
+
+    def _distribute(self, deltas: list[TokenDelta]) -> None:
+        for delta in deltas:
+            queue = self._streams.get(delta.request_id)
+            if queue is not None:
+                queue.put_nowait(delta)
+
+
+def _report_failure(
+    request_id: str, done: asyncio.Future[str | None], queue: asyncio.Queue[TokenDelta]
+) -> None:
+    """Puts a failed call into its stream. One that ended well says nothing: its last token is on the way."""
+    if done.cancelled():
+        return
+    failure = done.exception()
+    error = f"{type(failure).__name__}: {failure}" if failure is not None else done.result()
+    if error is not None:
+        queue.put_nowait(TokenDelta(request_id, 0, [], "error", error))
+
+
+def _engine_error(reason: str) -> ApiError:
+    if reason == "overloaded":
+        return overloaded(retry_after_s=1)
+    logger.error("an answer failed: %s", reason)
+    return unavailable("the engine could not finish this answer; please ask again")
+
+
+@app.exception_handler(ApiError)
+async def _api_error(_: Request, error: ApiError) -> Response:
+    return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+@app.exception_handler(HTTPException)
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    if error.status_code == 405:
+        message = f"{request.method} is not allowed for {request.url.path}"
+    else:
+        message = f"there is nothing at {request.url.path}"
+    failure = invalid_request(None, message, status=error.status_code)
+    return JSONResponse(failure.body(), failure.status)
+
+
+@app.exception_handler(Exception)
+async def _unexpected(_: Request, error: Exception) -> Response:
+    error_id = uuid.uuid4().hex
+    logger.error("error %s", error_id, exc_info=error)
+    failure = internal(error_id)
+    return JSONResponse(failure.body(), failure.status)

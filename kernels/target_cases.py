@@ -1,0 +1,263 @@
+"""The kernels at the shapes R1 gives them, with the launch shape that each target gets ahead of time."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton
+
+from kernels import attention_merge, mla_decode, fp8, gemm_fp8, moe_combine, moe_gate, moe_gemm, moe_sort, norm, rope
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Compile-time arguments and launch options."""
+
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape. The signature lists the run-time arguments' types in order; ' marks ÷16."""
+
+    name: str
+    kernel: Any
+    signature: str
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    hot: bool = False
+    """Held to no spills on sm_90."""
+    narrow: dict[str, Any] = field(default_factory=dict)
+    """What differs where shared memory is small: sm_89 and gfx942."""
+    amd: dict[str, Any] = field(default_factory=dict)
+    """What differs on AMD, after `narrow`."""
+
+    def launch(self, target: str) -> Launch:
+        """Arguments and options for a target."""
+        chosen = dict(self.constexprs) | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if target in ("sm_89", "gfx942"):
+            chosen |= self.narrow
+        if target.startswith("gfx"):
+            chosen["num_stages"] = min(chosen["num_stages"], 2)
+            chosen |= self.amd
+        if target == "gfx942" and "FP8_MAX" in chosen:
+            chosen["FP8_MAX"] = 240.0
+        warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
+        return Launch(chosen, warps, stages)
+
+
+def kernel_of(case: Case) -> triton.JITFunction:
+    """The compilable function under an autotuner, if there is one."""
+    return getattr(case.kernel, "fn", case.kernel) if hasattr(case.kernel, "configs") else case.kernel
+
+
+_D = {"D": 7168, "BLOCK_D": 8192, "HAS_RESIDUAL": True}
+_GATE = {
+    "NUM_GROUPS": 8,
+    "GROUP_SIZE": 32,
+    "TOP_GROUPS": 4,
+    "TOP_K": 8,
+    "NORMALIZE": True,
+    "BLOCK_G": 8,
+    "BLOCK_S": 32,
+    "BLOCK_K": 8,
+}
+_PLACE = {"BLOCK_ROWS": 128, "CHUNK": 1024, "BLOCK_E": 256, "FILL_BLOCKS": 1}
+_COPY = {"ROWS_PER_SOURCE": 8, "HEAD": 1792, "TAIL": 56, "TO_STRIDE": 1848, "TO_TAIL_STRIDE": 1848}
+_PLAIN = "*fp8' *fp32' *fp8' *fp32' *bf16' i32 i32 i32' i32 i32 i32'"
+_GROUPED = "*fp8' *fp32' *fp8' *fp32' *i32' *bf16' i32' i32 i32' i32' i32' i32"
+_GATE_UP = "*fp8' *fp32' *fp8' *fp32' *i32' *fp8' *fp32' i32' i32 i32' i32' i32' i32"
+_MLA = "*bf16' *bf16' *bf16' *fp32' *i32' *i32' *i32' *fp32' *fp32' fp32 i32' i32' i32' i32' i32' i32' i32' i32' i32'"
+_MLA_SHAPE = {"C": 512, "R": 64, "PAGE": 64}
+_NARROW_MLA = {"BLOCK_ROWS": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+
+CASES = [
+    Case("rms_norm", norm._rms_norm_kernel, "*bf16' *bf16' *bf16' *bf16' *bf16' i32' i32' fp32", _D, 16),
+    Case(
+        "rope",
+        rope._rope_kernel,
+        "*bf16' *fp32' *fp32' *i32' *bf16' i32' i32' i32'",
+        {"HALF": 32, "INTERLEAVED": True, "BLOCK_H": 32, "BLOCK_R": 32},
+    ),
+    Case(
+        "quantize",
+        fp8._quantize_kernel,
+        "*bf16' *fp8' *fp32' i32' i32 i32",
+        {"FP8_MAX": 448.0, "BLOCK_G": 16, "SILU_MUL": False},
+    ),
+    Case(
+        "silu_mul_quantize",
+        fp8._quantize_kernel,
+        "*bf16' *fp8' *fp32' i32' i32 i32",
+        {"FP8_MAX": 448.0, "BLOCK_G": 16, "SILU_MUL": True},
+    ),
+    Case(
+        "rms_norm_quantize",
+        fp8._rms_norm_quantize_kernel,
+        "*bf16' *bf16' *bf16' *fp8' *fp32' *bf16' *bf16' i32' i32' fp32",
+        {"G": 56, "FP8_MAX": 448.0, "BLOCK_G": 64, "HAS_RESIDUAL": True, "KEEP_NORMED": True},
+        16,
+    ),
+    Case(
+        "dequantize_weight",
+        fp8._dequantize_weight_kernel,
+        "*fp8' *fp32' *bf16' i32' i32' i32",
+        {"BLOCK_N": 64},
+    ),
+    Case("gate", moe_gate._gate_kernel, "*fp32' *fp32' *fp32' *i32' i32' fp32", _GATE, 1),
+    Case("sort count", moe_sort._count_kernel, "*i32' *i32' i32 i32'", {"CHUNK": 1024, "BLOCK_E": 256}),
+    Case("sort scan", moe_sort._scan_kernel, "*i32' *i32' i32", {"BLOCK_E": 256, "BLOCK_CHUNKS": 128}, 1),
+    Case(
+        "sort place",
+        moe_sort._place_kernel,
+        "*i32' *i32' *i32' *i32' *i32' *i32' i32 i32' i32 i32",
+        _PLACE | {"SINGLE": False},
+        8,
+    ),
+    Case(
+        "sort place, one launch",
+        moe_sort._place_kernel,
+        "*i32' *i32' *i32' *i32' *i32' *i32' i32 i32' i32 i32",
+        _PLACE | {"SINGLE": True, "BLOCK_ROWS": 16, "FILL_BLOCKS": 8},
+        8,
+    ),
+    Case(
+        "gemm M=16",
+        gemm_fp8.plain_gemm_kernel,
+        _PLAIN,
+        {"BLOCK_M": 16, "BLOCK_N": 128},
+        4,
+        5,
+        True,
+    ),
+    Case(
+        "gemm M=64",
+        gemm_fp8.plain_gemm_kernel,
+        _PLAIN,
+        {"BLOCK_M": 64, "BLOCK_N": 128},
+        4,
+        4,
+        True,
+        {"num_stages": 3},
+    ),
+    Case(
+        "gemm M=128",
+        gemm_fp8.plain_gemm_kernel,
+        _PLAIN,
+        {"BLOCK_M": 128, "BLOCK_N": 128},
+        8,
+        4,
+        True,
+        {"num_stages": 3},
+    ),
+    Case("gemm, add parts", gemm_fp8.add_parts_kernel, "*fp32' *bf16' i32' i32", {"BLOCK": 1024}),
+    Case(
+        "gemm persistent",
+        gemm_fp8.persistent_gemm_kernel,
+        "tensordesc<fp8[BLOCK_M,128]> *fp32' tensordesc<fp8[BLOCK_N,128]> *fp32' "
+        "tensordesc<bf16[BLOCK_M,BLOCK_N]> i32 i32 i32' i32",
+        {"BLOCK_M": 128, "BLOCK_N": 128, "NUM_PROGRAMS": 132},
+        8,
+        4,
+        True,
+        {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
+    ),
+    Case(
+        "grouped gemm, decode",
+        moe_gemm.grouped_gemm_kernel,
+        _GROUPED,
+        {"MASKED": True, "BLOCK_M": 16, "BLOCK_N": 128, "GROUP_M": 1},
+        4,
+        5,
+        True,
+    ),
+    Case(
+        "grouped gemm, prefill",
+        moe_gemm.grouped_gemm_kernel,
+        _GROUPED,
+        {"MASKED": False, "BLOCK_M": 128, "BLOCK_N": 128, "GROUP_M": 8},
+        8,
+        4,
+        True,
+        {"num_stages": 3},
+    ),
+    Case(
+        "gate-up, decode",
+        moe_gemm.gate_up_kernel,
+        _GATE_UP,
+        {"MASKED": True, "FP8_MAX": 448.0, "BLOCK_M": 16, "GROUP_M": 1},
+        4,
+        4,
+        True,
+        {"num_stages": 2},
+    ),
+    Case(
+        "gate-up, prefill",
+        moe_gemm.gate_up_kernel,
+        _GATE_UP,
+        {"MASKED": False, "FP8_MAX": 448.0, "BLOCK_M": 64, "GROUP_M": 8},
+        8,
+        4,
+        True,
+        {"num_stages": 2},
+    ),
+    Case(
+        "gate-up, prefill 128",
+        moe_gemm.gate_up_kernel,
+        _GATE_UP,
+        {"MASKED": False, "FP8_MAX": 448.0, "BLOCK_M": 128, "GROUP_M": 8},
+        16,
+        3,
+        narrow={"num_stages": 2},
+    ),
+    Case(
+        "combine",
+        moe_combine._combine_kernel,
+        "*bf16' *i32' *fp32' *bf16' *bf16' i32' i32'",
+        {"D": 7168, "TOP_K": 8, "HAS_SHARED": True, "BLOCK_D": 1024},
+    ),
+    Case(
+        "mla decode, 128 heads",
+        mla_decode.mla_decode_kernel,
+        _MLA,
+        _MLA_SHAPE | {"SCALED": False, "BLOCK_ROWS": 64, "BLOCK_N": 64},
+        8,
+        2,
+        True,
+        _NARROW_MLA,
+    ),
+    Case(
+        "mla decode, 16 heads",
+        mla_decode.mla_decode_kernel,
+        _MLA,
+        _MLA_SHAPE | {"SCALED": False, "BLOCK_ROWS": 16, "BLOCK_N": 64},
+        4,
+        2,
+        True,
+        _NARROW_MLA,
+    ),
+    Case(
+        "mla decode, FP8 cache",
+        mla_decode.mla_decode_kernel,
+        _MLA.replace("*bf16' *fp32'", "*fp8' *fp32'", 1),
+        _MLA_SHAPE | {"SCALED": True, "BLOCK_ROWS": 64, "BLOCK_N": 64},
+        8,
+        2,
+        True,
+        _NARROW_MLA,
+    ),
+    Case(
+        "merge splits",
+        attention_merge.merge_kernel,
+        "*fp32' *fp32' *i32' *i32' *bf16' i32' i32' i32'",
+        {"WIDTH": 512, "BLOCK_WIDTH": 512},
+    ),
+    Case(
+        "pack",
+        moe_combine._copy_rows_kernel,
+        "*i32' *i32' *i32' *i32' *i32' i32' i32",
+        _COPY | {"BLOCK": 1024},
+    ),
+]

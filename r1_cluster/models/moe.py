@@ -1,0 +1,120 @@
+"""The mixture of experts in its two halves: what a router holds, and what an expert shard holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.ops import Routing
+from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.layers import Loader, Mlp
+from r1_cluster.weights.checkpoint import Checkpoint
+from r1_cluster.weights.names import layer_tensor, routed_expert, shared_experts
+
+
+class RouterModel:
+    """Gates and shared experts of some MoE layers."""
+
+    def __init__(self, loader: Loader, layers: Sequence[int]) -> None:
+        config = loader.config
+        self._ops = loader.ops
+        self._tiled = loader.deterministic
+        self._routing = Routing(
+            num_groups=config.n_group,
+            top_groups=config.topk_group,
+            top_k=config.num_experts_per_tok,
+            normalize=config.norm_topk_prob,
+            scaling=config.routed_scaling_factor,
+        )
+        self._gates = {
+            layer: (
+                loader.get_float32(layer_tensor(layer, "gate")),
+                loader.get_float32(layer_tensor(layer, "gate_bias")),
+            )
+            for layer in layers
+        }
+        self._shared = {layer: Mlp(loader, partial(shared_experts, layer)) for layer in layers}
+
+    @classmethod
+    def load(
+        cls,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        layers: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        deterministic: bool,
+    ) -> RouterModel:
+        """Opens the gates and shared experts of `layers` alone. Raises CheckpointError."""
+        return cls(Loader(config, checkpoint, dtype, device, deterministic), layers)
+
+    @torch.inference_mode()
+    def gate(self, layer: int, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed hidden states → (weights_TK float32, expert_ids_TK int64), best expert first."""
+        weight_ED, bias_E = self._gates[layer]
+        return self._ops.gate(x_TD, weight_ED, bias_E, self._routing, tiled=self._tiled)
+
+    @torch.inference_mode()
+    def shared(self, layer: int, x_TD: Tensor) -> Tensor:
+        """Output of the shared experts, [T, D]."""
+        return self._shared[layer].forward(x_TD)
+
+
+class ExpertModel:
+    """The routed experts [experts.start, experts.stop) of some MoE layers."""
+
+    def __init__(self, loader: Loader, layers: Sequence[int], experts: range) -> None:
+        config = loader.config
+        if not 0 <= experts.start < experts.stop <= config.n_routed_experts or experts.step != 1:
+            raise ValueError(f"{experts} is no range of the {config.n_routed_experts} routed experts")
+        self.experts = experts
+        self._ops = loader.ops
+        self._tiled = loader.deterministic
+        self._weights = {layer: _load_experts(loader, layer, experts) for layer in layers}
+
+    @classmethod
+    def load(
+        cls,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        layers: Sequence[int],
+        experts: range,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        deterministic: bool,
+    ) -> ExpertModel:
+        """Opens these experts' tensors alone. Raises CheckpointError, ValueError for a range that is none."""
+        return cls(Loader(config, checkpoint, dtype, device, deterministic), layers, experts)
+
+    @torch.inference_mode()
+    def forward(self, layer: int, x_ND: Tensor, counts: Sequence[int]) -> Tensor:
+        """Rows sorted by expert, counts[i] of them for experts[i] → [N, D] in the same order.
+
+        Raises ValueError where counts do not fit the experts or the rows.
+        """
+        if len(counts) != len(self.experts) or sum(counts) != len(x_ND):
+            raise ValueError(
+                f"{len(x_ND)} rows came with {len(counts)} counts of sum {sum(counts)} "
+                f"for {len(self.experts)} experts"
+            )
+        if not len(x_ND):
+            return torch.empty_like(x_ND)
+        gate_up_e2FD, down_eDF = self._weights[layer]
+        return self._ops.experts(x_ND, counts, gate_up_e2FD, down_eDF, tiled=self._tiled)
+
+
+def _load_experts(loader: Loader, layer: int, experts: range) -> tuple[Tensor, Tensor]:
+    """(gate and up [e, 2F, D], down [e, D, F]), filled tensor by tensor: no second copy at any time."""
+    width, hidden = loader.config.hidden_size, loader.config.moe_intermediate_size
+    gate_up = torch.empty(len(experts), 2 * hidden, width, dtype=loader.dtype, device=loader.device)
+    down = torch.empty(len(experts), width, hidden, dtype=loader.dtype, device=loader.device)
+    for i, expert in enumerate(experts):
+        gate_up[i, :hidden] = loader.get(routed_expert(layer, expert, "gate"))
+        gate_up[i, hidden:] = loader.get(routed_expert(layer, expert, "up"))
+        down[i] = loader.get(routed_expert(layer, expert, "down"))
+    return gate_up, down

@@ -1,0 +1,118 @@
+"""The network by ranges of layers. Its mixtures of experts live elsewhere and are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.ops import ROW_TILE
+from r1_cluster.models.batch import AttentionBatch
+from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.layers import Loader, Mlp
+from r1_cluster.models.mla import Mla
+from r1_cluster.models.moe import ExpertModel, RouterModel
+from r1_cluster.models.rope import rope_table
+from r1_cluster.weights.checkpoint import Checkpoint
+from r1_cluster.weights.names import EMBEDDING, FINAL_NORM, HEAD, dense_mlp, layer_tensor
+
+__all__ = ["ExpertModel", "MoE", "RouterModel", "StageModel"]
+
+MoE = Callable[[int, Tensor, int], Tensor]
+"""(layer, normed hidden states [T, D], number of real rows) → the experts' output [T, D]."""
+
+
+class _Layer:
+    """One layer without its mixture of experts: `mlp` is None where there is one."""
+
+    def __init__(self, loader: Loader, layer: int) -> None:
+        self.index = layer
+        self.attention_norm = loader.get(layer_tensor(layer, "input_norm"))
+        self.attention = Mla(loader, layer)
+        self.mlp_norm = loader.get(layer_tensor(layer, "mlp_norm"))
+        is_moe = layer in loader.config.moe_layers
+        self.mlp = None if is_moe else Mlp(loader, partial(dense_mlp, layer))
+
+
+class StageModel:
+    """Layers [first, last): attention and dense MLPs; with layer 0 the embedding, with the last the head."""
+
+    def __init__(self, loader: Loader, layers: range) -> None:
+        config = loader.config
+        if not 0 <= layers.start < layers.stop <= config.num_hidden_layers or layers.step != 1:
+            raise ValueError(f"{layers} is no range of the {config.num_hidden_layers} layers")
+        self.config = config
+        self.device = loader.device
+        self.dtype = loader.dtype
+        self.deterministic = loader.deterministic
+        self.ops = loader.ops
+        self.is_first = layers.start == 0
+        self.is_last = layers.stop == config.num_hidden_layers
+        self._embedding = loader.get(EMBEDDING) if self.is_first else None
+        self._layers = [_Layer(loader, layer) for layer in layers]
+        self._final_norm = loader.get(FINAL_NORM) if self.is_last else None
+        self._head = loader.get(HEAD) if self.is_last else None
+        self._rope_table = rope_table(config, loader.device)
+
+    @classmethod
+    def load(
+        cls,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        layers: range,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        deterministic: bool,
+    ) -> StageModel:
+        """Opens these layers' tensors alone. Raises CheckpointError, ValueError for a range that is none."""
+        return cls(Loader(config, checkpoint, dtype, device, deterministic), layers)
+
+    def new_cache(self, num_pages: int, page_size: int) -> list[Tensor]:
+        """An empty latent cache [num_pages, page_size, C + R] for each own layer."""
+        shape = (num_pages, page_size, self.config.latent_dim)
+        return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self._layers]
+
+    @torch.inference_mode()
+    def embed(self, token_ids_T: Tensor) -> Tensor:
+        """Token ids → [T, D]. On the first stage alone."""
+        if self._embedding is None:
+            raise ValueError("only the first stage embeds")
+        return self._embedding.index_select(0, token_ids_T)
+
+    @torch.inference_mode()
+    def forward(self, x_TD: Tensor, batch: AttentionBatch, caches: Sequence[Tensor], moe: MoE) -> Tensor:
+        """Hidden states [num_rows, D] through the stage's layers; new latents go to `caches`.
+
+        `x_TD` is overwritten. `moe` is called for each layer with experts. Running a step again over the
+        same caches gives the same.
+        """
+        if len(x_TD) != batch.num_rows:
+            raise ValueError(f"{len(x_TD)} rows of hidden states came for a step of {batch.num_rows}")
+        if batch.num_rows > batch.num_tokens and self.is_first:
+            x_TD[batch.num_tokens :] = 0
+        cos_sin_TR = self._rope_table.index_select(0, batch.positions_T)
+        eps = self.config.rms_norm_eps
+        for layer, cache in zip(self._layers, caches):
+            normed = self.ops.rms_norm(x_TD, layer.attention_norm, eps)
+            x_TD += layer.attention.forward(normed, batch, cos_sin_TR, cache)
+            normed = self.ops.rms_norm(x_TD, layer.mlp_norm, eps)
+            if layer.mlp is None:
+                x_TD += moe(layer.index, normed, batch.num_tokens)
+            else:
+                x_TD += layer.mlp.forward(normed)
+        return x_TD
+
+    @torch.inference_mode()
+    def logits(self, x_TD: Tensor, rows: Tensor) -> Tensor:
+        """Hidden states of the last layer → float32 logits [len(rows), V]. On the last stage alone."""
+        if self._final_norm is None or self._head is None:
+            raise ValueError("only the last stage has a head")
+        x_SD = x_TD.index_select(0, rows)
+        if self.deterministic and len(rows) % ROW_TILE:
+            x_SD = F.pad(x_SD, (0, 0, 0, ROW_TILE - len(rows) % ROW_TILE))
+        normed = self.ops.rms_norm(x_SD, self._final_norm, self.config.rms_norm_eps)
+        return self.ops.linear(normed, self._head, tiled=self.deterministic)[: len(rows)].float()

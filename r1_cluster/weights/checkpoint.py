@@ -1,0 +1,296 @@
+"""Checkpoints on disk: safetensors files, checked by their headers, read by slices."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kernels.ops import for_device
+from r1_cluster.models.config import ModelConfig
+from r1_cluster.weights.names import SCALE_SUFFIX, expected_shapes, layer_of
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4}
+_ITEM_BYTES |= {"I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8}
+_FLOATS = ("F32", "F16", "BF16")
+_MAX_FAULTS_SHOWN = 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; `faults` has one sentence each, the message all of them."""
+
+    def __init__(self, path: Path, faults: Iterable[str]) -> None:
+        self.faults = list(faults)
+        shown = self.faults[:_MAX_FAULTS_SHOWN]
+        if len(self.faults) > len(shown):
+            shown.append(f"and {len(self.faults) - len(shown)} more")
+        what = f"{len(self.faults)} fault" + "s" * (len(self.faults) > 1)
+        super().__init__(f"the checkpoint {path} has {what}: " + "; ".join(shown))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor as its file's header describes it."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """A folder of safetensors files: headers are checked when it is opened, data is read when asked for."""
+
+    def __init__(self, path: str | Path, config: ModelConfig | None = None) -> None:
+        """Checks the files against the index in both directions and, given a config, the tensors against it.
+
+        Raises CheckpointError with all that is wrong.
+        """
+        self.path = Path(path)
+        self._block = (128, 128) if config is None or config.fp8_block is None else config.fp8_block
+        self._open_files: dict[str, safe_open] = {}
+        self._entries: dict[str, _Entry] = {}
+        faults: list[str] = []
+        index = self._read_index(faults)
+        found: dict[str, dict[str, _Entry]] = {}
+        for file in sorted(set(index.values())) if index is not None else [SINGLE]:
+            found[file] = _read_header(self.path / file, file, faults)
+        self._merge(index, found, faults)
+        if config is not None and not faults:
+            faults += self._faults_against(config)
+        if faults:
+            raise CheckpointError(self.path, faults)
+
+    def _read_index(self, faults: list[str]) -> dict[str, str] | None:
+        """The index's tensor → file; None if there is just one file. Paths are held to the folder."""
+        if not self.path.is_dir():
+            raise CheckpointError(
+                self.path, ["there is no such folder; name one with config.json and safetensors"]
+            )
+        file = self.path / INDEX
+        if not file.exists():
+            if not (self.path / SINGLE).exists():
+                raise CheckpointError(
+                    self.path, [f"neither {INDEX} nor {SINGLE} is there; download it again"]
+                )
+            if not self._is_inside(SINGLE):
+                raise CheckpointError(
+                    self.path, [f"{SINGLE} is a link out of the folder: move the file into it"]
+                )
+            return None
+        try:
+            weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+            entries = {str(name): str(shard) for name, shard in weight_map.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(self.path, [f"{INDEX} has no readable weight_map ({error!r})"]) from error
+        if not entries:
+            raise CheckpointError(self.path, [f"{INDEX} lists no tensors; download it again"])
+        root = self.path.resolve()
+        inside = {shard for shard in entries.values() if self._is_inside(shard)}
+        for shard in sorted(set(entries.values()) - inside):
+            faults.append(
+                f"{INDEX} names the file {shard!r}, which is outside of {root}: move it into the folder"
+            )
+        return {name: shard for name, shard in entries.items() if shard in inside}
+
+    def _is_inside(self, file: str) -> bool:
+        """Whether a file, its links followed, is in the folder; or in the cache that the folder is a snapshot
+        of, which Hugging Face lays out as NAME/snapshots/REVISION with links to NAME/blobs."""
+        root, target = self.path.resolve(), (self.path / file).resolve()
+        allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+        return any(folder in target.parents for folder in allowed)
+
+    def _merge(
+        self, index: Mapping[str, str] | None, found: Mapping[str, dict[str, _Entry]], faults: list[str]
+    ) -> None:
+        copies = Counter(name for entries in found.values() for name in entries)
+        for name, count in copies.items():
+            if count > 1:
+                files = ", ".join(file for file, entries in found.items() if name in entries)
+                faults.append(f"tensor {name} is in {count} files ({files}), expected in one")
+        for file, entries in found.items():
+            for name, entry in entries.items():
+                if index is not None and name not in index:
+                    faults.append(
+                        f"{file} holds tensor {name}, which {INDEX} does not list; repair the index"
+                    )
+                self._entries[name] = entry
+        for name, file in (index or {}).items():
+            if found[file] and name not in found[file]:
+                actual = self._entries.get(name)
+                where = f"it is in {actual.file}" if actual else "no file holds it"
+                faults.append(f"{INDEX} lists tensor {name} in {file}, {where}; download {file} again")
+
+    def _faults_against(self, config: ModelConfig) -> list[str]:
+        faults = []
+        expected = expected_shapes(config)
+        for name, shape in expected.items():
+            entry = self._entries.get(name)
+            if entry is None:
+                faults.append(f"tensor {name} is missing, expected with shape {list(shape)}")
+                continue
+            if entry.shape != shape:
+                faults.append(
+                    f"{entry.file}: tensor {name} has shape {list(entry.shape)}, "
+                    f"config.json expects {list(shape)}"
+                )
+            elif entry.dtype == "F8_E4M3" and len(shape) == 2:
+                faults += self._scale_faults(name, entry)
+            elif entry.dtype not in _FLOATS:
+                allowed = ", ".join((*_FLOATS, "F8_E4M3 for matrices"))
+                faults.append(f"{entry.file}: tensor {name} is of dtype {entry.dtype}, expected {allowed}")
+        for name, entry in self._entries.items():
+            layer = layer_of(name)
+            is_mtp = layer is not None and layer >= config.num_hidden_layers
+            if not is_mtp and name not in expected and name.removesuffix(SCALE_SUFFIX) not in expected:
+                faults.append(f"{entry.file}: tensor {name} has no place in the model of config.json")
+        return faults
+
+    def _scale_faults(self, name: str, entry: _Entry) -> list[str]:
+        blocks = tuple(-(-size // block) for size, block in zip(entry.shape, self._block))
+        scale = self._entries.get(name + SCALE_SUFFIX)
+        if scale is None:
+            return [f"{entry.file}: tensor {name} is FP8, but {name}{SCALE_SUFFIX} is missing"]
+        if scale.shape != blocks or scale.dtype not in _FLOATS:
+            return [
+                f"{scale.file}: tensor {name}{SCALE_SUFFIX} is {scale.dtype} {list(scale.shape)}, "
+                f"expected one float per {self._block[0]}×{self._block[1]} block, {list(blocks)}"
+            ]
+        return []
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that the checkpoint does not hold."""
+        return [name for name in names if name not in self._entries]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the header. Raises CheckpointError."""
+        return self._entry(name).shape
+
+    def get(
+        self, name: str, dtype: torch.dtype, device: torch.device, slices: tuple[slice, ...] | None = None
+    ) -> Tensor:
+        """Reads one tensor, or a slice of it, from disk, and nothing else; converts to `dtype`.
+
+        FP8 matrices are multiplied by their block scales. Slices are one per dimension, of step 1. Raises
+        CheckpointError where the tensor is missing, the file has changed, or a scale is not positive
+        and finite.
+        """
+        entry = self._entry(name)
+        if entry.dtype == "F8_E4M3":
+            return self._get_fp8(name, entry, dtype, slices).to(device)
+        return self._read(name, entry, slices).to(device=device, dtype=dtype)
+
+    def _get_fp8(
+        self, name: str, entry: _Entry, dtype: torch.dtype, slices: tuple[slice, ...] | None
+    ) -> Tensor:
+        if len(entry.shape) != 2:
+            raise CheckpointError(
+                self.path, [f"{entry.file}: tensor {name} is FP8, which only matrices may be"]
+            )
+        scale_name = name + SCALE_SUFFIX
+        scale = self._read(scale_name, self._entry(scale_name), None).float()
+        if not bool(((scale > 0) & scale.isfinite()).all()):
+            raise CheckpointError(
+                self.path, [f"{entry.file}: tensor {scale_name} has scales that are not positive and finite"]
+            )
+        wanted = slices or (slice(None), slice(None))
+        bounds = [part.indices(size)[:2] for part, size in zip(wanted, entry.shape)]
+        # Whole blocks are read, so that the scales fit, and then cut.
+        first = [start // block * block for (start, _), block in zip(bounds, self._block)]
+        weight = self._read(name, entry, tuple(slice(f, stop) for f, (_, stop) in zip(first, bounds)))
+        blocks = tuple(slice(f // b, -(-stop // b)) for f, (_, stop), b in zip(first, bounds, self._block))
+        out = for_device(torch.device("cpu")).dequantize(weight, scale[blocks], self._block, dtype)
+        return out[tuple(slice(start - f, None) for f, (start, _) in zip(first, bounds))]
+
+    def _read(self, name: str, entry: _Entry, slices: tuple[slice, ...] | None) -> Tensor:
+        try:
+            file = self._open_files.get(entry.file)
+            if file is None:
+                file = self._open_files[entry.file] = safe_open(self.path / entry.file, framework="pt")
+            view = file.get_slice(name)  # type: ignore[no-untyped-call]
+            if tuple(view.get_shape()) != entry.shape or view.get_dtype() != entry.dtype:
+                raise CheckpointError(self.path, [f"{entry.file}: tensor {name} changed since it was opened"])
+            tensor: Tensor = view[slices or tuple(slice(None) for _ in entry.shape)]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                self.path, [f"{entry.file}: tensor {name} cannot be read ({error})"]
+            ) from error
+        return tensor
+
+    def _entry(self, name: str) -> _Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise CheckpointError(self.path, [f"tensor {name} is missing; the model needs it"])
+        return entry
+
+    def close(self) -> None:
+        """Lets go of the files. Tensors that were read remain."""
+        self._open_files.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _read_header(path: Path, file: str, faults: list[str]) -> dict[str, _Entry]:
+    """The entries of one file; what is wrong with it goes to `faults`, and nothing of it is used then.
+
+    The format: 8 bytes little-endian header length, JSON header, data (github.com/huggingface/safetensors).
+    """
+    again = f"download {file} again"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                faults.append(
+                    f"{file} is cut off: its header should take {length} of its {size} bytes; {again}"
+                )
+                return {}
+            header = json.loads(stream.read(length))
+    except FileNotFoundError:
+        faults.append(f"{file} is listed in {INDEX}, but not there; {again}")
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        faults.append(f"{file} has no readable header ({error}); {again}")
+        return {}
+    entries: dict[str, _Entry] = {}
+    end = 0
+    try:
+        for name, value in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
+            start, stop = (int(n) for n in value["data_offsets"])
+            num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
+            if min(shape, default=0) < 0 or start < 0 or stop - start != num_bytes:
+                faults.append(
+                    f"{file}: tensor {name} ({dtype} {list(shape)}) needs {num_bytes} bytes, "
+                    f"its header gives it {stop - start}; {again}"
+                )
+            entries[name] = _Entry(file, dtype, shape)
+            end = max(end, stop)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        faults.append(f"{file} has a malformed header ({error!r}); {again}")
+        return {}
+    if 8 + length + end != size:
+        faults.append(
+            f"{file} has {size} bytes, its header expects {8 + length + end}: "
+            f"it is cut off or broken; {again}"
+        )
+    return entries

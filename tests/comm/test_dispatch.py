@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r1_cluster.comm.dispatch import (
+    ExpertMap,
+    LinkDispatcher,
+    LocalDispatcher,
+    StepTag,
+    handle,
+    sort_rows,
+)
+from r1_cluster.comm.links import LocalLink, TcpLink
+from r1_cluster.comm.wire import Flags, Header, Kind, LinkError, Message, WireError
+from r1_cluster.records import pack_int32
+
+D = 32
+TAG = StepTag(1, 2, 3, 0)
+
+
+def make_experts(experts):
+    """Experts [e0, e1) of a layer: one matrix each, rows in tiles of 8 as in deterministic mode."""
+    weights = [torch.randn(D, D, generator=torch.Generator().manual_seed(e)) for e in experts]
+
+    def forward(layer, x_ND, counts):
+        assert layer == TAG.layer
+        assert len(counts) == len(weights)
+        assert sum(counts) == len(x_ND)
+        y_ND = torch.empty_like(x_ND)
+        first = 0
+        for weight, count in zip(weights, counts):
+            for row in range(first, first + count, 8):
+                rows = min(8, first + count - row)
+                tile = torch.zeros(8, D, dtype=x_ND.dtype)
+                tile[:rows] = x_ND[row : row + rows]
+                y_ND[row : row + rows] = (tile.float() @ weight).to(x_ND.dtype)[:rows]
+            first += count
+        return y_ND
+
+    return forward
+
+
+def naive(x_TD, expert_ids_TK, weights_TK, num_tokens, experts):
+    """Token by token, k by k."""
+    y_TD = torch.zeros_like(x_TD)
+    for t in range(num_tokens):
+        total = torch.zeros(D)
+        for k, expert in enumerate(expert_ids_TK[t].tolist()):
+            counts = [0] * experts
+            counts[expert] = 1
+            y = make_experts(range(experts))(TAG.layer, x_TD[t : t + 1], counts)[0]
+            total = total + y.float() * weights_TK[t, k]
+        y_TD[t] = total.to(x_TD.dtype)
+    return y_TD
+
+
+def split(num_experts, num_shards):
+    return [
+        range(*np.linspace(0, num_experts, num_shards + 1).astype(int)[i : i + 2]) for i in range(num_shards)
+    ]
+
+
+def local_links(shards):
+    forwards = [make_experts(shard) for shard in shards]
+    return [
+        LocalLink(f"expert{i}", lambda message, forward=forward: handle(message, forward))
+        for i, forward in enumerate(forwards)
+    ]
+
+
+class Shard:
+    """An expert shard behind a socket, served by a thread."""
+
+    def __init__(self, name, experts):
+        near, far = socket.socketpair()
+        self.link, self.far = TcpLink(near, name), TcpLink(far, "router")
+        self.num_served = 0
+        self.thread = threading.Thread(target=self.serve, args=(make_experts(experts),))
+        self.thread.start()
+
+    def serve(self, forward):
+        try:
+            while True:
+                self.far.send(*handle(self.far.recv(None), forward))
+                self.num_served += 1
+        except LinkError:
+            return
+
+    def stop(self):
+        self.far.close()
+        self.link.close()
+        self.thread.join(5)
+
+
+@pytest.fixture
+def shards():
+    """make(ranges) → shards behind sockets."""
+    made = []
+
+    def make(ranges):
+        made.extend(Shard(f"expert{i}", experts) for i, experts in enumerate(ranges))
+        return made[-len(ranges) :]
+
+    yield make
+    for shard in made:
+        shard.stop()
+
+
+def step(dispatcher, x_TD, expert_ids_TK, weights_TK, num_tokens, tag=TAG):
+    dispatcher.dispatch(tag, x_TD, expert_ids_TK, num_tokens)
+    return dispatcher.combine(weights_TK)
+
+
+def draw_step(num_rows, num_tokens, num_experts, top_k, seed, hot=None, dtype=torch.float32):
+    """Activations, ids and weights; only the `hot` first experts are chosen where given."""
+    generator = torch.Generator().manual_seed(seed)
+    x_TD = torch.randn(num_rows, D, generator=generator).to(dtype)
+    x_TD[num_tokens:] = 0
+    chances = torch.rand(num_rows, num_experts, generator=generator)
+    if hot is not None:
+        chances[:, hot:] = -1
+    return x_TD, chances.topk(top_k).indices, torch.rand(num_rows, top_k, generator=generator)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    num_tokens=st.integers(0, 21),
+    padding=st.integers(0, 7),
+    num_shards=st.integers(1, 4),
+    top_k=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+    few=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_links_give_the_same_bits_as_local(num_tokens, padding, num_shards, top_k, seed, few, dtype):
+    num_experts = 10
+    hot = top_k if few else None  # most experts, and some shards, without tokens
+    inputs = draw_step(num_tokens + padding, num_tokens, num_experts, top_k, seed, hot, dtype)
+    local = step(LocalDispatcher(make_experts(range(num_experts)), num_experts), *inputs, num_tokens)
+    shards = split(num_experts, num_shards)
+    dispatcher = LinkDispatcher(local_links(shards), shards, 5)
+    y_TD = step(dispatcher, *inputs, num_tokens)
+    assert y_TD.dtype == dtype
+    assert torch.equal(y_TD, local)
+    assert not y_TD[num_tokens:].any()
+    assert dispatcher.lost == []
+    assert torch.equal(local, naive(*inputs, num_tokens, num_experts))
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 4])
+def test_sockets_give_the_same_bits_as_local(shards, num_shards):
+    ranges = split(8, num_shards)
+    behind = shards(ranges)
+    dispatcher = LinkDispatcher([shard.link for shard in behind], ranges, 5)
+    local = LocalDispatcher(make_experts(range(8)), 8)
+    for seed in range(20):
+        inputs = draw_step(8, 5, 8, 2, seed)
+        tag = TAG._replace(step=seed)
+        assert torch.equal(step(dispatcher, *inputs, 5, tag), step(local, *inputs, 5, tag))
+
+
+def test_a_tokens_result_does_not_depend_on_its_batch():
+    x_TD, ids_TK, weights_TK = draw_step(16, 16, 8, 2, 0)
+    local = LocalDispatcher(make_experts(range(8)), 8)
+    together = step(local, x_TD, ids_TK, weights_TK, 16)
+    for t in range(16):
+        alone = step(local, x_TD[t : t + 1], ids_TK[t : t + 1], weights_TK[t : t + 1], 1)
+        assert torch.equal(alone[0], together[t])
+
+
+def test_a_shard_without_rows_is_not_contacted(shards):
+    ranges = [range(4), range(4, 8)]
+    behind = shards(ranges)
+    dispatcher = LinkDispatcher([shard.link for shard in behind], ranges, 5)
+    step(dispatcher, *draw_step(8, 8, 8, 2, 0, hot=4), 8)
+    assert [shard.num_served for shard in behind] == [1, 0]
+
+
+def without_experts(inputs, num_tokens, gone):
+    """The local result with zeros for the rows of the experts in `gone`."""
+    forward = make_experts(range(8))
+
+    def with_zeros(layer, x_ND, counts):
+        y_ND = forward(layer, x_ND, counts)
+        expert_N = np.repeat(np.arange(8), counts)
+        y_ND[np.isin(expert_N, list(gone))] = 0
+        return y_ND
+
+    return step(LocalDispatcher(with_zeros, 8), *inputs, num_tokens)
+
+
+def test_a_lost_shard_leaves_zeros_until_its_link_is_replaced(shards):
+    ranges = split(8, 3)
+    behind = shards(ranges)
+    dispatcher = LinkDispatcher([shard.link for shard in behind], ranges, 5)
+    inputs = draw_step(8, 8, 8, 2, 1)
+    whole = step(dispatcher, *inputs, 8)
+
+    # First it is found out while sending, later it is known.
+    behind[1].stop()
+    assert torch.equal(step(dispatcher, *inputs, 8), without_experts(inputs, 8, ranges[1]))
+    assert dispatcher.lost == ["expert1"]
+    dispatcher.lost.clear()
+    assert torch.equal(step(dispatcher, *inputs, 8), without_experts(inputs, 8, ranges[1]))
+    assert dispatcher.lost == ["expert1"], "each step that needed it says so"
+    dispatcher.lost.clear()
+    others_only = (inputs[0], torch.tensor([[0, 7]] * 8), inputs[2])
+    assert torch.equal(step(dispatcher, *others_only, 8), without_experts(others_only, 8, ()))
+    assert dispatcher.lost == [], "a step that did not need it is whole"
+
+    (again,) = shards([ranges[1]])
+    dispatcher.replace_link(1, again.link)
+    assert torch.equal(step(dispatcher, *inputs, 8), whole)
+    assert dispatcher.lost == []
+
+
+def test_a_shard_that_dies_between_dispatch_and_combine():
+    ranges = split(8, 2)
+    near, far = (TcpLink(sock, "dying") for sock in socket.socketpair())
+    dispatcher = LinkDispatcher([near, local_links(ranges)[1]], ranges, 5)
+    inputs = draw_step(8, 8, 8, 2, 1)
+    dispatcher.dispatch(TAG, inputs[0], inputs[1], 8)
+    assert dispatcher.lost == []
+    far.recv(1)
+    far.close()
+    assert torch.equal(dispatcher.combine(inputs[2]), without_experts(inputs, 8, ranges[0]))
+    assert dispatcher.lost == ["dying"]
+
+
+def test_a_silent_shard_is_given_up_after_the_timeout_and_the_others_are_heard():
+    ranges = split(8, 3)
+    near, far = socket.socketpair()
+    links = [*local_links(ranges)]
+    links[1] = TcpLink(near, "silent")
+    dispatcher = LinkDispatcher(links, ranges, 0.2)
+    inputs = draw_step(8, 8, 8, 2, 1)
+    with far:
+        assert torch.equal(step(dispatcher, *inputs, 8), without_experts(inputs, 8, ranges[1]))
+        assert dispatcher.lost == ["silent"]
+        assert links[1].closed
+
+
+def test_two_deaths_in_one_step(shards):
+    ranges = split(8, 3)
+    behind = shards(ranges)
+    dispatcher = LinkDispatcher([shard.link for shard in behind], ranges, 5)
+    inputs = draw_step(8, 8, 8, 2, 2)
+    behind[0].stop()
+    behind[2].stop()
+    gone = [*ranges[0], *ranges[2]]
+    assert torch.equal(step(dispatcher, *inputs, 8), without_experts(inputs, 8, gone))
+    assert dispatcher.lost == ["expert0", "expert2"]
+
+
+def test_a_link_closed_by_its_watcher_taints_the_step():
+    ranges = split(8, 2)
+    links = local_links(ranges)
+    dispatcher = LinkDispatcher(links, ranges, 5)
+    step(dispatcher, *draw_step(8, 8, 8, 2, 2), 8)
+    assert dispatcher.lost == []
+    links[1].close()
+    assert dispatcher.lost == ["expert1"]
+
+
+def test_replicas_take_over():
+    ranges = [range(0, 4), range(4, 8), range(2, 6)]
+    near, far = socket.socketpair()
+    far.close()
+    links = local_links(ranges)
+    links[0] = TcpLink(near, "expert0")
+    dispatcher = LinkDispatcher(links, ranges, 5)
+    inputs = (torch.randn(8, D), torch.tensor([[2, 5], [3, 7]] * 4), torch.rand(8, 2))
+    assert torch.equal(step(dispatcher, *inputs, 8), without_experts(inputs, 8, ranges[0]))
+    assert dispatcher.lost == ["expert0"]
+    dispatcher.lost.clear()
+    assert torch.equal(step(dispatcher, *inputs, 8), without_experts(inputs, 8, ()))
+    assert dispatcher.lost == []
+
+
+def test_an_expert_that_raises_answers_in_lock_step(shards, caplog):
+    ranges = split(8, 2)
+    (good,) = shards([ranges[0]])
+
+    def broken(layer, x_ND, counts):
+        raise RuntimeError("out of memory")
+
+    links = [good.link, LocalLink("expert1", lambda message: handle(message, broken))]
+    dispatcher = LinkDispatcher(links, ranges, 5)
+    inputs = draw_step(8, 8, 8, 2, 1)
+    assert torch.equal(step(dispatcher, *inputs, 8), without_experts(inputs, 8, ranges[1]))
+    assert dispatcher.lost == ["expert1"]
+    assert dispatcher.errors == {"expert1": "RuntimeError: out of memory"}
+    assert not links[1].closed
+    assert "experts failed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda reply: reply._replace(header=reply.header._replace(step=99)),
+        lambda reply: reply._replace(header=reply.header._replace(kind=int(Kind.DISPATCH))),
+        lambda reply: reply._replace(tensors=[tensor[:-1] for tensor in reply.tensors]),
+        lambda reply: reply._replace(tensors=[tensor.double() for tensor in reply.tensors]),
+        lambda reply: reply._replace(tensors=[]),
+        lambda reply: reply._replace(header=reply.header._replace(epoch=99)),
+    ],
+)
+def test_an_answer_that_does_not_fit_loses_the_shard(answer):
+    forward = make_experts(range(8))
+    link = LocalLink("expert0", lambda message: answer(handle(message, forward)))
+    dispatcher = LinkDispatcher([link], [range(8)], 5)
+    assert not step(dispatcher, *draw_step(8, 8, 8, 2, 1), 8).any()
+    assert dispatcher.lost == ["expert0"]
+    assert link.closed
+
+
+def test_a_late_answer_of_a_former_epoch_is_dropped_and_counted():
+    near, far = (TcpLink(sock, "peer") for sock in socket.socketpair())
+    dispatcher = LinkDispatcher([near], [range(8)], 5)
+    inputs = draw_step(8, 8, 8, 2, 1)
+    far.send(Header(Kind.COMBINE, 0, 2, 3, 0, 16), [torch.full((16, D), 7.0)])
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: far.send(*handle(far.recv(5), make_experts(range(8)))))
+        y_TD = step(dispatcher, *inputs, 8)
+    assert torch.equal(y_TD, without_experts(inputs, 8, ()))
+    assert near.stale_dropped == 1
+    near.close()
+    far.close()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Message(Header(Kind.PLAN, rows=2), [torch.zeros(2, D)], pack_int32(np.array([1, 1]))),
+        Message(Header(Kind.DISPATCH, rows=2), [], pack_int32(np.array([1, 1]))),
+        Message(Header(Kind.DISPATCH, rows=2), [torch.zeros(2, D)], b"abc"),
+        Message(Header(Kind.DISPATCH, rows=2), [torch.zeros(2, D)], pack_int32(np.array([1, 2]))),
+        Message(Header(Kind.DISPATCH, rows=2), [torch.zeros(2, D)], pack_int32(np.array([3, -1]))),
+        Message(Header(Kind.DISPATCH, rows=3), [torch.zeros(2, D)], pack_int32(np.array([1, 1]))),
+        Message(Header(Kind.DISPATCH, rows=2), [torch.zeros(2)], pack_int32(np.array([1, 1]))),
+        Message(Header(Kind.DISPATCH, rows=2), [torch.tensor(2.0)], pack_int32(np.array([1, 1]))),
+    ],
+)
+def test_a_shard_refuses_what_is_no_dispatch(message):
+    with pytest.raises(WireError):
+        handle(message, lambda layer, x_ND, counts: x_ND)
+
+
+def test_taint_is_passed_on():
+    header = Header(Kind.DISPATCH, rows=1, flags=Flags.TAINTED)
+    message = Message(header, [torch.zeros(1, D)], pack_int32(np.array([1])))
+    assert handle(message, lambda layer, x_ND, counts: x_ND).header.flags == Flags.TAINTED
+
+
+def test_maps_and_arguments_that_make_no_sense():
+    with pytest.raises(ValueError, match=r"no shard holds the experts \[2\]"):
+        ExpertMap([range(2), range(3, 5)])
+    with pytest.raises(ValueError, match="ascending"):
+        ExpertMap([[1, 0]])
+    with pytest.raises(ValueError, match="no shard"):
+        ExpertMap([])
+    with pytest.raises(ValueError, match="1 links for 2 shards"):
+        LinkDispatcher(local_links([range(2)]), [range(2), range(2, 4)], 5)
+    with pytest.raises(ValueError, match="expert 4 of 4"):
+        sort_rows(torch.tensor([[0, 4]]), 1, np.zeros(4, dtype=np.int64))
+    dispatcher = LinkDispatcher(local_links([range(2)]), [range(2)], 5)
+    with pytest.raises(RuntimeError, match="combine without a dispatch"):
+        dispatcher.combine(torch.zeros(1, 1))

@@ -1,0 +1,199 @@
+"""The process-group link with gloo; all but the backend's few lines is what NCCL runs as well."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from r1_cluster.comm.dispatch import LinkDispatcher, LocalDispatcher, StepTag
+from r1_cluster.comm.links import TcpLink, wait_any
+from r1_cluster.comm.process_group import GlooBackend, ProcessGroupLink, ProcessGroups, serve_store
+from r1_cluster.comm.wire import Flags, Header, Kind, LinkClosed, LinkTimeout, WireError
+
+JOIN = """
+from r1_cluster.comm.dispatch import handle
+from r1_cluster.comm.process_group import GlooBackend, ProcessGroups
+groups = ProcessGroups(GlooBackend("127.0.0.1"), "127.0.0.1", int(sys.argv[3]), 20)
+link = groups.join(link, 1)
+"""
+ECHO = (
+    JOIN
+    + """
+while True:
+    message = link.recv(None)
+    link.send(*message)
+"""
+)
+EXPERTS = (
+    JOIN
+    + """
+while True:
+    link.send(*handle(link.recv(None), lambda layer, x_ND, counts: x_ND * 2 + layer))
+"""
+)
+Join = Callable[[str], tuple[subprocess.Popen[bytes], ProcessGroupLink]]
+
+
+@pytest.fixture
+def groups() -> Iterator[tuple[ProcessGroups, int]]:
+    store = serve_store("127.0.0.1", (0, 0))
+    groups = ProcessGroups(GlooBackend("127.0.0.1"), "127.0.0.1", store.port, 20)
+    yield groups, store.port
+    groups.close()
+
+
+@pytest.fixture
+def join(groups, start_peer) -> Iterator[Join]:
+    """join(script) → a process that runs it, and our end of the process-group link to it."""
+    ours, port = groups
+    links = []
+
+    def join(script: str) -> tuple[subprocess.Popen[bytes], ProcessGroupLink]:
+        process, header_link = start_peer(script, str(port))
+        links.append(ours.join(header_link, 0))
+        return process, links[-1]
+
+    yield join
+    for link in links:
+        link.close()
+
+
+def test_messages_arrive_as_sent(join):
+    _, link = join(ECHO)
+    tensors = [
+        torch.randn(8, 128),
+        torch.randn(5, 3).to(torch.bfloat16),
+        torch.arange(7),
+        torch.randn(3, 4).t(),
+        torch.empty(0, 9),
+        torch.randn(64, 7168),
+        torch.randn(4, 2).to(torch.float8_e4m3fn),
+    ]
+    header = Header(Kind.DISPATCH, 1, 2, 3, 4, 5, Flags.TAINTED)
+    for _ in range(3):
+        link.send(header, tensors, b"body")
+        assert wait_any([link], 5) == [link]
+        message = link.recv(10)
+        assert message.header == header
+        assert message.body == b"body"
+        for sent, received in zip(tensors, message.tensors, strict=True):
+            assert received.dtype == sent.dtype
+            assert received.shape == sent.shape
+            assert torch.equal(received.float(), sent.float())
+    with pytest.raises(LinkTimeout):
+        link.recv(0.05)
+    assert not link.closed
+    with pytest.raises(WireError, match="tensors of cpu"):
+        link.send(header, [torch.empty(1, device="meta")])
+    link.send(header)
+    assert link.recv(5).header == header
+
+
+def test_dispatch_over_process_groups_equals_local(join):
+    _, first = join(EXPERTS)
+    _, second = join(EXPERTS)
+    shards = [range(3), range(3, 8)]
+    dispatcher = LinkDispatcher([first, second], shards, 10)
+    local = LocalDispatcher(lambda layer, x_ND, counts: x_ND * 2 + layer, 8)
+    for layer in range(4):
+        x_TD, weights_TK = torch.randn(16, 32), torch.rand(16, 2)
+        ids_TK = torch.rand(16, 8).topk(2).indices
+        for each in (dispatcher, local):
+            each.dispatch(StepTag(1, 1, layer, 0), x_TD, ids_TK, 13)
+        assert torch.equal(dispatcher.combine(weights_TK), local.combine(weights_TK))
+    assert dispatcher.lost == []
+
+
+def test_a_killed_peer_is_noticed_by_whoever_waits_and_the_others_go_on(join):
+    victim, lost = join(ECHO)
+    _, other = join(ECHO)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lost.recv, 30)
+        time.sleep(0.1)
+        start = time.monotonic()
+        victim.kill()
+        with pytest.raises(LinkClosed):
+            waiting.result(5)
+        assert time.monotonic() - start < 0.5
+    with pytest.raises(LinkClosed):
+        lost.send(Header(1), [torch.zeros(4)])
+    other.send(Header(1), [torch.ones(4)])
+    assert other.recv(5).tensors[0].tolist() == [1, 1, 1, 1]
+
+
+def test_a_killed_peer_is_noticed_though_nobody_waits(join):
+    victim, link = join(ECHO)
+    victim.kill()
+    deadline = time.monotonic() + 0.5
+    while not link.closed:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_peer_that_dies_before_its_payload_is_noticed(join):
+    """The header is here, the payload never comes: gloo's own error, or the watch, ends the wait."""
+    victim, link = join(
+        JOIN + "link._header_link.send_announcement(Header(1), [torch.zeros(4)], b''); time.sleep(60)"
+    )
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(link.recv, 30)
+        time.sleep(0.2)
+        assert not waiting.done()
+        start = time.monotonic()
+        victim.kill()
+        with pytest.raises(LinkClosed):
+            waiting.result(5)
+        assert time.monotonic() - start < 0.5
+    assert link.closed
+
+
+def test_a_lost_peer_joins_again_in_a_new_group(join):
+    victim, lost = join(ECHO)
+    victim.kill()
+    with pytest.raises(LinkClosed):
+        lost.recv(5)
+    start = time.monotonic()
+    _, again = join(ECHO)
+    again.send(Header(1, step=5), [torch.ones(2)])
+    assert again.recv(5).header.step == 5
+    assert time.monotonic() - start < 30
+
+
+def test_close_wakes_whoever_is_blocked(join):
+    _, link = join(ECHO)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(link.recv, None)
+        threading.Timer(0.1, link.close).start()
+        with pytest.raises(LinkClosed):
+            waiting.result(2)
+
+
+def test_a_peer_that_joins_no_group_is_an_error(groups, pair):
+    left, right = pair
+    right.send(Header(Kind.PLAN))
+    with pytest.raises(WireError, match="did not start a group"):
+        groups[0].join(left, 1)
+    assert left.closed
+
+
+def test_a_plain_message_on_a_group_link_ends_it(groups):
+    ours, port = groups
+    theirs = ProcessGroups(GlooBackend("127.0.0.1"), "127.0.0.1", port, 20)
+    near, far = (TcpLink(sock, "twin") for sock in socket.socketpair())
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(theirs.join, far, 1)
+        link = ours.join(near, 0)
+        twin = other.result(20)
+    far.send(Header(1), [torch.zeros(1)])
+    with pytest.raises(WireError, match="announcement"):
+        link.recv(1)
+    assert link.closed
+    twin.close()
+    theirs.close()

@@ -1,0 +1,238 @@
+"""Workers, links and the engine's loop in one process, without Ray: threads in place of actors."""
+
+import queue
+import random
+import threading
+
+import pytest
+
+from r1_cluster.comm.handshake import Hello
+from r1_cluster.comm.listener import connect
+from r1_cluster.comm.wire import Header, Kind, LinkError, pack
+from r1_cluster.config import Layout as LayoutConfig
+from r1_cluster.engine.boot import ENGINE, Topology, WorkerBoot
+from r1_cluster.engine.core import EngineCore, Pipeline
+from r1_cluster.engine.pages import PageAllocator
+from r1_cluster.engine.scheduler import Limits, Scheduler
+from r1_cluster.engine.streams import TokenFan, TokenSink
+from r1_cluster.engine.worker import Worker
+from r1_cluster.models.config import ModelConfig
+from r1_cluster.planning.layout import build_layout
+from r1_cluster.records import Request, SamplingParams
+
+SECRET = b"a secret for tests only"
+PORTS = (21000, 23999)
+PAGE_SIZE = 8
+LAYOUTS = {
+    "colocated": {"kind": "colocated"},
+    "disaggregated": {"kind": "disaggregated", "stages": 2, "expert_shards": 3},
+    "four stages": {"kind": "disaggregated", "stages": 4, "expert_shards": 1},
+}
+
+
+class Cluster:
+    """An engine over the workers of a layout."""
+
+    def __init__(self, checkpoint, layout, num_pages=256, lease_s=5.0, **limits):
+        config = ModelConfig.from_folder(checkpoint)
+        self.layout = build_layout(LayoutConfig(**layout), config)
+        self.workers = {
+            spec.name: Worker(self.boot(checkpoint, spec.name, num_pages, lease_s))
+            for spec in self.layout.workers
+        }
+        self.threads = [threading.Thread(target=worker.run) for worker in self.workers.values()]
+        for thread in self.threads:
+            thread.start()
+        self.pipeline = Pipeline(self.link(1), "stage-0", 1)
+        self.deltas = queue.Queue()
+        self.ends = queue.Queue()
+        self.sink = TokenSink(
+            "sink", "127.0.0.1", PORTS, SECRET, lambda deltas: [self.deltas.put(d) for d in deltas]
+        )
+        fan = TokenFan("engine-0", SECRET)
+        fan.epoch = 1
+        fan.attach("sink", self.sink.endpoint)
+        defaults = {"max_num_seqs": 16, "max_batch_tokens": 64, "max_model_len": 200}
+        self.scheduler = Scheduler(
+            Limits(**{**defaults, **limits}), PageAllocator(num_pages, PAGE_SIZE), frozenset({1})
+        )
+        self.core = EngineCore(
+            self.scheduler, self.pipeline, fan, lease_s=lease_s, on_end=lambda *end: self.ends.put(end)
+        )
+        self.core.start()
+
+    def boot(self, checkpoint, name, num_pages, lease_s):
+        return WorkerBoot(
+            name=name,
+            incarnation="first",
+            workers=self.layout.workers,
+            checkpoint=str(checkpoint),
+            dtype="float32",
+            device="cpu",
+            deterministic=True,
+            threads=1,
+            page_size=PAGE_SIZE,
+            num_pages=num_pages,
+            lease_s=lease_s,
+            step_timeout_s=10.0,
+            host="127.0.0.1",
+            link_ports=PORTS,
+            secret=SECRET,
+        )
+
+    def link(self, epoch):
+        endpoints = {name: worker.listener.address for name, worker in self.workers.items()}
+        links = {
+            name: connect(endpoint, Hello(ENGINE, "engine-0", epoch, "control"), SECRET)
+            for name, endpoint in endpoints.items()
+        }
+        topology = Topology(epoch, endpoints, dict.fromkeys(endpoints, "first"))
+        for link in links.values():
+            link.send(Header(Kind.CONTROL, epoch), (), pack(topology))
+        for link in links.values():
+            link.recv(10.0)
+        return links
+
+    def run(self, requests):
+        """Texts by request id, checked for gaps, once all requests have ended."""
+        texts = {}
+        for request in requests:
+            self.core.submit(request)
+        open_ids = {request.request_id for request in requests}
+        while open_ids:
+            delta = self.deltas.get(timeout=60)
+            text = texts.setdefault(delta.request_id, [])
+            assert delta.position == len(text)
+            text.extend(delta.tokens)
+            if delta.finish_reason is not None:
+                assert delta.error is None, delta.error
+                open_ids.remove(delta.request_id)
+        ends = {self.ends.get(timeout=10) for _ in requests}
+        assert ends == {(request.request_id, None) for request in requests}
+        return texts
+
+    def close(self):
+        self.core.stop()
+        self.sink.close()
+        for worker in self.workers.values():
+            worker.stop()
+        for thread in self.threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+@pytest.fixture(params=LAYOUTS)
+def cluster(request, checkpoint):
+    running = Cluster(checkpoint, LAYOUTS[request.param])
+    yield running
+    running.close()
+
+
+def requests(count, seed=5, **options):
+    rng = random.Random(seed)
+    return [
+        Request(
+            f"r{i}",
+            [rng.randrange(5, 400) for _ in range(rng.randrange(1, 90))],
+            SamplingParams(0.0, 1.0, 0, 0) if i % 2 else SamplingParams(1.0, 0.95, 0, i),
+            max_tokens=rng.randrange(1, 40),
+            stop_token_ids=[],
+            sink="sink",
+            **options,
+        )
+        for i in range(count)
+    ]
+
+
+EXPECTED = {}
+
+
+def test_every_text_is_as_if_alone_and_the_same_in_every_layout(cluster):
+    asked = requests(24)
+    together = cluster.run(asked)
+    for request in asked[::6]:
+        assert cluster.run([request]) == {request.request_id: together[request.request_id]}
+    assert cluster.scheduler.allocator.num_used == 0
+    assert together == EXPECTED.setdefault("texts", together)
+
+
+def test_preemption_and_micro_batches_change_no_text(checkpoint):
+    asked = requests(12)
+    plain = Cluster(checkpoint, LAYOUTS["disaggregated"])
+    scarce = Cluster(checkpoint, LAYOUTS["disaggregated"], num_pages=30, micro_batches=2, max_batch_tokens=24)
+    try:
+        assert scarce.run(asked) == plain.run(asked)
+        assert scarce.scheduler.num_preempted > 0
+        scarce.scheduler.check()
+    finally:
+        plain.close()
+        scarce.close()
+
+
+def test_a_continued_request_goes_on_at_the_next_token(cluster):
+    (request,) = requests(1, ignore_eos=True)
+    (text,) = cluster.run([request]).values()
+    half = len(text) // 2
+    continued = Request(
+        "again",
+        request.prompt,
+        request.sampling,
+        request.max_tokens,
+        [],
+        "sink",
+        text[:half],
+        ignore_eos=True,
+    )
+    cluster.core.submit(continued)
+    rest = []
+    while len(rest) < len(text) - half:
+        delta = cluster.deltas.get(timeout=60)
+        assert delta.position == half + len(rest)
+        rest += delta.tokens
+    assert text[:half] + rest == text
+    cluster.ends.get(timeout=10)
+
+
+def test_abort_frees_the_pages(cluster):
+    cluster.core.submit(
+        Request("long", [7, 8, 9], SamplingParams(0.0, 1.0, 0, 0), 190, [], "sink", ignore_eos=True)
+    )
+    cluster.deltas.get(timeout=60)
+    cluster.core.abort("long")
+    assert cluster.ends.get(timeout=10) == ("long", None)
+    cluster.run(requests(1))
+    assert cluster.scheduler.allocator.num_used == 0
+    cluster.scheduler.check()
+
+
+def test_an_engine_of_an_old_epoch_is_refused(cluster):
+    cluster.run(requests(1))
+    worker = cluster.workers["stage-0"]
+    link = connect(worker.listener.address, Hello(ENGINE, "old", 1, "control"), SECRET)
+    with pytest.raises(LinkError):
+        link.recv(10.0)
+    cluster.run(requests(1))
+
+
+def test_workers_leave_when_their_lease_ends(checkpoint):
+    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"], lease_s=0.5)
+    cluster.run(requests(2))
+    cluster.core.stop()
+    for thread in cluster.threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    cluster.sink.close()
+
+
+def test_a_lost_worker_ends_its_requests_with_an_error(checkpoint):
+    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"])
+    cluster.core.submit(
+        Request("long", [7, 8, 9], SamplingParams(0.0, 1.0, 0, 0), 190, [], "sink", ignore_eos=True)
+    )
+    cluster.deltas.get(timeout=60)
+    cluster.workers["experts-1"].stop()
+    request_id, error = cluster.ends.get(timeout=20)
+    assert request_id == "long"
+    assert "experts-1" in error
+    assert cluster.core.failure is not None
+    cluster.close()

@@ -1,0 +1,61 @@
+from types import SimpleNamespace
+
+import pytest
+
+from r1_cluster.config import ConfigError, Layout
+from r1_cluster.planning.layout import build_layout
+
+MODEL = SimpleNamespace(num_hidden_layers=4, n_routed_experts=8, first_k_dense_replace=1)
+
+
+def build(model=MODEL, **layout):
+    return build_layout(Layout(**layout), model)
+
+
+def test_colocated_is_one_worker_with_every_role():
+    (worker,) = build(kind="colocated").workers
+    assert worker.roles == ("stage", "router", "experts")
+    assert (worker.stage, worker.router, worker.experts) == ((0, 4), (0, 4), (0, 8))
+    assert build(kind="colocated").connects_to(worker) == ()
+
+
+def test_disaggregated_links():
+    layout = build(kind="disaggregated", stages=2, expert_shards=3)
+    assert [w.name for w in layout.workers] == [
+        "stage-0", "stage-1", "router-0", "router-1", "experts-0", "experts-1", "experts-2",
+    ]  # fmt: skip
+    by_name = {worker.name: worker for worker in layout.workers}
+    assert layout.connects_to(by_name["stage-0"]) == ("stage-1", "router-0")
+    assert layout.connects_to(by_name["stage-1"]) == ("router-1",)
+    assert layout.connects_to(by_name["router-1"]) == ("experts-0", "experts-1", "experts-2")
+    assert layout.connects_to(by_name["experts-2"]) == ()
+    assert [shard.experts for shard in layout.shards] == [(0, 2), (2, 5), (5, 8)]
+
+
+def test_a_stage_of_dense_layers_has_no_router():
+    layout = build(kind="disaggregated", stages=["0-0", "1-3"])
+    assert [w.name for w in layout.workers if w.router] == ["router-1"]
+    assert layout.router_of(layout.stages[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"stages": 5}, "layout.stages: 5 parts are asked for, but the model has only 4 layers"),
+        (
+            {"expert_shards": 9},
+            "layout.expert_shards: 9 parts are asked for, but the model has only 8 experts",
+        ),
+        ({"stages": ["0-1"]}, "layout.stages: the ranges cover 2 layers, but the model has 4"),
+        ({"stages": ["0-1", "3-3"]}, "layout.stages: '3-3' should start at 2"),
+        ({"stages": ["0-2", "2-3"]}, "layout.stages: '2-3' should start at 3"),
+        ({"stages": ["0-9"]}, "layout.stages: the ranges cover 10 layers, but the model has 4"),
+        ({"expert_shards": ["0-3", "5-7"]}, "layout.expert_shards: '5-7' should start at 4"),
+        ({"expert_shards": ["all"]}, "layout.expert_shards: 'all' is no range"),
+        ({"kind": "colocated", "stages": 2}, "layout.kind: colocated puts everything in one worker"),
+    ],
+)
+def test_what_does_not_cover_the_model_is_refused_with_the_numbers(layout, message):
+    with pytest.raises(ConfigError) as caught:
+        build(**{"kind": "disaggregated", **layout})
+    assert message in str(caught.value)

@@ -1,0 +1,165 @@
+"""Scores: whole trace and boxed answer per task, sampled pass@1 and cons@8, MTP acceptance, expert load."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nano_r1.data import TASKS
+from nano_r1.export import moe_blocks
+from nano_r1.generate import draft_acceptance, generate
+from nano_r1.heldout import HeldOut, draw_held_out
+from nano_r1.model import NanoR1
+from nano_r1.tokenizer import EOS_ID, ChatEncoder
+
+NUM_SAMPLES = 8
+TEMPERATURE, TOP_P = 0.6, 0.95
+_CHUNK = 160  # rows of one generation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One question: is the greedy trace right, its answer, what share of the samples, their vote."""
+
+    item: HeldOut
+    trace: bool
+    answer: bool
+    sampled: float
+    voted: bool
+
+
+@dataclass(frozen=True)
+class FreeRun:
+    """Measured on greedy output: drafts accepted and made per task, tokens of each expert by layer."""
+
+    accepted: Counter[str]
+    drafted: Counter[str]
+    loads: dict[int, list[int]]
+
+    @property
+    def acceptance(self) -> float:
+        """Share of all drafts accepted."""
+        return float(self.accepted.total() / self.drafted.total())
+
+    def imbalance(self) -> dict[int, float]:
+        """Load of the busiest expert over the mean, by layer."""
+        return {layer: float(max(load) * len(load) / sum(load)) for layer, load in self.loads.items()}
+
+
+def final_answer(text: str) -> str:
+    """What stands in the last box after the thought, or the whole answer where there is no box."""
+    answer = text.rpartition("</think>")[2].strip()
+    _, box, rest = answer.rpartition("\\boxed{")
+    return rest.partition("}")[0] if box else answer
+
+
+def boxed(output: Sequence[int], encoder: ChatEncoder) -> str | None:
+    """The final answer of an output, or None if the model never ended."""
+    if not output or output[-1] != EOS_ID:
+        return None
+    return final_answer(encoder.tokenizer.decode(list(output[:-1]), skip_special_tokens=False))
+
+
+def guess_rate(items: Sequence[HeldOut]) -> float:
+    """How often a guesser who knows the form of the answer is right.
+
+    It picks one of the two numbers compared, some order of the list, a number with the right count of digits,
+    or the most common reply.
+    """
+    task = items[0].task
+    if task == "talk":
+        return Counter(item.result for item in items).most_common(1)[0][1] / len(items)
+    if task == "compare":
+        return 0.5
+    if task in ("reverse", "sort"):
+        return sum(1 / math.factorial(item.size) for item in items) / len(items)
+    return sum(1 / (9 * 10.0 ** (len(item.result) - 1)) for item in items) / len(items)
+
+
+def _generate_all(
+    model: NanoR1, prompts: Sequence[list[int]], temperature: float, top_p: float, seed: int
+) -> list[list[int]]:
+    outputs: list[list[int]] = []
+    for start in range(0, len(prompts), _CHUNK):
+        part = prompts[start : start + _CHUNK]
+        outputs += generate(model, part, temperature=temperature, top_p=top_p, seed=seed + start)
+    return outputs
+
+
+def evaluate(
+    model: NanoR1, encoder: ChatEncoder, items: Sequence[HeldOut], seed: int = 0
+) -> tuple[list[Outcome], FreeRun]:
+    """Score `items` greedily and by NUM_SAMPLES samples each; measure drafts and load on greedy output."""
+    prompts = [encoder.prompt(item.prompt) for item in items]
+    greedy = _generate_all(model, prompts, 0.0, 1.0, seed)
+    samples = [
+        _generate_all(model, prompts, TEMPERATURE, TOP_P, seed + 10**6 * (1 + n)) for n in range(NUM_SAMPLES)
+    ]
+    outcomes = []
+    for index, item in enumerate(items):
+        answers = [boxed(outputs[index], encoder) for outputs in samples]
+        outcomes.append(
+            Outcome(
+                item,
+                trace=greedy[index] == encoder.completion(item.thought, item.answer),
+                answer=boxed(greedy[index], encoder) == item.result,
+                sampled=sum(answer == item.result for answer in answers) / NUM_SAMPLES,
+                voted=Counter(answers).most_common(1)[0][0] == item.result,
+            )
+        )
+    return outcomes, measure_free_run(model, items, prompts, greedy)
+
+
+def measure_free_run(
+    model: NanoR1, items: Sequence[HeldOut], prompts: Sequence[list[int]], outputs: Sequence[list[int]]
+) -> FreeRun:
+    """Drafts and expert load over prompts and outputs, one sequence at a time: nothing is padding."""
+    blocks = moe_blocks(model)
+    accepted, drafted = Counter[str](), Counter[str]()
+    loads = {layer: torch.zeros(model.config.n_routed_experts) for layer in blocks}
+    for item, prompt, output in zip(items, prompts, outputs, strict=True):
+        right, made = draft_acceptance(model, prompt, output)
+        accepted[item.task] += right
+        drafted[item.task] += made
+        for layer, block in blocks.items():
+            loads[layer] += block.load
+    return FreeRun(accepted, drafted, {layer: load.int().tolist() for layer, load in loads.items()})
+
+
+def transformers_error(folder: Path, model: NanoR1, prompts: Sequence[list[int]]) -> float:
+    """Largest difference of a logit between `model` and transformers' reading of `folder`, both float32."""
+    from transformers import DeepseekV3ForCausalLM
+
+    reference = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    worst = 0.0
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            visible = torch.ones(1, 1, len(prompt), len(prompt), dtype=torch.bool).tril()
+            mask = torch.zeros(visible.shape).masked_fill(~visible, -1e9)
+            ours = model.head(model.trunk(ids, model.positions(mask)))
+            worst = max(worst, float((ours - reference(ids).logits).abs().max()))
+    return worst
+
+
+def quick_scores(model: NanoR1, encoder: ChatEncoder, count: int = 24) -> str:
+    """Greedy scores answer/trace per task, known then unseen wordings, on one line; for watching a run."""
+    items = draw_held_out(seed=1, count=count)
+    outputs = _generate_all(model, [encoder.prompt(item.prompt) for item in items], 0.0, 1.0, 0)
+    parts = []
+    for task in TASKS:
+        cells = []
+        for wording in ("known", "unseen"):
+            chosen = [
+                (item, output)
+                for item, output in zip(items, outputs, strict=True)
+                if (item.task, item.wording) == (task, wording)
+            ]
+            answers = sum(boxed(output, encoder) == item.result for item, output in chosen)
+            traces = sum(output == encoder.completion(item.thought, item.answer) for item, output in chosen)
+            cells.append(f"{answers / count:.2f}/{traces / count:.2f}")
+        parts.append(f"{task} {' '.join(cells)}")
+    return "  ".join(parts)
