@@ -116,7 +116,9 @@ def place(service: Service, layout: Layout, engine: str) -> dict[str, tuple[Plac
         index_of: dict[str, int] = {}
         for worker in members:
             index = next(
-                i for i, anchor in enumerate(anchors) if anchor is worker or anchor.stage == worker.router
+                i
+                for i, anchor in enumerate(anchors)
+                if anchor is worker or (worker.router is not None and anchor.stage == worker.router)
             )
             index_of[worker.name] = index
             for key, amount in each.items():

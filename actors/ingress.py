@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
@@ -57,9 +57,9 @@ class Ingress:
         self._streams: dict[str, asyncio.Queue[TokenDelta]] = {}
         self._sink = TokenSink(
             f"ingress-{secrets.token_hex(8)}",
-            secret(),
             ray.util.get_node_ip_address(),
             service.cluster.link_ports,
+            secret(),
             self._deliver,
         )
         self._endpoint = msgspec.msgpack.encode(self._sink.endpoint)
@@ -145,7 +145,7 @@ class Ingress:
         stream = ChatStream(chat, self._tokenizer, prompt_tokens=len(prompt), request_id=record.request_id)
         return stream, record
 
-    async def _generate(self, record: EngineRequest) -> AsyncIterator[TokenDelta]:
+    async def _generate(self, record: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         """The deltas of one answer; raises ApiError where the engine refuses or fails. Closing it, or
         cancelling its task, aborts the request on the engine."""
         queue: asyncio.Queue[TokenDelta] = asyncio.Queue()
@@ -167,8 +167,8 @@ class Ingress:
                 call.cancel()
 
     async def _frames(
-        self, stream: ChatStream, first: TokenDelta, answer: AsyncIterator[TokenDelta]
-    ) -> AsyncIterator[bytes]:
+        self, stream: ChatStream, first: TokenDelta, answer: AsyncGenerator[TokenDelta, None]
+    ) -> AsyncGenerator[bytes, None]:
         try:
             yield b"".join(stream.feed(first))
             if not stream.finished:

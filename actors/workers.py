@@ -37,7 +37,7 @@ class _Shell:
     def describe(self) -> dict[str, object]:
         """Where this worker listens, what it hosts, and where it runs."""
         return {
-            "endpoint": self._worker.listener.endpoint,
+            "endpoint": self._worker.listener.address,
             "incarnation": self._boot.incarnation,
             "epoch": self._worker.epoch,
             "roles": list(self._worker.spec.roles),

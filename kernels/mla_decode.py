@@ -104,18 +104,22 @@ def mla_decode_kernel(
     end = tl.minimum(begin + split_tokens, context_len)
     for first in range(begin, end, BLOCK_N):
         # BLOCK_N divides a page and splits start on a block, so a block lies in one page.
-        page = tl.load(page_table_ptr + sequence * table_stride + first // PAGE).to(tl.int64)
+        page = tl.load(page_table_ptr + sequence * table_stride + first // PAGE)
         key = first + tl.arange(0, BLOCK_N)
-        # A real cache exceeds 2^31 elements: 3.7 million tokens of 576.
-        slot = page * PAGE + first % PAGE + tl.arange(0, BLOCK_N)
+        # A real cache exceeds 2^31 elements (3.7 million tokens of 576): the block's start is 64 bits wide. What
+        # is within the block is not, which spares the registers of a wide pointer per element.
+        slot = page.to(tl.int64) * PAGE + first % PAGE
+        block_at = cache_ptr + slot * (C + R)
+        within = tl.arange(0, BLOCK_N)
         # Slots past the context hold anything, NaN included, and 0 · NaN would reach the sum.
         filled = (key < end)[:, None]
-        k_at = cache_ptr + slot[:, None] * (C + R)
-        k_latent = tl.load(k_at + latent[None, :], mask=filled, other=0.0).to(q_latent.dtype)
-        k_rope = tl.load(k_at + C + rotated[None, :], mask=filled, other=0.0).to(q_latent.dtype)
+        entry = within[:, None] * (C + R)
+        k_latent = tl.load(block_at + (entry + latent[None, :]), mask=filled, other=0.0).to(q_latent.dtype)
+        k_rope = tl.load(block_at + (entry + C + rotated[None, :]), mask=filled, other=0.0).to(q_latent.dtype)
         if SCALED:
-            latent_scale = tl.load(cache_scale_ptr + slot * 2, mask=key < end, other=0.0)
-            rope_scale = tl.load(cache_scale_ptr + slot * 2 + 1, mask=key < end, other=0.0)
+            scale_at = cache_scale_ptr + slot * 2
+            latent_scale = tl.load(scale_at + within * 2, mask=key < end, other=0.0)
+            rope_scale = tl.load(scale_at + (within * 2 + 1), mask=key < end, other=0.0)
             score = tl.dot(q_latent, tl.trans(k_latent)) * latent_scale[None, :]
             score += tl.dot(q_rope, tl.trans(k_rope)) * rope_scale[None, :]
         else:
@@ -136,10 +140,12 @@ def mla_decode_kernel(
     seen = weights > 0
     total = total / tl.where(seen, weights, 1.0)[:, None]
     lse = tl.where(seen, largest + tl.log2(tl.where(seen, weights, 1.0)), float("-inf"))
-    out_row = tl.program_id(1).to(tl.int64) * num_rows + query_begin.to(tl.int64) * num_heads + row
-    out_at = out_ptr + out_row[:, None] * C + latent[None, :]
+    out_row = tl.program_id(1).to(tl.int64) * num_rows + query_begin.to(tl.int64) * num_heads
+    out_row += tl.program_id(0) * BLOCK_ROWS
+    block_row = tl.arange(0, BLOCK_ROWS)
+    out_at = out_ptr + out_row * C + (block_row[:, None] * C + latent[None, :])
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=used[:, None])
-    tl.store(lse_ptr + out_row, lse, mask=used)
+    tl.store(lse_ptr + out_row + block_row, lse, mask=used)
 
 
 def mla_decode(

@@ -149,7 +149,7 @@ class EngineCore:
             self.fan.close()
 
     def _loop(self) -> None:
-        sources = [self._wakeup, *self.pipeline.links.values()]
+        sources: list[TcpLink | Wakeup] = [self._wakeup, *self.pipeline.links.values()]
         heartbeat_at = 0.0
         while not self._stopping:
             self._send_plans()

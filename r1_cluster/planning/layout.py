@@ -6,6 +6,7 @@ linked with whom follows from who hosts what, so that a further layout is one mo
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -99,7 +100,7 @@ def _spans(wanted: int | list[str], total: int, key: str, what: str) -> list[Spa
         if wanted > total:
             raise ConfigError(f"{key}: {wanted} parts are asked for, but the model has only {total} {what}")
         bounds = [total * i // wanted for i in range(wanted + 1)]
-        return list(zip(bounds, bounds[1:]))
+        return list(itertools.pairwise(bounds))
     spans: list[Span] = []
     expected = 0
     for text in wanted:

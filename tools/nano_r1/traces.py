@@ -1,8 +1,8 @@
 """The thoughts the model learns to write: every step reads only what stands close by or under a unique key.
 
 A number is first copied with a letter before each digit that names its column (a = units, b = tens, …), so
-that "the tens digit of the second number" is a look-up of a key instead of a count from the right. Each
-column then takes one line, which carries the result so far. List items get circled numbers as keys in the same way.
+that "the tens digit of the second number" is a look-up of a key, no count from the right. Each column
+then takes one line, which carries the result so far. List items get circled numbers as keys in the same way.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,184 @@
+"""The network against transformers' DeepseekV3ForCausalLM, and its bits against themselves."""
+
+import tempfile
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+from small_model import YARN, SmallModel, config_values, write_checkpoint
+
+RELAXED = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    "print_blob": True,
+}
+
+
+@st.composite
+def small_configs(draw):
+    groups, top_groups = draw(st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 4)]))
+    dense = draw(st.integers(0, 3))
+    return config_values(
+        n_group=groups,
+        topk_group=top_groups,
+        num_experts_per_tok=draw(st.integers(1, 2)),
+        n_routed_experts=draw(st.sampled_from([8, 12])),
+        q_lora_rank=draw(st.sampled_from([None, 24])),
+        rope_scaling=draw(st.sampled_from([None, YARN, YARN | {"mscale": 0.7, "mscale_all_dim": 0.4}])),
+        first_k_dense_replace=dense,
+        n_shared_experts=draw(st.integers(1, 2)),
+        num_attention_heads=(heads := draw(st.sampled_from([2, 4, 5]))),
+        num_key_value_heads=heads,
+        norm_topk_prob=draw(st.booleans()),
+        v_head_dim=draw(st.sampled_from([12, 20])),
+    )
+
+
+def chunks_of(tokens, cuts):
+    edges = sorted({0, len(tokens), *(cut for cut in cuts if cut < len(tokens))})
+    return [tokens[a:b] for a, b in pairwise(edges)]
+
+
+@settings(max_examples=12, **RELAXED)
+@given(
+    values=small_configs(),
+    seed=st.integers(0, 2**31 - 1),
+    bounds=st.sets(st.integers(1, 2), max_size=2),
+    cuts=st.lists(st.integers(1, 110), max_size=3),
+    deterministic=st.booleans(),
+)
+def test_logits_are_those_of_transformers(values, seed, bounds, cuts, deterministic):
+    from transformers import DeepseekV3ForCausalLM
+
+    note(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        config = write_checkpoint(folder, values, seed)
+        oracle, report = DeepseekV3ForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+        )
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        model = SmallModel(folder, deterministic=deterministic, bounds=sorted(bounds))
+        prompts = [rng.integers(0, config.vocab_size, length) for length in (110, 3, 37)]
+        got = [[] for _ in prompts]
+        queues = [chunks_of(prompt, cuts) + [[t] for t in prompt[:4]] for prompt in prompts]
+        while any(queues):
+            chunks = [(i, queue.pop(0)) for i, queue in enumerate(queues) if queue]
+            for (i, _), logits in zip(chunks, model.step(chunks)):
+                got[i].append(logits)
+        for i, prompt in enumerate(prompts):
+            with torch.no_grad():
+                expected = oracle(torch.from_numpy(np.concatenate((prompt, prompt[:4])))[None]).logits[0]
+            lengths = np.cumsum([len(c) for c in chunks_of(prompt, cuts)] + [1] * 4)
+            torch.testing.assert_close(torch.stack(got[i]), expected[lengths - 1], atol=1e-4, rtol=0)
+
+
+def test_absorbed_and_expanded_attention_agree(tmp_path):
+    config = write_checkpoint(tmp_path, config_values(rope_scaling=YARN))
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, 200)
+    absorbed = SmallModel(tmp_path, deterministic=True)
+    expanded = SmallModel(tmp_path, deterministic=False)
+    for cut in ((0, 90), (90, 200)):  # the second chunk expands the cached latents of the first
+        a, b = (model.step([(0, tokens[slice(*cut)])]) for model in (absorbed, expanded))
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    assert expanded.batches([(1, tokens)])[0].attention.has_expanded
+    assert not absorbed.batches([(1, tokens)])[0].attention.has_expanded
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@settings(max_examples=8, **RELAXED)
+@given(
+    values=small_configs(),
+    seed=st.integers(0, 2**31 - 1),
+    cuts=st.lists(st.integers(1, 150), max_size=3),
+    bounds=st.sets(st.integers(1, 2), max_size=2),
+    num_shards=st.integers(1, 4),
+    page_size=st.sampled_from([5, 16, 64]),
+)
+def test_deterministic_logits_are_bit_identical(threads, values, seed, cuts, bounds, num_shards, page_size):
+    note(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        config = write_checkpoint(folder, values, seed)
+        tokens = rng.integers(0, config.vocab_size, 150)
+        alone = SmallModel(folder, deterministic=True)
+        prefix, suffix = tokens[:140], tokens[140:]
+        expected = [alone.step([(0, prefix)]), *(alone.step([(0, [token])]) for token in suffix)]
+
+        other = SmallModel(
+            folder,
+            deterministic=True,
+            bounds=sorted(bounds),
+            num_shards=num_shards,
+            page_size=page_size,
+            pages_each=-(-256 // page_size),
+        )
+        neighbours = rng.permutation(7)[: rng.integers(1, 6)] + 1
+        queue = chunks_of(prefix, cuts) + [[token] for token in suffix]
+        got = []
+        for chunk in queue:
+            chunks = [(0, chunk)]
+            for neighbour in neighbours:
+                room = 240 - other.cached[neighbour]
+                size = min(room, rng.integers(1, 7) if rng.random() < 0.7 else rng.integers(7, 90))
+                if size > 0:
+                    chunks.append((neighbour, rng.integers(0, config.vocab_size, size)))
+            chunks = [chunks[i] for i in rng.permutation(len(chunks))]
+            logits = other.step(chunks)
+            got.append(logits[[s for s, _ in chunks].index(0)])
+        for a, b in zip(expected, got[-len(expected) :], strict=True):
+            assert torch.equal(a[0], b)
+
+        recomputed = SmallModel(folder, deterministic=True, num_shards=2)
+        assert torch.equal(recomputed.step([(3, tokens)])[0], expected[-1][0])
+
+
+def test_a_poisoned_neighbour_harms_nobody(tmp_path):
+    config = write_checkpoint(tmp_path, config_values())
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, 20)
+    clean, poisoned = (SmallModel(tmp_path, deterministic=True) for _ in range(2))
+    poisoned.step([(1, tokens)])
+    for caches in poisoned.caches:
+        for cache in caches:
+            cache[poisoned.pages[1]] = float("nan")
+    expected = clean.step([(0, tokens)])[0]
+    got = poisoned.step([(0, tokens), (1, [5])])
+    assert torch.equal(got[0], expected)
+    assert got[1].isnan().all()
+
+
+def test_a_step_can_be_done_again(tmp_path):
+    config = write_checkpoint(tmp_path, config_values())
+    model = SmallModel(tmp_path, deterministic=True)
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, 70)
+    model.step([(0, tokens[:50])])
+    first = model.step([(0, tokens[50:])])
+    model.cached[0] = 50
+    assert torch.equal(model.step([(0, tokens[50:])]), first)
+
+
+@pytest.mark.parametrize("layers", [range(2, 2), range(2, 4), range(-1, 2), range(0, 3, 2)])
+def test_a_stage_takes_a_range_of_the_layers_alone(tmp_path, layers):
+    from r1_cluster.models.network import StageModel
+    from r1_cluster.weights.checkpoint import Checkpoint
+
+    config = write_checkpoint(tmp_path, config_values())
+    with pytest.raises(ValueError, match="no range of the 3 layers"):
+        StageModel.load(
+            config,
+            Checkpoint(tmp_path),
+            layers,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            deterministic=True,
+        )

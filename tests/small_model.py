@@ -1,0 +1,170 @@
+"""Random DeepSeek-V3 checkpoints of any size, and a model over them without engine, actors or links."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from r1_cluster.models.batch import AttentionBatch
+from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
+from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
+from r1_cluster.weights.checkpoint import Checkpoint
+from r1_cluster.weights.names import expected_shapes
+
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0)
+YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+
+def config_values(**changes):
+    """A small model's config.json, in the published form."""
+    values = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "hidden_act": "silu",
+        "vocab_size": 96,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000,
+        "rope_scaling": None,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    return values | changes
+
+
+def random_tensors(config, seed):
+    """Every tensor of the model, scaled so that activations, gates and attention are far from trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in expected_shapes(config).items():
+        tensor = torch.randn(shape, generator=generator)
+        if name.endswith("norm.weight"):
+            tensor = 1 + 0.2 * tensor
+        elif name.endswith("e_score_correction_bias"):
+            tensor *= 0.1
+        elif name != "model.embed_tokens.weight":
+            tensor *= 1.5 / shape[1] ** 0.5
+        tensors[name] = tensor
+    return tensors
+
+
+def write_checkpoint(folder, values, seed=0):
+    """A checkpoint of one file with random weights → its config."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = ModelConfig.from_dict(values)
+    (folder / "config.json").write_text(json.dumps(values))
+    save_file(random_tensors(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    return config
+
+
+class SmallModel:
+    """Stages over `bounds` (layer numbers where a new one begins) and expert shards of equal size, in one
+    process. Each sequence gets `pages_each` pages, spread over the cache."""
+
+    def __init__(
+        self, folder, *, deterministic, bounds=(), num_shards=1, page_size=16, num_seqs=8, pages_each=24
+    ):
+        self.config = config = ModelConfig.from_folder(folder)
+        options = {"dtype": torch.float32, "device": torch.device("cpu"), "deterministic": deterministic}
+        with Checkpoint(folder, config) as checkpoint:
+            edges = [0, *bounds, config.num_hidden_layers]
+            self.stages = [
+                StageModel.load(config, checkpoint, range(a, b), **options) for a, b in zip(edges, edges[1:])
+            ]
+            self.router = RouterModel.load(config, checkpoint, config.moe_layers, **options)
+            cuts = [round(i * config.n_routed_experts / num_shards) for i in range(num_shards + 1)]
+            self.shards = [
+                ExpertModel.load(config, checkpoint, config.moe_layers, range(a, b), **options)
+                for a, b in zip(cuts, cuts[1:])
+            ]
+        self.page_size = page_size
+        self.caches = [stage.new_cache(num_seqs * pages_each, page_size) for stage in self.stages]
+        for cache in (cache for caches in self.caches for cache in caches):
+            cache.fill_(float("nan"))
+        self.pages = np.random.default_rng(0).permutation(num_seqs * pages_each).reshape(num_seqs, -1)
+        self.cached = [0] * num_seqs
+
+    def step(self, chunks):
+        """`chunks`: (sequence, its next tokens) → float32 logits [len(chunks), V] of each one's last token."""
+        batches = self.batches(chunks)
+        x = self.stages[0].embed(batches[0].token_ids_T)
+        for stage, batch, caches in zip(self.stages, batches, self.caches):
+            x = stage.forward(x, batch, caches, self.moe)
+        for sequence, tokens in chunks:
+            self.cached[sequence] += len(tokens)
+        return self.stages[-1].logits(x, batches[-1].sample_rows)
+
+    def batches(self, chunks):
+        ends = [self.cached[sequence] + len(tokens) for sequence, tokens in chunks]
+        tables = [self.pages[s][: -(-end // self.page_size)] for (s, _), end in zip(chunks, ends)]
+        plan = StepPlan(
+            epoch=0,
+            step=0,
+            micro_batch=0,
+            seq_ids=[sequence for sequence, _ in chunks],
+            num_cached=[self.cached[sequence] for sequence, _ in chunks],
+            num_new=[len(tokens) for _, tokens in chunks],
+            tokens=pack_int32(np.concatenate([tokens for _, tokens in chunks])),
+            num_pages=[len(table) for table in tables],
+            pages=pack_int32(np.concatenate(tables)),
+            samples=[SampleSpec(i, end, GREEDY) for i, end in enumerate(ends)],
+        )
+        return [AttentionBatch.from_plan(plan, self.page_size, stage) for stage in self.stages]
+
+    def moe(self, layer, x, num_tokens):
+        weights, ids = self.router.gate(layer, x)
+        top_k = ids.shape[1]
+        flat = ids[:num_tokens].flatten()
+        order = flat.argsort(stable=True)
+        rows = x.index_select(0, order // top_k)
+        counts = flat.bincount(minlength=self.config.n_routed_experts).tolist()
+        outs, first = [], 0
+        for shard in self.shards:
+            own = counts[shard.experts.start : shard.experts.stop]
+            outs.append(shard.forward(layer, rows[first : first + sum(own)], own))
+            first += sum(own)
+        y = torch.empty_like(rows)
+        y[order] = torch.cat(outs)
+        y = y.view(num_tokens, top_k, -1) * weights[:num_tokens, :, None]
+        out = self.router.shared(layer, x).clone()
+        total = y[:, 0]
+        for k in range(1, top_k):
+            total = total + y[:, k]
+        out[:num_tokens] += total
+        return out

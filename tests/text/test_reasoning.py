@@ -1,0 +1,128 @@
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from make_checkpoint import make_checkpoint
+
+from r1_cluster.text.reasoning import ReasoningSplitter, Split, StopChecker
+from r1_cluster.text.tokenizer import Piece, Tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("nano"), num_hidden_layers=1, n_routed_experts=4)
+
+
+@pytest.fixture(scope="module", params=["with a token for the tag", "without"])
+def tokenizer(request, folder):
+    if request.param == "without":
+        definition = json.loads((folder / "tokenizer.json").read_text())
+        definition["added_tokens"] = [t for t in definition["added_tokens"] if "think" not in t["content"]]
+        return Tokenizer(definition, bos_token=None, eos_token=None, eos_ids=frozenset({1}))
+    return Tokenizer.from_folder(folder)
+
+
+def ids_of(tokenizer, text):
+    return tokenizer.encode_pieces([Piece(text, True)])
+
+
+def split(tokenizer, ids, size=1, thinking=True):
+    splitter = ReasoningSplitter(tokenizer, thinking=thinking)
+    parts = [splitter.feed(ids[i : i + size]) for i in range(0, len(ids), size)] + [splitter.finish()]
+    contents = [i for i, part in enumerate(parts) if part.content]
+    assert not any(part.reasoning for part in parts[contents[0] + 1 :] if contents)
+    return Split("".join(p.reasoning for p in parts), "".join(p.content for p in parts)), splitter
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content"),
+    [
+        ("Well.\n</think>\n\nYes.", "Well.", "Yes."),
+        ("Well. \n\n", "Well. \n\n", ""),
+        ("a\n\nb \t\n</think>\n \nc\n\nd\n", "a\n\nb", "c\n\nd\n"),
+        ("</think>x", "", "x"),
+        ("\n\n</think>\n\n", "", ""),
+        ("a</think>b</think>c", "a", "b</think>c"),
+        ("a </thin b", "a </thin b", ""),
+        ("a </thin", "a </thin", ""),
+        ("日本語</think>世界🙂", "日本語", "世界🙂"),
+    ],
+)
+def test_split(tokenizer, text, reasoning, content, size):
+    assert split(tokenizer, ids_of(tokenizer, text), size)[0] == (reasoning, content)
+
+
+def test_without_thinking_all_is_content(tokenizer):
+    result, splitter = split(tokenizer, ids_of(tokenizer, "\n\nYes. </think> No"), thinking=False)
+    assert result == ("", "Yes. </think> No")
+    assert splitter.num_reasoning_tokens == 0
+
+
+def test_trailing_white_space_is_held_until_more_follows(tokenizer):
+    splitter = ReasoningSplitter(tokenizer)
+    assert splitter.feed(ids_of(tokenizer, "a\n\n")) == ("a", "")
+    assert splitter.feed(ids_of(tokenizer, "b")) == ("\n\nb", "")
+
+
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(1, 7))
+def test_reasoning_tokens_are_those_before_the_tag(folder, before, after, size):
+    tokenizer = Tokenizer.from_folder(folder) if not hasattr(folder, "tok") else folder.tok
+    letter = tokenizer.encode("a")
+    ids = letter * before + [tokenizer.think_end_id] + letter * after
+    assert split(tokenizer, ids, size)[1].num_reasoning_tokens == before
+    assert split(tokenizer, letter * before, size)[1].num_reasoning_tokens == before
+
+
+def test_a_character_cut_off_by_the_tag_is_shown_as_such(folder):
+    tokenizer = Tokenizer.from_folder(folder)
+    ids = [*tokenizer.encode("🙂")[:-1], tokenizer.think_end_id, *tokenizer.encode("x")]
+    assert split(tokenizer, ids)[0] == ("\ufffd", "x")
+
+
+def check(stops, parts):
+    checker = StopChecker(stops)
+    shown = ""
+    for part in parts:
+        shown += checker.feed(part)
+        if checker.found is not None:
+            return shown, checker.found, checker.rest
+    return shown + checker.flush(), None, ""
+
+
+def first_completed(stops, text):
+    """The oracle: the stop string whose end comes first, the longest of those."""
+    ends = [
+        (m.end() + len(stop) - 1, -len(stop), stop)
+        for stop in stops
+        for m in re.finditer(f"(?={re.escape(stop)})", text)
+    ]
+    return min(((end + 1, length, stop) for end, length, stop in ends), default=None)
+
+
+small_text = st.text("ab", max_size=30)
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=5), max_size=4), st.lists(small_text, max_size=8))
+def test_stop_strings_cut_where_the_first_is_completed(stops, parts):
+    text = "".join(parts)
+    best = first_completed(stops, text)
+    shown, found, rest = check(stops, parts)
+    if best is None:
+        assert (shown, found) == (text, None)
+        return
+    end, _, stop = best
+    assert (shown, found) == (text[: end - len(stop)], stop)
+    assert text[end:].startswith(rest)
+    assert check(stops, list(text))[:2] == (shown, found)
+
+
+def test_what_may_begin_a_stop_string_is_held_back():
+    checker = StopChecker(["###"])
+    assert checker.feed("a#") == "a"
+    assert checker.feed("#") == ""
+    assert checker.feed("b#") == "##b"
+    assert checker.flush() == "#"
+    assert StopChecker([]).feed("#") == "#"

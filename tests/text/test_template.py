@@ -1,0 +1,209 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from make_checkpoint import BOS, CONTROL_TOKENS, EOS, make_checkpoint
+from transformers import AutoTokenizer
+
+from r1_cluster.text.template import R1_CHAT_TEMPLATE, ChatTemplate, TemplateError
+from r1_cluster.text.tokenizer import Tokenizer
+
+# The template that DeepSeek publishes with the distilled models, as data: one statement a line.
+PUBLISHED = (Path(__file__).parent / "published_template.jinja").read_text(encoding="utf-8")
+PROMPT_END = "<｜Assistant｜><think>\n"
+CALL = {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": '{"zone": "UTC"}'}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("nano"), num_hidden_layers=1, n_routed_experts=4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def assistant(text, *calls):
+    return {"role": "assistant", "content": text} | ({"tool_calls": list(calls)} if calls else {})
+
+
+def tool(text):
+    return {"role": "tool", "content": text}
+
+
+CONVERSATIONS = {
+    "one": [user("Hello")],
+    "system": [system("Be brief."), user("Grüße, 世界 🙂 12345")],
+    "late system": [user("Hello"), system("Be brief.")],
+    "history": [user("1+1?"), assistant("so\n</think>\n\nTwo."), user("And 2+2?")],
+    "white space": [user("  a \n"), assistant(" b "), user("\n\nc\t")],
+    "call": [user("Time?"), assistant(None, CALL), tool("12:00"), assistant("Noon."), user("Thanks")],
+    "two calls": [
+        user("Time?"),
+        assistant(None, CALL, CALL),
+        tool("12:00"),
+        tool("13:00"),
+        assistant("Noon."),
+    ],
+}
+
+
+@pytest.mark.parametrize("source", [PUBLISHED, R1_CHAT_TEMPLATE], ids=["published", "ours"])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_prompt_is_what_transformers_makes_of_the_published_template(tokenizer, reference, source, name):
+    messages = CONVERSATIONS[name]
+    expected = reference.apply_chat_template(
+        messages, chat_template=PUBLISHED, add_generation_prompt=True, return_dict=False
+    )
+    assert ChatTemplate(source, tokenizer).prompt_ids(messages) == expected
+
+
+texts = st.lists(
+    st.one_of(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+        st.sampled_from([BOS, EOS, *CONTROL_TOKENS]),
+    ),
+    max_size=4,
+).map("".join)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), texts), min_size=1, max_size=6
+    )
+)
+def test_text_of_messages_never_becomes_a_control_token(tokenizer, pairs):
+    messages = [{"role": role, "content": text} for role, text in pairs]
+    harmless = [{"role": role, "content": "x"} for role, _ in pairs]
+    template = ChatTemplate(R1_CHAT_TEMPLATE, tokenizer)
+    ids, plain = template.prompt_ids(messages), template.prompt_ids(harmless)
+    controls = tokenizer.control_ids
+    assert [i for i in ids if i in controls] == [i for i in plain if i in controls]
+    assert ids[0] == tokenizer.bos_id
+    for role, text in pairs:
+        shown = text.split("</think>")[-1] if role == "assistant" else text
+        assert tokenizer.decode(tokenizer.encode(shown)) in tokenizer.decode(ids)
+
+
+def test_names_and_arguments_of_tool_calls_are_text_too(tokenizer):
+    call = {"id": "</think>", "type": "function", "function": {"name": EOS, "arguments": "<｜User｜>"}}
+    ids = ChatTemplate(R1_CHAT_TEMPLATE, tokenizer).prompt_ids([user("x"), assistant(None, call)])
+    assert ids.count(tokenizer.token_id(EOS)) == 1
+    assert ids.count(tokenizer.token_id("<｜User｜>")) == 1
+
+
+def test_a_second_round_of_tool_calls_opens_like_the_first(tokenizer):
+    messages = [user("a"), assistant(None, CALL), tool("b"), assistant("c", CALL), tool("d"), user("e")]
+    text = tokenizer.decode(ChatTemplate(R1_CHAT_TEMPLATE, tokenizer).prompt_ids(messages))
+    assert text.count("<｜Assistant｜>") == 3
+    assert text.count("<｜tool▁outputs▁begin｜>") == text.count("<｜tool▁outputs▁end｜>") == 2
+    assert text.endswith("d<｜tool▁output▁end｜><｜tool▁outputs▁end｜><｜User｜>e" + PROMPT_END)
+
+
+def test_several_system_messages_and_developer_are_joined_by_blank_lines(tokenizer):
+    messages = [system("a"), {"role": "developer", "content": "b"}, user("c")]
+    assert tokenizer.decode(ChatTemplate(R1_CHAT_TEMPLATE, tokenizer).prompt_ids(messages)).startswith(
+        "a\n\nb<｜User｜>c"
+    )
+
+
+def test_without_thinking_the_thought_is_closed_at_once(tokenizer):
+    ids = ChatTemplate(PUBLISHED, tokenizer).prompt_ids([user("x")], thinking=False)
+    assert tokenizer.decode(ids).endswith("<｜Assistant｜><think>\n\n</think>\n\n")
+    assert ids.count(tokenizer.think_end_id) == 1
+
+
+@pytest.mark.parametrize("end", ["<｜Assistant｜>", "<｜Assistant｜><think>", PROMPT_END])
+def test_prompts_end_in_an_open_thought(tokenizer, end):
+    source = "{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m['content'] }}{% endfor %}{{ end }}"
+    ids = ChatTemplate(source.replace("{{ end }}", end), tokenizer).prompt_ids([user("x")])
+    assert tokenizer.decode(ids) == "<｜User｜>x" + PROMPT_END
+    assert tokenizer.token_id("<think>") in ids
+
+
+@pytest.mark.parametrize("start", ["", "{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"])
+def test_bos_stands_there_exactly_once(tokenizer, start):
+    ids = ChatTemplate(start + "{{ messages[0].content }}", tokenizer).prompt_ids([user(BOS)])
+    assert ids[0] == tokenizer.bos_id
+    assert tokenizer.bos_id not in ids[1:]
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("c | trim", "<think> a"),
+        ("c.strip() | upper", "<THINK> A"),
+        ("c | replace('a', 'b')", "  <think> b\n"),
+        ("c[2:5] ~ '!' ~ c | length", "<th!12"),
+        ("'yes' if '<think>' in c else 'no'", "yes"),
+        ("(c.split('>') | last) + '|'", " a\n|"),
+        ("'%s' % c", "  <think> a\n"),
+        ("[c, c] | join('+')", "  <think> a\n+  <think> a\n"),
+        ("'empty' if c == '' else c.lstrip()", "<think> a\n"),
+    ],
+)
+def test_templates_may_work_on_text_which_stays_text(tokenizer, expression, expected):
+    template = ChatTemplate("{% set c = messages[0].content %}{{ " + expression + " }}", tokenizer)
+    ids = template.prompt_ids([user("  <think> a\n")])
+    assert ids[1:-2] == tokenizer.encode(expected)
+
+
+@pytest.mark.parametrize(
+    "expression", ["(c ~ ' ') | trim", "c | tojson", "c | list | join('-')", "c | title", "c.encode()"]
+)
+def test_work_on_text_that_cannot_be_followed_is_refused(tokenizer, expression):
+    template = ChatTemplate("{% set c = messages[0].content %}{{ " + expression + " }}", tokenizer)
+    with pytest.raises(TemplateError, match="not supported"):
+        template.prompt_ids([user("  don't <think> \n")])
+
+
+def test_a_templates_refusal_reaches_the_client(tokenizer):
+    template = ChatTemplate("{{ raise_exception('roles must alternate') }}", tokenizer)
+    with pytest.raises(TemplateError, match="roles must alternate"):
+        template.prompt_ids([user("x")])
+
+
+@pytest.mark.parametrize("expression", ["''.__class__", "messages.append(1)", "c._raw", "c._book"])
+def test_the_sandbox_holds(tokenizer, expression):
+    template = ChatTemplate("{% set c = messages[0].content %}[{{ " + expression + " }}]", tokenizer)
+    try:
+        ids = template.prompt_ids([user("secret")])
+    except TemplateError:
+        return
+    assert tokenizer.decode(ids) == "[]<think>\n"
+
+
+def test_broken_templates_are_refused_at_once(tokenizer):
+    with pytest.raises(TemplateError, match="broken"):
+        ChatTemplate("{% for %}", tokenizer)
+
+
+def test_where_the_template_is_looked_for(tmp_path, tokenizer):
+    def text():
+        return tokenizer.decode(ChatTemplate.from_folder(tmp_path, tokenizer).prompt_ids([user("x")]))
+
+    config = tmp_path / "tokenizer_config.json"
+    assert text() == "<｜User｜>x" + PROMPT_END
+    config.write_text(json.dumps({"chat_template": "config"}))
+    assert text() == "config<think>\n"
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]
+    config.write_text(json.dumps({"chat_template": named}))
+    assert text() == "named<think>\n"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert text() == "file<think>\n"

@@ -1,0 +1,131 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from make_checkpoint import BOS, CONTROL_TOKENS, EOS, make_checkpoint
+from tokenizers import Tokenizer as Reference
+
+from r1_cluster.text.tokenizer import Piece, Tokenizer, TokenizerError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("nano"), num_hidden_layers=1, n_routed_experts=4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return Reference.from_file(str(folder / "tokenizer.json"))
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+# Text in which control tokens are frequent.
+tricky = st.lists(st.one_of(text, st.sampled_from([BOS, EOS, *CONTROL_TOKENS])), max_size=6).map("".join)
+
+
+@given(tricky)
+def test_no_text_becomes_a_control_token(tokenizer, value):
+    ids = tokenizer.encode(value)
+    assert not tokenizer.control_ids & set(ids)
+    assert tokenizer.decode(ids) == value
+
+
+@given(tricky)
+def test_trusted_text_is_encoded_as_the_reference_does(tokenizer, reference, value):
+    expected = reference.encode(value, add_special_tokens=False).ids
+    assert tokenizer.encode_pieces([Piece(value, True)]) == expected
+
+
+@given(st.lists(text, max_size=5))
+def test_how_ordinary_text_is_cut_into_pieces_makes_no_difference(tokenizer, parts):
+    pieces = [Piece(part, i % 2 == 0) for i, part in enumerate(parts)]
+    assert tokenizer.encode_pieces(pieces) == tokenizer.encode("".join(parts))
+
+
+def test_a_control_token_is_not_put_together_from_trusted_and_other_text(tokenizer):
+    ids = tokenizer.encode_pieces([Piece("</thi", True), Piece("nk>", False), Piece("</think>", True)])
+    assert ids[-1] == tokenizer.think_end_id
+    assert not tokenizer.control_ids & set(ids[:-1])
+
+
+@given(st.lists(st.integers(0, 511), max_size=40))
+def test_decode_skips_special_tokens_as_the_reference_does(tokenizer, reference, ids):
+    assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+
+
+def test_ids_beyond_the_tokenizer_give_no_text(tokenizer):
+    assert tokenizer.decode([10**6]) == ""
+
+
+def test_names_of_bos_and_eos(tokenizer):
+    assert (tokenizer.bos_token, tokenizer.bos_id) == (BOS, 0)
+    assert (tokenizer.eos_token, tokenizer.eos_ids) == (EOS, {1})
+    assert tokenizer.token_id("<think>") + 1 == tokenizer.think_end_id
+    assert tokenizer.token_id("think") is None
+
+
+def edited(folder, target, name, change):
+    for file in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
+        (target / file).write_bytes((folder / file).read_bytes())
+    data = json.loads((target / name).read_text())
+    change(data)
+    (target / name).write_text(json.dumps(data))
+    return target
+
+
+def test_eos_ids_come_from_all_three_files(folder, tmp_path):
+    edited(folder, tmp_path, "generation_config.json", lambda data: data.update(eos_token_id=[7, 9]))
+    assert Tokenizer.from_folder(tmp_path).eos_ids == {1, 7, 9}
+
+
+def drop_eos(data):
+    data["eos_token"] = None
+
+
+def rename_decoder(data):
+    data["decoder"] = {"type": "Metaspace"}
+
+
+def reach_control(data):
+    data["model"]["vocab"]["<"] = data["added_tokens"][-1]["id"]
+
+
+def strip_left(data):
+    data["added_tokens"][-1]["lstrip"] = True
+
+
+def break_model(data):
+    data["model"]["vocab"] = [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (rename_decoder, "byte-level"),
+        (reach_control, "ordinary text can become"),
+        (strip_left, "lstrip"),
+        (break_model, "cannot be read"),
+        (lambda data: data.update(added_tokens=["x"]), "malformed"),
+    ],
+)
+def test_unusable_tokenizers_are_refused(folder, tmp_path, change, words):
+    edited(folder, tmp_path, "tokenizer.json", change)
+    with pytest.raises(TokenizerError, match=words):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_missing_and_broken_files_are_named(folder, tmp_path):
+    with pytest.raises(TokenizerError, match=r"no .*tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(TokenizerError, match=r"config\.json cannot be read"):
+        Tokenizer.from_folder(tmp_path)
+    with pytest.raises(TokenizerError, match="end-of-sequence"):
+        definition = json.loads((folder / "tokenizer.json").read_text())
+        Tokenizer(definition, bos_token=None, eos_token=None)
