@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,7 @@ ENGINE_CPUS = 0.1
 @contextlib.contextmanager
 def attach(address: str) -> Iterator[None]:
     """A connection to a running cluster for the length of a `with` block."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except ConnectionError as error:

@@ -39,10 +39,46 @@ from r1_cluster.text.template import ChatTemplate
 from r1_cluster.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("r1_cluster.ingress")
-app = FastAPI(openapi_url=None)
 
 
-@serve.ingress(app)
+def build_edge() -> FastAPI:
+    """The routes; each asks the ingress of its replica. Serve calls this in the replica, because an app
+    that travels to it pickled arrives without its annotations and error handlers."""
+    edge = FastAPI(openapi_url=None)
+
+    def ingress() -> Any:
+        return serve.get_replica_context().servable_object
+
+    @edge.get("/health")
+    async def health() -> Response:
+        failure = await ingress().failure()
+        if failure is not None:
+            return JSONResponse({"status": "unavailable", "reason": failure}, 503)
+        return JSONResponse({"status": "ready"})
+
+    @edge.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [ingress().model_card()]})
+
+    @edge.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        card = ingress().model_card()
+        if name != card["id"]:
+            raise model_not_found(name)
+        return JSONResponse(card)
+
+    @edge.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        answer: Response = await ingress().chat(parse_chat_request(await request.body()))
+        return answer
+
+    edge.add_exception_handler(ApiError, _api_error)
+    edge.add_exception_handler(HTTPException, _http_error)
+    edge.add_exception_handler(Exception, _unexpected)
+    return edge
+
+
+@serve.ingress(build_edge)
 class Ingress:
     """See the module. Created by Serve."""
 
@@ -64,34 +100,27 @@ class Ingress:
         )
         self._endpoint = msgspec.msgpack.encode(self._sink.endpoint)
 
-    @app.get("/health")
-    async def health(self) -> Response:
-        """200 when a request could be served now."""
+    async def failure(self) -> str | None:
+        """Why a request could not be served now; None when it could."""
         try:
-            failure = await self._engine.failure.remote()
+            failure: str | None = await self._engine.failure.remote()
         except Exception:
             logger.exception("the engine does not answer")
-            failure = "the engine does not answer"
-        if failure is not None:
-            return JSONResponse({"status": "unavailable", "reason": failure}, 503)
-        return JSONResponse({"status": "ready"})
+            return "the engine does not answer"
+        return failure
 
-    @app.get("/v1/models")
-    async def models(self) -> Response:
-        """The one served model."""
-        return JSONResponse({"object": "list", "data": [self._model_card()]})
+    def model_card(self) -> dict[str, Any]:
+        """The one served model, as /v1/models lists it."""
+        return {
+            "id": self._service.served_name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "r1-cluster",
+            "max_model_len": self._max_model_len,
+        }
 
-    @app.get("/v1/models/{name:path}")
-    async def model(self, name: str) -> Response:
-        """The served model by name."""
-        if name != self._service.served_name:
-            raise model_not_found(name)
-        return JSONResponse(self._model_card())
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(self, request: Request) -> Response:
-        """A chat, streamed or whole."""
-        chat = parse_chat_request(await request.body())
+    async def chat(self, chat: ChatCompletionRequest) -> Response:
+        """Answers a chat, streamed or whole; raises ApiError."""
         if chat.model != self._service.served_name:
             raise model_not_found(chat.model)
         stream, record = self._prepare(chat)
@@ -102,21 +131,10 @@ class Ingress:
             frames = self._frames(stream, first, answer)
             return StreamingResponse(frames, media_type="text/event-stream")
         stream.feed(first)
-        async for delta in answer:
-            stream.feed(delta)
-            if stream.finished:
-                break
+        while not stream.finished:
+            stream.feed(await anext(answer))
         await answer.aclose()
         return JSONResponse(stream.whole())
-
-    def _model_card(self) -> dict[str, Any]:
-        return {
-            "id": self._service.served_name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "r1-cluster",
-            "max_model_len": self._max_model_len,
-        }
 
     def _prepare(self, chat: ChatCompletionRequest) -> tuple[ChatStream, EngineRequest]:
         """The request as the engine knows it, and the stream that will make text of its tokens."""
@@ -171,13 +189,10 @@ class Ingress:
     ) -> AsyncGenerator[bytes, None]:
         try:
             yield b"".join(stream.feed(first))
-            if not stream.finished:
-                async for delta in answer:
-                    frames = stream.feed(delta)
-                    if frames:
-                        yield b"".join(frames)
-                    if stream.finished:
-                        break
+            while not stream.finished:
+                frames = stream.feed(await anext(answer))
+                if frames:
+                    yield b"".join(frames)
         except ApiError as error:
             yield b"".join(stream.fail(error))
         finally:
@@ -212,13 +227,13 @@ def _engine_error(reason: str) -> ApiError:
     return unavailable("the engine could not finish this answer; please ask again")
 
 
-@app.exception_handler(ApiError)
-async def _api_error(_: Request, error: ApiError) -> Response:
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
-@app.exception_handler(HTTPException)
-async def _http_error(request: Request, error: HTTPException) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
     if error.status_code == 405:
         message = f"{request.method} is not allowed for {request.url.path}"
     else:
@@ -227,7 +242,6 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     return JSONResponse(failure.body(), failure.status)
 
 
-@app.exception_handler(Exception)
 async def _unexpected(_: Request, error: Exception) -> Response:
     error_id = uuid.uuid4().hex
     logger.error("error %s", error_id, exc_info=error)

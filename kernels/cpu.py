@@ -49,8 +49,10 @@ def head_linear(x_THI: Tensor, weight_HIO: Tensor, *, tiled: bool) -> Tensor:
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """See `Ops.rms_norm`."""
     x = x_TD.float()
-    inverse = x.square().sum(-1, keepdim=True).mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-    return (x * inverse).to(x_TD.dtype) * weight_D
+    norm_T1: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse_T1 = norm_T1.square_().mul_(1 / x.shape[1]).add_(eps).rsqrt_()
+    normed: Tensor = (x * inverse_T1).to(x_TD.dtype).mul_(weight_D)
+    return normed
 
 
 def silu_mul(x_T2F: Tensor) -> Tensor:

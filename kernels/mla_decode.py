@@ -46,6 +46,70 @@ def fitting(configs: list[triton.Config], arguments: dict[str, object], **given:
     return kept or configs[-1:]
 
 
+@triton.jit
+def _attend_block(
+    total: tl.tensor,
+    largest: tl.tensor,
+    weights: tl.tensor,
+    q_latent: tl.tensor,
+    q_rope: tl.tensor,
+    position: tl.tensor,
+    first: tl.tensor,
+    context_len: tl.tensor,
+    cache_ptr: tl.tensor,
+    cache_scale_ptr: tl.tensor,
+    table_at: tl.tensor,
+    scale_log2: tl.tensor,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    PAGE: tl.constexpr,
+    SCALED: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """One block of keys: the running sum of values, the running maximum and the running sum of weights."""
+    # BLOCK_N divides a page and splits start on a block, so a block lies in one page.
+    page = tl.load(table_at + first // PAGE)
+    # A real cache exceeds 2^31 elements (3.7 million tokens of 576): the block's start is 64 bits wide. What is
+    # within the block is not, which spares the registers of a wide pointer per element.
+    slot = page.to(tl.int64) * PAGE + first % PAGE
+    block_at = cache_ptr + slot * (C + R)
+    within = tl.arange(0, BLOCK_N)
+    key = first + within
+    latent_at = within[:, None] * (C + R) + tl.arange(0, C)[None, :]
+    rope_at = within[:, None] * (C + R) + C + tl.arange(0, R)[None, :]
+    if MASKED:
+        # Slots past the context hold anything, NaN included, and 0 · NaN would reach the sum.
+        filled = (key < context_len)[:, None]
+        k_latent = tl.load(block_at + latent_at, mask=filled, other=0.0).to(q_latent.dtype)
+        k_rope = tl.load(block_at + rope_at, mask=filled, other=0.0).to(q_latent.dtype)
+    else:
+        k_latent = tl.load(block_at + latent_at).to(q_latent.dtype)
+        k_rope = tl.load(block_at + rope_at).to(q_latent.dtype)
+    if SCALED:
+        scale_at = cache_scale_ptr + slot * 2
+        latent_scale = tl.load(scale_at + within * 2, mask=key < context_len, other=0.0)
+        rope_scale = tl.load(scale_at + (within * 2 + 1), mask=key < context_len, other=0.0)
+        score = tl.dot(q_latent, tl.trans(k_latent)) * latent_scale[None, :]
+        score += tl.dot(q_rope, tl.trans(k_rope)) * rope_scale[None, :]
+    else:
+        score = tl.dot(q_rope, tl.trans(k_rope))
+        score = tl.dot(q_latent, tl.trans(k_latent), score)
+    score *= scale_log2
+    if MASKED:
+        score = tl.where(key[None, :] <= position[:, None], score, float("-inf"))
+    larger = tl.maximum(largest, tl.max(score, 1))
+    # A row that has seen nothing yet has no finite maximum to subtract.
+    base = tl.where(larger == float("-inf"), 0.0, larger) if MASKED else larger
+    probability = tl.exp2(score - base[:, None])
+    decay = tl.exp2(largest - base)
+    weights = weights * decay + tl.sum(probability, 1)
+    if SCALED:
+        probability *= latent_scale[None, :]
+    total = tl.dot(probability.to(k_latent.dtype), k_latent, total * decay[:, None])
+    return total, larger, weights
+
+
 @triton.autotune(
     configs=candidates(CONFIGS, interpreted=-1),
     key=["rows_bucket", "num_heads", "split_tokens"],
@@ -101,42 +165,23 @@ def mla_decode_kernel(
     total = tl.zeros([BLOCK_ROWS, C], tl.float32)
     largest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     weights = tl.zeros([BLOCK_ROWS], tl.float32)
-    end = tl.minimum(begin + split_tokens, context_len)
-    for first in range(begin, end, BLOCK_N):
-        # BLOCK_N divides a page and splits start on a block, so a block lies in one page.
-        page = tl.load(page_table_ptr + sequence * table_stride + first // PAGE)
-        key = first + tl.arange(0, BLOCK_N)
-        # A real cache exceeds 2^31 elements (3.7 million tokens of 576): the block's start is 64 bits wide. What
-        # is within the block is not, which spares the registers of a wide pointer per element.
-        slot = page.to(tl.int64) * PAGE + first % PAGE
-        block_at = cache_ptr + slot * (C + R)
-        within = tl.arange(0, BLOCK_N)
-        # Slots past the context hold anything, NaN included, and 0 · NaN would reach the sum.
-        filled = (key < end)[:, None]
-        entry = within[:, None] * (C + R)
-        k_latent = tl.load(block_at + (entry + latent[None, :]), mask=filled, other=0.0).to(q_latent.dtype)
-        k_rope = tl.load(block_at + (entry + C + rotated[None, :]), mask=filled, other=0.0).to(q_latent.dtype)
-        if SCALED:
-            scale_at = cache_scale_ptr + slot * 2
-            latent_scale = tl.load(scale_at + within * 2, mask=key < end, other=0.0)
-            rope_scale = tl.load(scale_at + (within * 2 + 1), mask=key < end, other=0.0)
-            score = tl.dot(q_latent, tl.trans(k_latent)) * latent_scale[None, :]
-            score += tl.dot(q_rope, tl.trans(k_rope)) * rope_scale[None, :]
-        else:
-            score = tl.dot(q_rope, tl.trans(k_rope))
-            score = tl.dot(q_latent, tl.trans(k_latent), score)
-        score = tl.where(key[None, :] <= position[:, None], score * scale_log2, float("-inf"))
-        larger = tl.maximum(largest, tl.max(score, 1))
-        # A row that sees nothing of this block yet has no finite maximum to subtract.
-        base = tl.where(larger == float("-inf"), 0.0, larger)
-        probability = tl.exp2(score - base[:, None])
-        decay = tl.exp2(largest - base)
-        weights = weights * decay + tl.sum(probability, 1)
-        if SCALED:
-            probability *= latent_scale[None, :]
-        total = total * decay[:, None]
-        total = tl.dot(probability.to(k_latent.dtype), k_latent, total)
-        largest = larger
+    table_at = page_table_ptr + sequence * table_stride
+    # What every row sees, in whole blocks, needs no masks; the rest, up to what the last row sees, does.
+    visible = context_len - query_len + 1
+    seen_by_all = visible + tl.program_id(0) * BLOCK_ROWS // num_heads
+    seen_by_last = visible + (tl.program_id(0) * BLOCK_ROWS + BLOCK_ROWS - 1) // num_heads
+    split_end = tl.minimum(begin + split_tokens, context_len)
+    whole = tl.maximum(tl.minimum(split_end, seen_by_all) - begin, 0) // BLOCK_N * BLOCK_N
+    for first in range(begin, begin + whole, BLOCK_N):
+        total, largest, weights = _attend_block(
+            total, largest, weights, q_latent, q_rope, position, first, context_len, cache_ptr, cache_scale_ptr,
+            table_at, scale_log2, C, R, PAGE, SCALED, False, BLOCK_N,
+        )  # fmt: skip
+    for first in range(begin + whole, tl.minimum(split_end, seen_by_last), BLOCK_N):
+        total, largest, weights = _attend_block(
+            total, largest, weights, q_latent, q_rope, position, first, context_len, cache_ptr, cache_scale_ptr,
+            table_at, scale_log2, C, R, PAGE, SCALED, True, BLOCK_N,
+        )  # fmt: skip
     seen = weights > 0
     total = total / tl.where(seen, weights, 1.0)[:, None]
     lse = tl.where(seen, largest + tl.log2(tl.where(seen, weights, 1.0)), float("-inf"))

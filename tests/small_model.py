@@ -1,6 +1,7 @@
 """Random DeepSeek-V3 checkpoints of any size, and a model over them without engine, actors or links."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -105,13 +106,13 @@ class SmallModel:
         with Checkpoint(folder, config) as checkpoint:
             edges = [0, *bounds, config.num_hidden_layers]
             self.stages = [
-                StageModel.load(config, checkpoint, range(a, b), **options) for a, b in zip(edges, edges[1:])
+                StageModel.load(config, checkpoint, range(a, b), **options) for a, b in pairwise(edges)
             ]
             self.router = RouterModel.load(config, checkpoint, config.moe_layers, **options)
             cuts = [round(i * config.n_routed_experts / num_shards) for i in range(num_shards + 1)]
             self.shards = [
                 ExpertModel.load(config, checkpoint, config.moe_layers, range(a, b), **options)
-                for a, b in zip(cuts, cuts[1:])
+                for a, b in pairwise(cuts)
             ]
         self.page_size = page_size
         self.caches = [stage.new_cache(num_seqs * pages_each, page_size) for stage in self.stages]

@@ -14,15 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from nano_r1.batches import Batch, batch_at
 from nano_r1.data import training_examples
 from nano_r1.evaluate import quick_scores
 from nano_r1.export import save_model
-from nano_r1.model import NanoConfig, NanoR1, document_mask
+from nano_r1.model import NanoConfig, NanoR1
 from nano_r1.muon import Muon
 from nano_r1.report import TrainingRun, measure, ship
 from nano_r1.tokenizer import ChatEncoder, save_tokenizer, train_tokenizer
+from nano_r1.workers import StepPlan, StepResult, WorkerPool, take_loads
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -36,10 +35,9 @@ TOKENIZER_EXAMPLES = 20000
 class TrainingConfig:
     """One run: everything that decides its result but the speed of the machine."""
 
-    minutes: float = 70.0
+    minutes: float = 62.0
     seed: int = 0
-    num_rows: int = 16
-    row_length: int = 256
+    num_tokens: int = 4096
     muon_lr: float = 0.01
     adam_lr: float = 0.006
     weight_decay: float = 0.01
@@ -54,20 +52,6 @@ def schedule(progress: float) -> float:
 def mtp_weight(progress: float) -> float:
     """Weight of the MTP loss: 0.3, then 0.15 from 60 % on."""
     return 0.3 if progress < 0.6 else 0.15
-
-
-def losses(model: NanoR1, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the next token and of the MTP module's token after it, over the answers."""
-    positions = model.positions(document_mask(batch.documents))
-    hidden = model.trunk(batch.ids, positions)
-    drafted = model.draft(hidden, batch.ids.roll(-1, 1), positions)
-    mean_losses = []
-    for state, shift in ((hidden, 1), (drafted, 2)):
-        same = batch.documents[:, shift:] == batch.documents[:, :-shift]
-        scored = same & (batch.weights[:, shift:] > 0)
-        logits = model.head(state[:, :-shift][scored])
-        mean_losses.append(F.cross_entropy(logits, batch.ids[:, shift:][scored]))
-    return mean_losses[0], mean_losses[1]
 
 
 class Trainer:
@@ -92,25 +76,23 @@ class Trainer:
         """Share of the active training time that has passed."""
         return self.seconds / (60 * self.config.minutes)
 
-    def train_step(self) -> tuple[float, float]:
-        """One update; returns the loss and the MTP loss."""
+    def train_step(self, pool: WorkerPool) -> StepResult:
+        """One update of the parameters and of the balancing biases."""
         started = time.perf_counter()
         c, factor = self.config, schedule(self.progress)
-        batch = batch_at(self.step, c.seed, self.encoder, c.num_rows, c.row_length)
-        loss, mtp_loss = losses(self.model, batch)
-        torch.autograd.backward(loss + mtp_weight(self.progress) * mtp_loss)
+        plan = StepPlan(self.step, c.seed, c.num_tokens, mtp_weight(self.progress))
+        result, loads = pool.gradient(plan)
         torch.nn.utils.clip_grad_norm_(self._adam_params, 1.0)
         for optimizer, lr in ((self.muon, c.muon_lr), (self.adam, c.adam_lr)):
             optimizer.param_groups[0]["lr"] = lr * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        for block in self.model.moe_layers():
-            error = block.load.mean() - block.load
-            block.bias += c.bias_step * max(factor, 0.05) * error.sign()
+        for block, load in zip(self.model.moe_layers(), loads, strict=True):
+            block.bias += c.bias_step * max(factor, 0.05) * (load.mean() - load).sign()
         self.step += 1
-        self.tokens += int((batch.documents > 0).sum())
+        self.tokens += result.num_tokens
         self.seconds += time.perf_counter() - started
-        return loss.item(), mtp_loss.item()
+        return result
 
     def save(self) -> None:
         """Write the resume state; a run cut off in the middle of it keeps the state before."""
@@ -150,12 +132,13 @@ def show_progress(trainer: Trainer, loss: float, mtp_loss: float) -> None:
     print(text, end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
 
-def train(trainer: Trainer) -> None:
+def train(trainer: Trainer, pool: WorkerPool) -> None:
     """Run to the end of the schedule, with a progress line, saved states and quick scores on the way."""
     last_shown, last_saved, last_scored = 0.0, trainer.seconds, trainer.seconds
     average = [0.0, 0.0]
     while trainer.progress < 1:
-        for index, value in enumerate(trainer.train_step()):
+        result = trainer.train_step(pool)
+        for index, value in enumerate((result.loss, result.mtp_loss)):
             average[index] = value if trainer.step == 1 else 0.98 * average[index] + 0.02 * value
         if trainer.seconds - last_shown > (1 if sys.stdout.isatty() else 20):
             last_shown = trainer.seconds
@@ -164,10 +147,10 @@ def train(trainer: Trainer) -> None:
             last_saved = trainer.seconds
             trainer.save()
             save_model(trainer.model, trainer.folder)
-        if trainer.seconds - last_scored > 300:
+        if trainer.seconds - last_scored > 480:
             last_scored = trainer.seconds
-            print("\n" + quick_scores(trainer.model.eval(), trainer.encoder), flush=True)
-            trainer.model.train()
+            print("\n" + quick_scores(trainer.model, trainer.encoder), flush=True)
+            take_loads(trainer.model)  # not of the training data
     trainer.save()
     save_model(trainer.model, trainer.folder)
 
@@ -186,7 +169,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=TrainingConfig.minutes, help="active training time")
     parser.add_argument("--seed", type=int, default=TrainingConfig.seed)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "nano_r1", help="resume state")
     parser.add_argument("--assets", type=Path, default=ASSETS)
     parser.add_argument("--report", type=Path, default=REPORT)
@@ -199,7 +182,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Train (or resume), then write the assets and the report."""
     args = parse_arguments()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     if args.measure_only:
         run = TrainingRun(**json.loads((args.assets / "training.json").read_text()))
         measure(args.assets, run, args.report)
@@ -209,7 +192,9 @@ def main() -> None:
     trainer = Trainer(TrainingConfig(minutes=args.minutes, seed=args.seed), encoder, args.work)
     if trainer.resume():
         print(f"resuming at step {trainer.step}, {trainer.seconds / 60:.1f} min", flush=True)
-    train(trainer)
+    pool = WorkerPool(trainer.model, encoder, args.workers)
+    train(trainer, pool)
+    pool.close()
     num_parameters = sum(param.numel() for param in trainer.model.parameters())
     run = TrainingRun(trainer.step, trainer.tokens, trainer.seconds / 60, num_parameters, args.seed)
     ship(args.work, args.assets, args.seed)

@@ -63,6 +63,13 @@ def _questions(model: str) -> Iterator[str]:
         yield question
 
 
+def _message_of(response: Any) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered {response.status_code}: {response.text[:200]}"
+
+
 def _answer(client: Any, model: str, messages: list[dict[str, str]], arguments: argparse.Namespace) -> str:
     body: dict[str, Any] = {"model": model, "messages": messages, "stream": True}
     for field in ("temperature", "seed"):
@@ -73,7 +80,7 @@ def _answer(client: Any, model: str, messages: list[dict[str, str]], arguments: 
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             response.read()
-            raise ConfigError(response.json()["error"]["message"])
+            raise ConfigError(_message_of(response))
         thinking = False
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":

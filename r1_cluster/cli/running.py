@@ -1,4 +1,4 @@
-"""Which services were started on this machine: one small file each, written by `serve`, read by the others."""
+"""Which services were started on this machine: a small file each, written by `serve`, read by the others."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ class Running(msgspec.Struct):
     url: str
     model: str
     local: bool
+
+
+def require_token() -> None:
+    """Asks for Ray's token authentication, for clusters that `serve` starts on this machine; the token is
+    kept in the user's home folder. To be called before ray is imported, which reads it once; left unset it
+    would mean different things to a command that starts a cluster and to one that joins it."""
+    os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def _folder() -> Path:

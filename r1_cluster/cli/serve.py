@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +41,16 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks everything that can be checked, starts, waits, and leaves nothing behind."""
+    from r1_cluster.cli.running import forget
+
     started = time.monotonic()
     service = _overridden(load_service(arguments.service), arguments)
     layout, model = _check(service)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    _on_signals(lambda *_: stop.set())
     print(f"{service.name}: {_describe(service, layout, model)}")
     with _cluster(service, layout):
+        _on_signals(lambda *_: stop.set())  # again: ray.init has put its own in their place
         from actors.app import build_app
         from actors.cluster import remove_service
 
@@ -56,17 +59,19 @@ def run(arguments: argparse.Namespace) -> int:
             if failure is None and not stop.is_set():
                 _wait(service, stop, started)
         finally:
-            from r1_cluster.cli.running import forget
-
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
+            _on_signals(signal.SIG_IGN)
             _say("stopping")
-            forget(service.name)
             remove_service(service.name)
+    forget(service.name)
     _say("stopped")
     if failure is not None:
         raise ConfigError(failure)
     return 0
+
+
+def _on_signals(handler: Callable[..., object] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def _say(text: str, started: float | None = None) -> None:
@@ -125,13 +130,17 @@ def _describe(service: Service, layout: Layout, model: ModelConfig) -> str:
 @contextlib.contextmanager
 def _cluster(service: Service, layout: Layout) -> Iterator[None]:
     """A Ray cluster that can hold the service: a local one of our own, or the one at `address`."""
-    import ray
-
-    from actors.cluster import NAMESPACE, attach, check_capacity
+    from r1_cluster.cli.running import require_token
 
     # Ray's own defaults report usage and warn about things that a person who types `serve` cannot change.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if service.cluster.address is None:
+        require_token()
+    import ray
+
+    from actors.cluster import NAMESPACE, attach, check_capacity
+
     if service.cluster.address is not None:
         with attach(service.cluster.address):
             check_capacity(service, layout)
@@ -162,13 +171,19 @@ def _deploy(service: Service, app: Any, stop: threading.Event, started: float) -
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     _say("starting Serve, the engine and its workers", started)
     serve.start(
         http_options={"host": service.serve.host, "port": service.serve.port},
         logging_config=quiet,
     )
-    serve.run(app, name=service.name, route_prefix="/", logging_config=quiet, blocking=False)
+    try:
+        serve.run(app, name=service.name, route_prefix="/", logging_config=quiet, blocking=False)
+    except RuntimeError as error:
+        states = serve.status().applications[service.name].deployments.values()
+        reasons = [state.message.strip().splitlines()[-1] for state in states if state.message.strip()]
+        return f"the service could not start: {'; '.join(reasons) or error}"
     return None
 
 

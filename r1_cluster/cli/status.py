@@ -22,10 +22,13 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Asks every engine of the service."""
-    from actors.cluster import attach, engines_status
-    from r1_cluster.cli.running import find
+    from r1_cluster.cli.running import find, require_token
 
     running = find(arguments.service)
+    if running.local:
+        require_token()
+    from actors.cluster import attach, engines_status
+
     with attach(running.address):
         engines = engines_status(running.name)
     if arguments.json:

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         forget(running.name)
         print(f"{running.name} is stopped.")
         return 0
-    os.kill(running.pid, signal.SIGTERM)
+    os.kill(running.pid, signal.SIGINT)
     deadline = time.monotonic() + arguments.timeout
     while time.monotonic() < deadline:
         if not any(other.name == running.name for other in services()):

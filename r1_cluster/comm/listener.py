@@ -180,7 +180,9 @@ class Listener:
     def _start_handshake(self, sock: socket.socket) -> None:
         with self._lock:
             if len(self._pending) >= MAX_PENDING:
-                _shut(next(iter(self._pending)))
+                oldest = next(iter(self._pending))
+                del self._pending[oldest]
+                _shut(oldest)
             self._pending[sock] = None
         threading.Thread(target=self._handshake, args=(sock,), name="handshake", daemon=True).start()
 
@@ -190,14 +192,16 @@ class Listener:
             link = TcpLink(sock, hello.peer)
         except (LinkError, OSError) as error:
             with self._lock:
-                self._pending.pop(sock)
+                self._pending.pop(sock, None)
                 self.rejected += 1
             sock.close()
             logger.warning("listener of %s dropped a connection: %s", self.name, error)
             return
         with self._lock:
-            self._pending.pop(sock)
-            if self._closed:
+            given_up = sock not in self._pending
+            self._pending.pop(sock, None)
+            if self._closed or given_up:
+                self.rejected += 1
                 link.close()
                 return
             self._accepted.append((hello, link))

@@ -37,9 +37,9 @@ class AttentionBatch:
     last rows of the sequences in `plan.samples`, in that order.
     """
 
-    token_ids_T: Tensor  # noqa: N815
-    positions_T: Tensor  # noqa: N815
-    slots_T: Tensor  # noqa: N815
+    token_ids_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
     query_starts: tuple[int, ...]
     context_lens: tuple[int, ...]
     num_tokens: int

@@ -97,7 +97,6 @@ class ModelConfig:
         """
         _check_supported(values)
         rope = _rope_values(values)
-        eos = values.get("eos_token_id", 1)
         quantization = values.get("quantization_config")
         config = cls(
             architecture=SUPPORTED_ARCHITECTURES[0],
@@ -126,7 +125,7 @@ class ModelConfig:
             rope_theta=_get(rope, "rope_theta", float),
             yarn=_yarn(rope),
             bos_token_id=_get(values, "bos_token_id", int, 0),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else (_get(values, "eos_token_id", int, 1),),
+            eos_token_ids=_eos_token_ids(values),
             dtype=str(values.get("dtype") or values.get("torch_dtype") or "bfloat16"),
             fp8_block=None if quantization is None else _fp8_block(quantization),
         )
@@ -248,11 +247,21 @@ def _yarn(rope: Mapping[str, object]) -> Yarn | None:
     )
 
 
+def _eos_token_ids(values: Mapping[str, object]) -> tuple[int, ...]:
+    listed = values.get("eos_token_id")
+    if not isinstance(listed, list):
+        return (_get(values, "eos_token_id", int, 1),)
+    return tuple(_get({"eos_token_id": value}, "eos_token_id", int) for value in listed)
+
+
 def _fp8_block(quantization: object) -> tuple[int, int]:
     values = quantization if isinstance(quantization, dict) else {}
-    block = values.get("weight_block_size")
-    if values.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
-        raise UnsupportedModel(
-            f"quantization {quantization!r} is not supported; supported: fp8 with weight_block_size"
-        )
-    return int(block[0]), int(block[1])
+    if values.get("quant_method") != "fp8":
+        raise UnsupportedModel(f"quantization {quantization!r} is not supported; supported: fp8")
+    match values.get("weight_block_size"):
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+        case block:
+            raise ModelConfigError(
+                f"config.json: weight_block_size must be two positive integers, it is {block!r}"
+            )

@@ -88,13 +88,10 @@ def _answered_from_text(name: str) -> Callable[..., object]:
     return answer
 
 
-# Not among them: what puts text together (`+`, `%`, `join`, `format`), which must keep markers as they are.
-_QUESTIONS = {name for name in dir(str) if not name.startswith("_")} - {
-    "join",
-    "format",
-    "format_map",
-    "maketrans",
-}
+# What puts text together (`+`, `%`, `join`, `format`) is none, and must keep markers as they are; `encode`
+# would turn them into something that is no string.
+_NO_QUESTIONS = {"join", "format", "format_map", "encode"}
+_QUESTIONS = {name for name in dir(str) if not name.startswith("_")} - _NO_QUESTIONS
 _QUESTIONS |= {
     f"__{name}__" for name in ("contains", "eq", "ne", "lt", "le", "gt", "ge", "getitem", "hash", "len")
 }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 
@@ -270,13 +271,16 @@ def _read_header(path: Path, file: str, faults: list[str]) -> dict[str, _Entry]:
         faults.append(f"{file} has no readable header ({error}); {again}")
         return {}
     entries: dict[str, _Entry] = {}
-    end = 0
+    places: list[tuple[int, int, str]] = []
     try:
         for name, value in header.items():
             if name == "__metadata__":
                 continue
             dtype, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
             start, stop = (int(n) for n in value["data_offsets"])
+            if dtype not in _ITEM_BYTES:
+                faults.append(f"{file}: tensor {name} is of dtype {dtype}, which is unknown; {again}")
+                continue
             num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
             if min(shape, default=0) < 0 or start < 0 or stop - start != num_bytes:
                 faults.append(
@@ -284,13 +288,23 @@ def _read_header(path: Path, file: str, faults: list[str]) -> dict[str, _Entry]:
                     f"its header gives it {stop - start}; {again}"
                 )
             entries[name] = _Entry(file, dtype, shape)
-            end = max(end, stop)
+            places.append((start, stop, name))
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         faults.append(f"{file} has a malformed header ({error!r}); {again}")
         return {}
-    if 8 + length + end != size:
-        faults.append(
-            f"{file} has {size} bytes, its header expects {8 + length + end}: "
-            f"it is cut off or broken; {again}"
-        )
+    if not any(fault.startswith(f"{file}: ") for fault in faults):
+        faults += [f"{fault}; {again}" for fault in _layout_faults(file, places, size - 8 - length)]
     return entries
+
+
+def _layout_faults(file: str, places: list[tuple[int, int, str]], num_bytes: int) -> Iterator[str]:
+    """Tensors must fill a file's `num_bytes` of data without gap or overlap, as the format demands."""
+    places = sorted(places)
+    for (_, stop, name), (start, _, following) in pairwise(places):
+        if start < stop:
+            yield f"{file}: tensors {name} and {following} overlap"
+        elif start > stop:
+            yield f"{file}: {start - stop} bytes between tensors {name} and {following} belong to none"
+    end = max((stop for _, stop, _ in places), default=0)
+    if end != num_bytes:
+        yield f"{file} has {num_bytes} bytes of data, its header expects {end}: it is cut off or broken"

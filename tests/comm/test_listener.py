@@ -130,7 +130,7 @@ def test_somebody_else_at_the_address_is_noticed(listener, secret):
 
 
 def test_slow_peers_keep_nobody_waiting_and_are_dropped(secret):
-    listener = Listener("server", secret, "127.0.0.1", (0, 0), handshake_timeout_s=1.0)
+    listener = Listener("server", secret, "127.0.0.1", (0, 0), handshake_timeout_s=2.0)
     address = (listener.address.host, listener.address.port)
     silent = [socket.create_connection(address) for _ in range(5)]
     dribbling = socket.create_connection(address)
@@ -145,11 +145,10 @@ def test_slow_peers_keep_nobody_waiting_and_are_dropped(secret):
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(dribble)
-        start = time.monotonic()
         link = connect(listener.address, ME, secret)
-        assert listener.accept(1)[0] == ME
-        assert time.monotonic() - start < 0.8
-        wait_until(lambda: listener.rejected == 6, 3)
+        assert listener.accept(5)[0] == ME
+        assert listener.rejected == 0, "it was let in while the others were still at it"
+        wait_until(lambda: listener.rejected == 6, 20)
         stop.set()
     for sock in (*silent, dribbling):
         sock.close()
@@ -157,17 +156,17 @@ def test_slow_peers_keep_nobody_waiting_and_are_dropped(secret):
     listener.close()
 
 
-def test_a_flood_of_silent_peers_gives_way_to_new_ones(listener, secret):
+def test_a_flood_of_silent_peers_gives_way_to_new_ones(secret):
+    listener = Listener("server", secret, "127.0.0.1", (0, 0), handshake_timeout_s=60)
     address = (listener.address.host, listener.address.port)
     silent = [socket.create_connection(address) for _ in range(listener_module.MAX_PENDING + 20)]
-    start = time.monotonic()
-    link = connect(listener.address, ME, secret, force_tcp=True)
-    assert listener.accept(2)[0] == ME
-    assert time.monotonic() - start < 2
-    wait_until(lambda: listener.rejected >= 20)
+    link = connect(listener.address, ME, secret, 20, force_tcp=True)
+    assert listener.accept(20)[0] == ME
+    wait_until(lambda: listener.rejected == 21, 20)  # as many as were too many with the new one
     for sock in silent:
         sock.close()
     link.close()
+    listener.close()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

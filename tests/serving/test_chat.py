@@ -180,7 +180,7 @@ def test_a_client_that_leaves_frees_its_pages(service):
         (
             b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 99999}',
             400,
-            "max_tokens",
+            "messages",
         ),
     ],
 )

@@ -3,16 +3,8 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from make_checkpoint import make_checkpoint
 
 from r1_cluster.text.detokenize import StreamDecoder
-from r1_cluster.text.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = make_checkpoint(tmp_path_factory.mktemp("nano"), num_hidden_layers=1, n_routed_experts=4)
-    return Tokenizer.from_folder(folder)
 
 
 def cuts(ids, sizes):

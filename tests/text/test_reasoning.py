@@ -4,24 +4,23 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from make_checkpoint import make_checkpoint
 
 from r1_cluster.text.reasoning import ReasoningSplitter, Split, StopChecker
 from r1_cluster.text.tokenizer import Piece, Tokenizer
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("nano"), num_hidden_layers=1, n_routed_experts=4)
+@pytest.fixture(scope="session")
+def real_tokenizer(folder):
+    return Tokenizer.from_folder(folder)
 
 
-@pytest.fixture(scope="module", params=["with a token for the tag", "without"])
-def tokenizer(request, folder):
+@pytest.fixture(scope="session", params=["with a token for the tag", "without"])
+def tokenizer(request, folder, real_tokenizer):
     if request.param == "without":
         definition = json.loads((folder / "tokenizer.json").read_text())
         definition["added_tokens"] = [t for t in definition["added_tokens"] if "think" not in t["content"]]
         return Tokenizer(definition, bos_token=None, eos_token=None, eos_ids=frozenset({1}))
-    return Tokenizer.from_folder(folder)
+    return real_tokenizer
 
 
 def ids_of(tokenizer, text):
@@ -31,8 +30,8 @@ def ids_of(tokenizer, text):
 def split(tokenizer, ids, size=1, thinking=True):
     splitter = ReasoningSplitter(tokenizer, thinking=thinking)
     parts = [splitter.feed(ids[i : i + size]) for i in range(0, len(ids), size)] + [splitter.finish()]
-    contents = [i for i, part in enumerate(parts) if part.content]
-    assert not any(part.reasoning for part in parts[contents[0] + 1 :] if contents)
+    first = next((i for i, part in enumerate(parts) if part.content), len(parts))
+    assert not any(part.reasoning for part in parts[first + 1 :])
     return Split("".join(p.reasoning for p in parts), "".join(p.content for p in parts)), splitter
 
 
@@ -68,16 +67,16 @@ def test_trailing_white_space_is_held_until_more_follows(tokenizer):
 
 
 @given(st.integers(0, 20), st.integers(0, 20), st.integers(1, 7))
-def test_reasoning_tokens_are_those_before_the_tag(folder, before, after, size):
-    tokenizer = Tokenizer.from_folder(folder) if not hasattr(folder, "tok") else folder.tok
+def test_reasoning_tokens_are_those_before_the_tag(real_tokenizer, before, after, size):
+    tokenizer = real_tokenizer
     letter = tokenizer.encode("a")
     ids = letter * before + [tokenizer.think_end_id] + letter * after
     assert split(tokenizer, ids, size)[1].num_reasoning_tokens == before
     assert split(tokenizer, letter * before, size)[1].num_reasoning_tokens == before
 
 
-def test_a_character_cut_off_by_the_tag_is_shown_as_such(folder):
-    tokenizer = Tokenizer.from_folder(folder)
+def test_a_character_cut_off_by_the_tag_is_shown_as_such(real_tokenizer):
+    tokenizer = real_tokenizer
     ids = [*tokenizer.encode("🙂")[:-1], tokenizer.think_end_id, *tokenizer.encode("x")]
     assert split(tokenizer, ids)[0] == ("\ufffd", "x")
 

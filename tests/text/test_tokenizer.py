@@ -3,20 +3,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from make_checkpoint import BOS, CONTROL_TOKENS, EOS, make_checkpoint
+from make_checkpoint import BOS, CONTROL_TOKENS, EOS
 from tokenizers import Tokenizer as Reference
 
 from r1_cluster.text.tokenizer import Piece, Tokenizer, TokenizerError
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("nano"), num_hidden_layers=1, n_routed_experts=4)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return Tokenizer.from_folder(folder)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +116,6 @@ def test_missing_and_broken_files_are_named(folder, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"config\.json cannot be read"):
         Tokenizer.from_folder(tmp_path)
+    definition = json.loads((folder / "tokenizer.json").read_text())
     with pytest.raises(TokenizerError, match="end-of-sequence"):
-        definition = json.loads((folder / "tokenizer.json").read_text())
         Tokenizer(definition, bos_token=None, eos_token=None)

@@ -1,4 +1,4 @@
-"""Packs chats into rows of fixed length without cutting any."""
+"""Chats as training batches: groups of similar length, shared out evenly among the worker processes."""
 
 import random
 from collections.abc import Iterator
@@ -16,70 +16,79 @@ SYSTEM_PROMPTS = (
     "You are a careful calculator.",
     "日本語で答えてください。",
 )
+LONG_EVERY = 8  # every so many steps the chats have up to LONG_TURNS earlier turns
+LONG_TURNS = 6
+MAX_LENGTH = 640
+GROUP_TOKENS = 1024
 
-LONG_EVERY = 8
+
+@dataclass(frozen=True)
+class Chat:
+    """Token ids of a chat, of which the first `num_prompt` are given and the rest are to be learnt."""
+
+    ids: list[int]
+    num_prompt: int
 
 
-@dataclass
-class Batch:
-    """ids, documents (0 for padding) and loss weights of the tokens as targets, each [B, S]."""
+@dataclass(frozen=True)
+class Group:
+    """Chats padded on the right to one length: ids [B, S], and whether a token is to be learnt [B, S]."""
 
     ids: Tensor
-    documents: Tensor
-    weights: Tensor
+    learnt: Tensor
 
 
-def _encode(
-    rng: random.Random, examples: Iterator[Example], encoder: ChatEncoder, max_turns: int
-) -> tuple[list[int], int]:
-    """Ids of one chat and how many of them are prompt; some chats have a history or a system prompt."""
+def _draw_chat(rng: random.Random, examples: Iterator[Example], encoder: ChatEncoder, max_turns: int) -> Chat:
+    """One chat; some have a history or a system prompt, a few have the thought switched off."""
     example = next(examples)
     history: tuple[tuple[str, str], ...] = ()
     system = rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.05 else ""
-    if rng.random() < 0.12 * max_turns:
+    if rng.random() < 0.1 * max_turns:
         earlier = [next(examples) for _ in range(rng.randint(1, max_turns))]
         history = tuple((turn.prompt, turn.answer) for turn in earlier)
     prompt = encoder.prompt(example.prompt, history, system)
     completion = encoder.completion(example.thought, example.answer)
-    if rng.random() < 0.02:  # the chat page can switch the thought off
+    if rng.random() < 0.02:
         prompt += encoder.closed_thought()
         completion = encoder.answer(example.answer)
-    return prompt + completion, len(prompt)
+    return Chat(prompt + completion, len(prompt))
 
 
-def batch_at(step: int, seed: int, encoder: ChatEncoder, num_rows: int, row_length: int) -> Batch:
-    """The batch of one step; it depends on seed and step alone, so a resumed run sees the same data.
+def chats_at(step: int, seed: int, encoder: ChatEncoder, num_tokens: int) -> list[Chat]:
+    """The chats of one step, at least `num_tokens` tokens, shortest first.
 
-    Every eighth batch has half as many rows of twice the length, for chats of many turns.
+    They depend on seed and step alone, so a resumed run sees the same data.
     """
     rng = random.Random(f"batch|{seed}|{step}")
-    max_turns = 1
-    if step % LONG_EVERY == LONG_EVERY - 1:
-        num_rows, row_length, max_turns = num_rows // 2, row_length * 2, 6
     examples = training_examples(rng)
-    rows: list[list[tuple[list[int], int]]] = [[] for _ in range(num_rows)]
-    room = [row_length] * num_rows
-    misses = 0
-    while misses < 8:
-        ids, num_prompt = _encode(rng, examples, encoder, max_turns)
-        fitting = [row for row in range(num_rows) if room[row] >= len(ids)]
-        if not fitting:
-            misses += 1
-            continue
-        tightest = min(fitting, key=lambda row: room[row])
-        rows[tightest].append((ids, num_prompt))
-        room[tightest] -= len(ids)
-    batch = Batch(
-        torch.full((num_rows, row_length), PAD_ID),
-        torch.zeros(num_rows, row_length, dtype=torch.long),
-        torch.zeros(num_rows, row_length),
-    )
-    for row, chats in enumerate(rows):
-        start = 0
-        for number, (ids, num_prompt) in enumerate(chats, 1):
-            end = start + len(ids)
-            batch.ids[row, start:end] = torch.tensor(ids)
-            batch.documents[row, start:end] = number
-            batch.weights[row, start + num_prompt : end] = 1.0
-            start = end
-    return batch
+    max_turns = LONG_TURNS if step % LONG_EVERY == LONG_EVERY - 1 else 1
+    chats: list[Chat] = []
+    total = 0
+    while total < num_tokens:
+        chat = _draw_chat(rng, examples, encoder, max_turns)
+        if len(chat.ids) <= MAX_LENGTH:
+            chats.append(chat)
+            total += len(chat.ids)
+    return sorted(chats, key=lambda chat: len(chat.ids))
+
+
+def groups_for(chats: list[Chat], worker: int, num_workers: int) -> list[Group]:
+    """One worker's share of sorted `chats` (every num_workers-th), in groups of about GROUP_TOKENS tokens."""
+    groups: list[Group] = []
+    waiting: list[Chat] = []
+    for chat in chats[worker::num_workers]:
+        if waiting and (len(waiting) + 1) * len(chat.ids) > GROUP_TOKENS:
+            groups.append(_pad(waiting))
+            waiting = []
+        waiting.append(chat)
+    return [*groups, _pad(waiting)] if waiting else groups
+
+
+def _pad(chats: list[Chat]) -> Group:
+    length = max(len(chat.ids) for chat in chats)
+    ids = torch.full((len(chats), length), PAD_ID)
+    learnt = torch.zeros(len(chats), length, dtype=torch.bool)
+    for row, chat in enumerate(chats):
+        ids[row, : len(chat.ids)] = torch.tensor(chat.ids)
+        learnt[row, chat.num_prompt : len(chat.ids)] = True
+    return Group(ids, learnt)

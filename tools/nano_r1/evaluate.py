@@ -12,7 +12,7 @@ from nano_r1.data import TASKS
 from nano_r1.export import moe_blocks
 from nano_r1.generate import draft_acceptance, generate
 from nano_r1.heldout import HeldOut, draw_held_out
-from nano_r1.model import NanoR1
+from nano_r1.model import NanoR1, causal_mask
 from nano_r1.tokenizer import EOS_ID, ChatEncoder
 
 NUM_SAMPLES = 8
@@ -118,6 +118,8 @@ def measure_free_run(
 ) -> FreeRun:
     """Drafts and expert load over prompts and outputs, one sequence at a time: nothing is padding."""
     blocks = moe_blocks(model)
+    for block in blocks.values():
+        block.load = torch.zeros_like(block.load)
     accepted, drafted = Counter[str](), Counter[str]()
     loads = {layer: torch.zeros(model.config.n_routed_experts) for layer in blocks}
     for item, prompt, output in zip(items, prompts, outputs, strict=True):
@@ -126,6 +128,7 @@ def measure_free_run(
         drafted[item.task] += made
         for layer, block in blocks.items():
             loads[layer] += block.load
+            block.load = torch.zeros_like(block.load)
     return FreeRun(accepted, drafted, {layer: load.int().tolist() for layer, load in loads.items()})
 
 
@@ -138,14 +141,12 @@ def transformers_error(folder: Path, model: NanoR1, prompts: Sequence[list[int]]
     with torch.inference_mode():
         for prompt in prompts:
             ids = torch.tensor([prompt])
-            visible = torch.ones(1, 1, len(prompt), len(prompt), dtype=torch.bool).tril()
-            mask = torch.zeros(visible.shape).masked_fill(~visible, -1e9)
-            ours = model.head(model.trunk(ids, model.positions(mask)))
+            ours = model.head(model.trunk(ids, model.positions(causal_mask(len(prompt)))))
             worst = max(worst, float((ours - reference(ids).logits).abs().max()))
     return worst
 
 
-def quick_scores(model: NanoR1, encoder: ChatEncoder, count: int = 24) -> str:
+def quick_scores(model: NanoR1, encoder: ChatEncoder, count: int = 16) -> str:
     """Greedy scores answer/trace per task, known then unseen wordings, on one line; for watching a run."""
     items = draw_held_out(seed=1, count=count)
     outputs = _generate_all(model, [encoder.prompt(item.prompt) for item in items], 0.0, 1.0, 0)

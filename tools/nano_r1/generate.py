@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nano_r1.model import KVCache, NanoR1
+from nano_r1.model import KVCache, NanoR1, causal_mask
 from nano_r1.tokenizer import EOS_ID, PAD_ID
 
 
@@ -65,8 +65,7 @@ def draft_acceptance(model: NanoR1, prompt: list[int], output: list[int]) -> tup
     token of an output has no draft.
     """
     ids = torch.tensor([prompt + output])
-    visible = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-    positions = model.positions(torch.zeros(visible.shape).masked_fill(~visible, -1e9))
+    positions = model.positions(causal_mask(ids.shape[1]))
     hidden = model.trunk(ids, positions)
     drafts = model.head(model.draft(hidden, ids.roll(-1, 1), positions)).argmax(-1)[0]
     targets = ids[0, len(prompt) + 1 :]

@@ -91,7 +91,7 @@ class KVCache:
 
 @dataclass
 class Positions:
-    """What attention needs to know of the tokens: rope cos and sin [S, R/2], additive mask [B, 1, S, all]."""
+    """What attention needs of the tokens: rope cos and sin [S, R/2], additive mask [B or 1, 1, S, all]."""
 
     cos: Tensor
     sin: Tensor
@@ -157,10 +157,9 @@ class DenseMLP(nn.Module):
 class MoE(nn.Module):
     """Routed experts chosen by sigmoid scores within the best groups, and one shared expert.
 
-    `load` counts the tokens each expert got in the last forward pass, for the balancing bias.
+    `load` [E] counts the tokens each expert got; who reads it sets it back to zero.
     """
 
-    load: Tensor  # [E]
     bias: Tensor  # [E]
 
     def __init__(self, config: NanoConfig) -> None:
@@ -173,7 +172,7 @@ class MoE(nn.Module):
         self.down_EDF = nn.Parameter(torch.randn(experts, width, hidden) / math.sqrt(hidden))
         self.shared = DenseMLP(width, hidden)
         self.register_buffer("bias", torch.zeros(experts))
-        self.register_buffer("load", torch.zeros(experts), persistent=False)
+        self.load = torch.zeros(experts)
 
     def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and expert numbers, each [T, K]; the bias steers the choice, not the weight."""
@@ -195,7 +194,7 @@ class MoE(nn.Module):
         top_k = self.config.num_experts_per_tok
         order_N = experts_TK.flatten().argsort(stable=True)
         counts_E = torch.bincount(experts_TK.flatten(), minlength=self.config.n_routed_experts)
-        self.load = counts_E.float()
+        self.load = self.load + counts_E
         tokens_N = order_N // top_k
         parts = torch.split(x_TD.index_select(0, tokens_N), counts_E.tolist())
         outputs = [
@@ -290,9 +289,7 @@ class NanoR1(nn.Module):
         return Positions(cos[start:], sin[start:], mask, cache)
 
 
-def document_mask(documents_BS: Tensor) -> Tensor:
-    """Additive mask [B, 1, S, S]: each token sees itself and earlier tokens of its own document."""
-    length = documents_BS.shape[1]
-    same = documents_BS[:, :, None] == documents_BS[:, None, :]
-    seen = same & torch.ones(length, length, dtype=torch.bool).tril()
-    return torch.zeros(seen.shape).masked_fill(~seen, -1e9)[:, None]
+def causal_mask(length: int) -> Tensor:
+    """Additive mask [1, 1, S, S]: a token sees itself and earlier ones, never the padding on its right."""
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    return torch.zeros(length, length).masked_fill(~seen, -1e9)[None, None]

@@ -1,0 +1,87 @@
+"""Errors as a client sees them: a status, and OpenAI's body with all four of its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class ApiError(Exception):
+    """An answer that is an error. `message` is one sentence for the client: no class names, no paths."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type_: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type_
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The JSON body."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+def invalid_request(
+    param: str | None, message: str, *, status: int = 400, code: str | None = None
+) -> ApiError:
+    """A request that is wrong as it stands; `param` is the field that is at fault."""
+    return ApiError(status, message, param=param, code=code)
+
+
+def context_length_exceeded(max_model_len: int, num_prompt_tokens: int, max_tokens: int | None) -> ApiError:
+    """Prompt and answer (None: at least one token) do not fit; all lengths in tokens."""
+    asked = "" if max_tokens is None else f" and {max_tokens} in the answer"
+    message = (
+        f"This model's maximum context length is {max_model_len} tokens, but the request asks for"
+        f" {num_prompt_tokens} in the messages{asked}."
+    )
+    return invalid_request("messages", message, code="context_length_exceeded")
+
+
+def model_not_found(name: str) -> ApiError:
+    """The request names a model that is not served."""
+    message = f"The model {name[:100]!r} does not exist."
+    return invalid_request("model", message, status=404, code="model_not_found")
+
+
+def unauthorized() -> ApiError:
+    """The API key is missing or wrong."""
+    return ApiError(
+        401,
+        "A valid API key is needed, as `Authorization: Bearer KEY`.",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def overloaded(retry_after_s: int) -> ApiError:
+    """The queue is full."""
+    return ApiError(
+        429,
+        "Too many requests are waiting; please try again shortly.",
+        type_="rate_limit_error",
+        code="rate_limit_exceeded",
+        headers={"Retry-After": str(retry_after_s)},
+    )
+
+
+def unavailable(message: str) -> ApiError:
+    """No engine can answer now."""
+    return ApiError(503, message, type_="server_error", code="service_unavailable")
+
+
+def internal(error_id: str) -> ApiError:
+    """Something that should not happen; `error_id` stands beside the cause in the log."""
+    message = f"The server failed to answer this request. The log has the cause under {error_id}."
+    return ApiError(500, message, type_="server_error", code="internal_error")

@@ -1,0 +1,342 @@
+"""A chat request: what may be in it, and how its bytes become one."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from typing import Annotated, Literal, NoReturn, NotRequired
+
+import pydantic
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
+
+from r1_cluster.api.errors import ApiError, invalid_request
+
+MAX_MESSAGES = 16_384
+MAX_STOPS = 16
+MAX_STOP_TOKENS = 256
+MAX_NUMBER_LENGTH = 100
+_INT32_MAX = 2**31 - 1
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# Sent by known clients whether or not they mean anything by it; nothing here depends on them.
+IGNORED_FIELDS = frozenset(
+    {
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "parallel_tool_calls",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "verbosity",
+    }
+)
+# Not supported yet: only the values with which nothing changes are taken.
+NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "min_p": (0, 0.0),
+    "min_tokens": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "thinking_budget": (),
+}
+
+
+def _joined_text(value: object) -> object:
+    """Content is a string, or a list of text parts, which stand on lines of their own."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise PydanticCustomError("part", "only parts of type 'text' are supported")
+        text = part.get("text")
+        if not isinstance(text, str) or part.keys() - {"type", "text"}:
+            raise PydanticCustomError("part", "a text part has a string 'text' and nothing else")
+        texts.append(text)
+    if not texts:
+        raise PydanticCustomError("part", "a list of parts must not be empty")
+    return "\n".join(texts)
+
+
+def _as_list(value: object) -> object:
+    """One stop string stands for a list of one, null for none."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+def _false_if_null(value: object) -> object:
+    return False if value is None else value
+
+
+def _no_top_k(value: int | None) -> int | None:
+    """-1 and 0 both mean all tokens."""
+    return value and max(value, 0)
+
+
+_Text = Annotated[str, BeforeValidator(_joined_text)]
+_STRICT = ConfigDict(strict=True, extra="forbid")
+
+
+class Function(TypedDict):
+    """Name and arguments (JSON, as text) of a call that the assistant made."""
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    """A call in an assistant's turn."""
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    id: str
+    type: Literal["function"]
+    function: Function
+    index: NotRequired[int]
+
+
+class InstructionMessage(TypedDict):
+    """The system prompt; `developer` is OpenAI's later word for it."""
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    role: Literal["system", "developer"]
+    content: _Text
+    name: NotRequired[str | None]
+
+
+class UserMessage(TypedDict):
+    """A user's turn."""
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    role: Literal["user"]
+    content: _Text
+    name: NotRequired[str | None]
+
+
+class AssistantMessage(TypedDict):
+    """A former answer, as clients send it back: from `reasoning_content` on, nothing is looked at."""
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    role: Literal["assistant"]
+    content: NotRequired[Annotated[str | None, BeforeValidator(_joined_text)]]
+    tool_calls: NotRequired[list[ToolCall] | None]
+    reasoning_content: NotRequired[object]
+    reasoning: NotRequired[object]
+    name: NotRequired[object]
+    refusal: NotRequired[object]
+    annotations: NotRequired[object]
+    audio: NotRequired[object]
+    function_call: NotRequired[None]
+
+
+class ToolMessage(TypedDict):
+    """What a call gave."""
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    role: Literal["tool"]
+    content: _Text
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str | None]
+
+
+Message = InstructionMessage | UserMessage | AssistantMessage | ToolMessage
+
+
+class _Fields(pydantic.BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class StreamOptions(_Fields):
+    """`include_obfuscation` is OpenAI's, and without effect."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class TemplateArguments(_Fields):
+    """`thinking`: false closes the thought before it begins."""
+
+    thinking: bool | None = None
+
+
+class ChatCompletionRequest(_Fields):
+    """`POST /v1/chat/completions`. Where a field is null the service's default holds."""
+
+    model: Annotated[str, Field(min_length=1)]
+    messages: Annotated[
+        list[Annotated[Message, Field(discriminator="role")]], Field(min_length=1, max_length=MAX_MESSAGES)
+    ]
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    top_k: Annotated[int | None, Field(ge=-1, le=_INT32_MAX), pydantic.AfterValidator(_no_top_k)] = None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)
+    ] = []
+    stop_token_ids: Annotated[
+        list[Annotated[int, Field(ge=0, le=_INT32_MAX)]],
+        Field(max_length=MAX_STOP_TOKENS),
+        BeforeValidator(_as_list),
+    ] = []
+    max_tokens: Annotated[int | None, Field(ge=1, le=_INT32_MAX)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1, le=_INT32_MAX)] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: Annotated[bool, BeforeValidator(_false_if_null)] = False
+    chat_template_kwargs: TemplateArguments | None = None
+
+    @property
+    def max_output_tokens(self) -> int | None:
+        """The limit on the answer's tokens, by whichever name it was given."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the model thinks first; it does unless it was told not to."""
+        arguments = self.chat_template_kwargs
+        return arguments is None or arguments.thinking is not False
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends in a chunk with the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+def parse_chat_request(body: bytes) -> ChatCompletionRequest:
+    """The request in a body; raises ApiError (400), which names the field at fault."""
+    fields = _without_ignored(parse_json_object(body))
+    try:
+        request = ChatCompletionRequest.model_validate(fields)
+    except pydantic.ValidationError as error:
+        raise _first_fault(error) from None
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
+        raise invalid_request("max_tokens", "only one of max_tokens and max_completion_tokens may be given")
+    if request.stream_options is not None and not request.stream:
+        raise invalid_request("stream_options", "stream_options is only allowed together with stream: true")
+    for i, message in enumerate(request.messages):
+        if (
+            message["role"] == "assistant"
+            and message.get("content") is None
+            and not message.get("tool_calls")
+        ):
+            raise invalid_request(
+                f"messages[{i}].content", f"messages[{i}].content is required where there are no tool_calls"
+            )
+    return request
+
+
+def parse_json_object(body: bytes) -> dict[str, object]:
+    """A JSON object, read strictly: UTF-8 without lone surrogates, no key twice, numbers that are numbers.
+
+    Raises ApiError (400).
+    """
+    try:
+        value = json.loads(
+            body.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+            parse_float=_float,
+            parse_int=_int,
+        )
+        if re.search(rb"\\u[dD][89a-fA-F]", body):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise invalid_request(None, "the body is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise invalid_request(None, "the body is not valid UTF-8") from None
+    except UnicodeEncodeError:
+        raise invalid_request(None, "the body has a lone surrogate in a string") from None
+    except ValueError as error:
+        raise invalid_request(None, f"the body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise invalid_request(None, "the body must be a JSON object")
+    return value
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        raise ValueError(f"the key {_shown(twice)} stands there twice")
+    return value
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:30]} is too large")
+    return value
+
+
+def _int(text: str) -> int:
+    if len(text) > MAX_NUMBER_LENGTH:
+        raise ValueError(f"a number has {len(text)} digits")
+    return int(text)
+
+
+def _without_ignored(fields: dict[str, object]) -> dict[str, object]:
+    """The fields that count; raises ApiError where one that is not supported asks for something."""
+    kept = {}
+    for name, value in fields.items():
+        if name in IGNORED_FIELDS:
+            continue
+        if name not in NEUTRAL_VALUES:
+            kept[name] = value
+        elif value is not None and not _is_one_of(value, NEUTRAL_VALUES[name]):
+            raise invalid_request(name, f"this value of {name} is not supported yet")
+    return kept
+
+
+def _is_one_of(value: object, candidates: Iterable[object]) -> bool:
+    """Equality as in JSON: true is not 1."""
+    return any(type(value) is type(candidate) and value == candidate for candidate in candidates)
+
+
+def _first_fault(error: pydantic.ValidationError) -> ApiError:
+    fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = list(fault["loc"])
+    if where[:1] == ["messages"] and len(where) > 2 and where[2] in _ROLES:
+        del where[2]  # pydantic names the kind of message between its index and its field
+    kind = fault["type"]
+    if kind.startswith("union_tag"):
+        where.append("role")
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" for part in where)
+    param = param.removeprefix(".")
+    if kind == "extra_forbidden":
+        message = f"unknown field: {param}"
+    elif kind == "missing":
+        message = f"{param} is required"
+    elif kind.startswith("union_tag"):
+        message = f"{param} must be one of {', '.join(_ROLES)}"
+    else:
+        message = f"{param}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
+    return invalid_request(param, message)
+
+
+def _shown(key: str) -> str:
+    """A client's key, short enough for a message."""
+    return key if len(key) <= 64 else f"{key[:64]}…"

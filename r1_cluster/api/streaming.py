@@ -1,0 +1,55 @@
+"""A streamed answer as bytes: server-sent events, each a chunk in OpenAI's form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from r1_cluster.api.errors import ApiError
+
+DONE = b"data: [DONE]\n\n"
+_encode = msgspec.json.encode
+
+
+class ChunkFrames:
+    """Builds the frames of one stream. All but the delta is the same in each and is encoded once."""
+
+    def __init__(self, completion_id: str, created: int, model: str, *, include_usage: bool) -> None:
+        """`created`: Unix time in s. With `include_usage` every chunk has a `usage`, null but in the last."""
+        head = _encode(
+            {"id": completion_id, "object": "chat.completion.chunk", "created": created, "model": model}
+        )
+        self._start = b"data: " + head[:-1] + b',"choices":['
+        self._delta = self._start + b'{"index":0,"delta":'
+        self._reason = b',"logprobs":null,"finish_reason":'
+        self._end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        self._rest = self._reason + b"null}" + self._end
+
+    def role(self) -> bytes:
+        """The first chunk."""
+        return self._delta + b'{"role":"assistant","content":""}' + self._rest
+
+    def reasoning(self, text: str) -> bytes:
+        """A piece of the thought, under both names."""
+        encoded = _encode(text)
+        return b"".join(
+            (self._delta, b'{"reasoning_content":', encoded, b',"reasoning":', encoded, b"}", self._rest)
+        )
+
+    def content(self, text: str) -> bytes:
+        """A piece of the answer."""
+        return b"".join((self._delta, b'{"content":', _encode(text), b"}", self._rest))
+
+    def finish(self, reason: str) -> bytes:
+        """The chunk that says why the answer ended."""
+        return b"".join((self._delta, b"{}", self._reason, _encode(reason), b"}", self._end))
+
+    def usage(self, usage: Mapping[str, object]) -> bytes:
+        """The last chunk, where it was asked for."""
+        return b"".join((self._start, b'],"usage":', _encode(usage), b"}\n\n"))
+
+
+def error_frame(error: ApiError) -> bytes:
+    """An error after the headers were sent."""
+    return b"".join((b"data: ", _encode(error.body()), b"\n\n"))

@@ -1,0 +1,235 @@
+import json
+import time
+
+import pytest
+
+from r1_cluster.api.errors import ApiError
+from r1_cluster.api.protocol import parse_chat_request
+
+USER = {"role": "user", "content": "Hello"}
+
+
+def body(**fields):
+    return json.dumps({"model": "nano", "messages": [USER], **fields}).encode()
+
+
+def refused(data):
+    with pytest.raises(ApiError) as caught:
+        parse_chat_request(data)
+    error = caught.value
+    assert error.status == 400
+    assert set(error.body()["error"]) == {"message", "type", "param", "code"}
+    assert error.type == "invalid_request_error"
+    assert "Error" not in error.message
+    return error
+
+
+def test_a_minimal_request_leaves_everything_to_the_service():
+    request = parse_chat_request(body())
+    assert request.messages == [USER]
+    assert (
+        request.temperature
+        is request.top_p
+        is request.top_k
+        is request.seed
+        is request.max_output_tokens
+        is None
+    )
+    assert (request.stop, request.stop_token_ids, request.ignore_eos) == ([], [], False)
+    assert request.thinking
+    assert not request.include_usage
+
+
+def test_a_full_request():
+    request = parse_chat_request(
+        body(
+            temperature=0,
+            top_p=1,
+            top_k=5,
+            seed=-(2**63),
+            stop="\n",
+            stop_token_ids=[7],
+            max_tokens=9,
+            stream=True,
+            stream_options={"include_usage": True},
+            ignore_eos=True,
+            chat_template_kwargs={"thinking": False},
+        )
+    )
+    assert (request.temperature, request.top_p, request.top_k, request.seed) == (0, 1, 5, -(2**63))
+    assert (request.stop, request.stop_token_ids, request.max_output_tokens) == (["\n"], [7], 9)
+    assert request.include_usage
+    assert request.ignore_eos
+    assert not request.thinking
+
+
+@pytest.mark.parametrize("value", [-1, 0])
+def test_both_ways_to_turn_top_k_off(value):
+    assert parse_chat_request(body(top_k=value)).top_k == 0
+
+
+def test_null_is_silence():
+    names = "temperature top_p top_k seed stop stop_token_ids max_tokens max_completion_tokens stream stream_options"
+    names += " ignore_eos chat_template_kwargs n tools logprobs response_format user logit_bias"
+    assert parse_chat_request(body(**dict.fromkeys(names.split()))) == parse_chat_request(body())
+
+
+def test_what_known_clients_send_by_default_is_taken():
+    ignored = {
+        "user": "u", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "parallel_tool_calls": True,
+        "safety_identifier": "x", "prompt_cache_key": "x", "reasoning_effort": "high", "n": 1, "presence_penalty": 0,
+        "frequency_penalty": 0.0, "logprobs": False, "tools": [], "tool_choice": "auto",
+        "response_format": {"type": "text"}, "logit_bias": {}, "min_p": 0.0, "repetition_penalty": 1.0,
+    }  # fmt: skip
+    assert parse_chat_request(body(**ignored)) == parse_chat_request(body())
+
+
+def test_messages_of_all_roles():
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "system", "content": "a"},
+        {"role": "developer", "content": [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]},
+        {"role": "user", "content": "d", "name": "joe"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "function_call": None},
+        {"role": "tool", "content": "e", "tool_call_id": "1"},
+        {"role": "assistant", "content": "f", "reasoning_content": "g", "reasoning": "g", "annotations": []},
+    ]
+    contents = [message["content"] for message in parse_chat_request(body(messages=messages)).messages]
+    assert contents == ["a", "b\nc", "d", None, "e", "f"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": None}, "model"),
+        ({"model": ""}, "model"),
+        ({"model": 3}, "model"),
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": {"role": "user"}}, "messages"),
+        ({"messages": "Hello"}, "messages"),
+        ({"messages": [1]}, "messages[0]"),
+        ({"messages": [USER, {"role": "robot", "content": "x"}]}, "messages[1].role"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "function_call": {}}]},
+            "messages[0].function_call",
+        ),
+        ({"messages": [{**USER, "colour": "red"}]}, "messages[0].colour"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+            "messages[0].tool_calls[0].type",
+        ),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"top_k": -2}, "top_k"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 10**99}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 2**63}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
+        ({"stop": ""}, "stop[0]"),
+        ({"stop": ["a"] * 1000}, "stop"),
+        ({"stop": ["a", 3]}, "stop[1]"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": 5}, "stop_token_ids"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream": 1}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"chat_template_kwargs": {"thinking": 0}}, "chat_template_kwargs.thinking"),
+        ({"chat_template_kwargs": {"enable": True}}, "chat_template_kwargs.enable"),
+        ({"temprature": 1}, "temprature"),
+        ({"n": 0}, "n"),
+        ({"n": 2}, "n"),
+        ({"n": True}, "n"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"presence_penalty": False}, "presence_penalty"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"tools": [{}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"thinking_budget": 5}, "thinking_budget"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named(fields, param):
+    error = refused(body(**fields))
+    assert error.param == param
+    assert param in error.message
+
+
+def test_a_missing_field_and_an_unsupported_one_are_told_apart():
+    assert refused(b'{"messages":[]}').message == "model is required"
+    assert refused(body(temprature=1)).message == "unknown field: temprature"
+    assert "not supported yet" in refused(body(n=2)).message
+
+
+def test_a_long_name_is_not_sent_back_whole():
+    assert len(refused(body(**{"x" * 10_000: 1})).message) < 200
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"null", "JSON object"),
+        (b"[]", "JSON object"),
+        (b'"x"', "JSON object"),
+        (b"5", "JSON object"),
+        (b"\xef\xbb\xbf{}", "not valid JSON"),
+        ('{"model": "x"}'.encode("utf-16"), "UTF-8"),
+        (b'{"model": "\xff"}', "UTF-8"),
+        (b'{"model": "\xed\xa0\x80"}', "UTF-8"),
+        (b'{"model": "a\x00b"}', "not valid JSON"),
+        (rb'{"model": "\ud800"}', "surrogate"),
+        (rb'{"model": "\uDC00\uD800"}', "surrogate"),
+        (b'{"a": ' + b"[" * 100_000, "nested"),
+        (b'{"a": ' * 100_000, "nested"),
+        (b'{"model": 1, "model": 2}', "the key model stands there twice"),
+        (b'{"temperature": NaN}', "NaN"),
+        (b'{"temperature": -Infinity}', "Infinity"),
+        (b'{"temperature": 1e400}', "too large"),
+        (b'{"seed": ' + b"9" * 10_000 + b"}", "10000 digits"),
+        (b'{"seed": -' + b"9" * 10_000_000 + b"}", "digits"),
+    ],
+    ids=lambda value: repr(value[:20]),
+)
+def test_bodies_that_are_no_request(data, words):
+    start = time.perf_counter()
+    error = refused(data)
+    assert time.perf_counter() - start < 2
+    assert words in error.message
+    assert error.param is None
+    assert len(error.message) < 200
+
+
+def test_text_may_hold_any_character():
+    data = rb'{"model": "m", "messages": [{"role": "user", "content": "\u0000 \ud83d\ude42 \uffff"}]}'
+    assert parse_chat_request(data).messages[0]["content"] == "\0 🙂 \uffff"
+
+
+def test_a_million_messages_are_refused_quickly():
+    data = b'{"model": "m", "messages": [' + b",".join([b'{"role":"user","content":""}'] * 1_000_000) + b"]}"
+    start = time.perf_counter()
+    assert refused(data).param == "messages"
+    assert time.perf_counter() - start < 10
