@@ -2,7 +2,7 @@
 """Loads an OpenAI endpoint and measures what its clients feel.
 
     python benchmarks/serve.py --url http://127.0.0.1:8000 --model nano-r1
-    python benchmarks/serve.py --url http://127.0.0.1:8103 --model m --api completions --vocab 4096 --json out.json
+    python benchmarks/serve.py --url http://127.0.0.1:8103 --model m --api completions --vocab 4096
 
 Every request has the same prompt and output length (temperature 0, EOS ignored), is streamed, and differs in
 its prompt's first tokens, so that no prefix cache answers for the model. Levels of concurrency are run one
@@ -68,6 +68,7 @@ class _Chunk(msgspec.Struct):
 
 
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
+Prompt = str | list[int]
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,35 @@ class Load:
 
 @dataclass
 class Sample:
-    """One request's times, in s."""
+    """One request's times, in s from the moment it was sent."""
 
     ttft: float = math.nan
     total: float = math.nan
     gaps: list[float] = field(default_factory=list)
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
+    num_chunks: int = 0
+    last_text: float = math.nan
     error: str | None = None
 
     @property
     def per_token(self) -> float:
         return (self.total - self.ttft) / max(self.num_output_tokens - 1, 1)
+
+    def take(self, chunk: _Chunk, now: float) -> None:
+        """Notes what one chunk brought."""
+        if chunk.error is not None:
+            self.error = bytes(chunk.error).decode()[:300]
+        if chunk.usage is not None:
+            self.num_prompt_tokens = chunk.usage.prompt_tokens
+            self.num_output_tokens = chunk.usage.completion_tokens
+        if chunk.choices and math.isnan(self.ttft):
+            self.ttft = now
+        if any(choice.has_text for choice in chunk.choices):
+            if self.num_chunks:
+                self.gaps.append(now - self.last_text)
+            self.last_text = now
+            self.num_chunks += 1
 
 
 @dataclass
@@ -144,7 +162,7 @@ def words(rng: random.Random, num_words: int) -> str:
     return " ".join(["".join(rng.choices(string.ascii_lowercase, k=8)), *["the"] * num_words])
 
 
-def payload(load: Load, prompt: str | list[int], num_output_tokens: int) -> dict[str, object]:
+def payload(load: Load, prompt: Prompt, num_output_tokens: int) -> dict[str, object]:
     """The request's body."""
     body: dict[str, object] = {
         "model": load.model,
@@ -165,55 +183,38 @@ def events(buffer: bytes) -> tuple[list[bytes], bytes]:
     return [event[5:].strip() for event in whole if event.startswith(b"data:")], rest
 
 
-async def ask(
-    client: httpx.AsyncClient, load: Load, prompt: str | list[int], num_output_tokens: int
-) -> Sample:
+async def ask(client: httpx.AsyncClient, load: Load, prompt: Prompt, num_output_tokens: int) -> Sample:
     """Sends one request and times its chunks; a failure is in the sample's `error`."""
     sample = Sample()
     path = "/v1/chat/completions" if load.api == "chat" else "/v1/completions"
+    request = payload(load, prompt, num_output_tokens)
+    done, rest = False, b""
     start = time.perf_counter()
-    last_text, num_chunks, done, rest = math.nan, 0, False, b""
     try:
-        request = payload(load, prompt, num_output_tokens)
         async with client.stream("POST", load.url + path, json=request) as response:
             if response.status_code != 200:
                 text = (await response.aread()).decode("utf-8", "replace")
                 sample.error = f"status {response.status_code}: {text[:300]}"
                 return sample
             async for data in response.aiter_raw():
-                now = time.perf_counter()
+                now = time.perf_counter() - start
                 found, rest = events(rest + data)
                 for event in found:
                     if event == b"[DONE]":
                         done = True
-                        continue
-                    chunk = _decode_chunk(event)
-                    if chunk.error is not None:
-                        sample.error = bytes(chunk.error).decode()[:300]
-                    if chunk.usage is not None:
-                        sample.num_prompt_tokens = chunk.usage.prompt_tokens
-                        sample.num_output_tokens = chunk.usage.completion_tokens
-                    if chunk.choices and math.isnan(sample.ttft):
-                        sample.ttft = now - start
-                    if any(choice.has_text for choice in chunk.choices):
-                        if num_chunks:
-                            sample.gaps.append(now - last_text)
-                        last_text, num_chunks = now, num_chunks + 1
+                    else:
+                        sample.take(_decode_chunk(event), now)
     except (httpx.HTTPError, msgspec.DecodeError) as error:
         sample.error = f"{type(error).__name__}: {error}"
     sample.total = time.perf_counter() - start
-    sample.num_output_tokens = sample.num_output_tokens or num_chunks
+    sample.num_output_tokens = sample.num_output_tokens or sample.num_chunks
     if sample.error is None and (not done or math.isnan(sample.ttft)):
         sample.error = "the stream ended early"
     return sample
 
 
 async def run_level(
-    client: httpx.AsyncClient,
-    load: Load,
-    prompts: Iterator[str | list[int]],
-    concurrency: int,
-    num_requests: int,
+    client: httpx.AsyncClient, load: Load, prompts: Iterator[Prompt], concurrency: int, num_requests: int
 ) -> tuple[list[Sample], float]:
     """`num_requests` requests, `concurrency` of them at a time; the samples and the time in s."""
 
@@ -223,15 +224,12 @@ async def run_level(
             raise BenchmarkError(f"{load.url} does not answer: {sample.error}")
 
     async def work() -> None:
-        while len(samples) + running[0] < num_requests:
-            running[0] += 1
-            sample = await ask(client, load, next(prompts), load.num_output_tokens)
-            running[0] -= 1
-            samples.append(sample)
+        for _ in turns:
+            samples.append(await ask(client, load, next(prompts), load.num_output_tokens))
 
     await asyncio.gather(*(warm_up() for _ in range(concurrency)))
     samples: list[Sample] = []
-    running = [0]
+    turns = iter(range(num_requests))  # shared by all workers
     start = time.perf_counter()
     await asyncio.gather(*(work() for _ in range(concurrency)))
     return samples, time.perf_counter() - start
@@ -269,7 +267,7 @@ async def measure(
     async with httpx.AsyncClient(limits=limits, timeout=load.timeout_s, trust_env=False) as client:
         num_words = await count_words(client, load, rng) if load.api == "chat" else 0
 
-        def prompts() -> Iterator[str | list[int]]:
+        def prompts() -> Iterator[Prompt]:
             while True:
                 yield words(rng, num_words) if load.api == "chat" else random_ids(rng, load)
 

@@ -62,7 +62,7 @@ class SampleSpec(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """What the workers compute in one step. Filled by the scheduler; complete in itself.
 
-    Sequence i has `num_cached[i]` tokens in its pages already and brings `num_new[i]` more, whose ids
+    `seq_ids` are request ids. Sequence i has `num_cached[i]` tokens in its pages already and brings `num_new[i]` more, whose ids
     are the next ones in `tokens`. `pages` holds the page tables one behind the other,
     `num_pages[i]` entries each. Whoever holds the KV can run a plan again: it changes nothing that
     was committed before it. `closed` names sequences that ended since the plan before.
@@ -71,14 +71,14 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     epoch: int
     step: int
     micro_batch: int
-    seq_ids: list[int]
+    seq_ids: list[str]
     num_cached: list[int]
     num_new: list[int]
     tokens: bytes
     num_pages: list[int]
     pages: bytes
     samples: list[SampleSpec]
-    closed: list[int] = []
+    closed: list[str] = []
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
@@ -94,6 +94,18 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     tokens: list[int]
     lost: list[str] = []
     compute_s: float = 0.0
+
+
+class HeldSequence(msgspec.Struct, array_like=True):
+    """What the first stage knows of a sequence, for an engine that takes over to read back.
+
+    `tokens` (int32 bytes) are those that were planned so far; KV of the first `committed` of them is in
+    `pages` (int32 bytes) on every stage.
+    """
+
+    tokens: bytes
+    pages: bytes
+    committed: int
 
 
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):

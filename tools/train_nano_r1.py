@@ -185,7 +185,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.measure_only:
         run = TrainingRun(**json.loads((args.assets / "training.json").read_text()))
-        measure(args.assets, run, args.report)
+        measure(args.assets, run, args.report, args.workers)
         return
     args.work.mkdir(parents=True, exist_ok=True)
     encoder = ChatEncoder(make_tokenizer(args.seed, args.work))
@@ -198,7 +198,7 @@ def main() -> None:
     num_parameters = sum(param.numel() for param in trainer.model.parameters())
     run = TrainingRun(trainer.step, trainer.tokens, trainer.seconds / 60, num_parameters, args.seed)
     ship(args.work, args.assets, args.seed)
-    measure(args.assets, run, args.report)
+    measure(args.assets, run, args.report, args.workers)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ class PageAllocator:
         self.num_pages = num_pages
         self.page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))
-        self._owned: dict[int, list[int]] = {}
+        self._owned: dict[str, list[int]] = {}
 
     @property
     def num_free(self) -> int:
@@ -31,7 +31,7 @@ class PageAllocator:
         """Pages that `num_tokens` tokens fill."""
         return -(-num_tokens // self.page_size)
 
-    def grow(self, owner: int, num_tokens: int) -> list[int]:
+    def grow(self, owner: str, num_tokens: int) -> list[int]:
         """Makes `owner`'s pages hold `num_tokens` tokens; returns the new pages. Raises OutOfPages."""
         held = self._owned.get(owner, [])
         missing = self.pages_for(num_tokens) - len(held)
@@ -43,7 +43,17 @@ class PageAllocator:
         self._owned.setdefault(owner, []).extend(new)
         return new
 
-    def release(self, owner: int) -> None:
+    def claim(self, owner: str, pages: list[int]) -> None:
+        """Gives `owner` these very pages, which must be free; raises OutOfPages if one is not."""
+        wanted = set(pages)
+        free = [page for page in self._free if page not in wanted]
+        if len(free) + len(pages) != len(self._free) or owner in self._owned:
+            raise OutOfPages(f"pages that {owner} held are no longer free")
+        self._free = free
+        if pages:
+            self._owned[owner] = list(pages)
+
+    def release(self, owner: str) -> None:
         """Frees all pages of `owner`; an owner without pages is fine."""
         self._free.extend(reversed(self._owned.pop(owner, [])))
 

@@ -12,14 +12,30 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from r1_cluster.engine.pages import OutOfPages, PageAllocator
-from r1_cluster.records import FinishReason, Request, SampleSpec, StepPlan, StepResult, TokenDelta
+from r1_cluster.records import (
+    FinishReason,
+    HeldSequence,
+    Request,
+    SampleSpec,
+    StepPlan,
+    StepResult,
+    TokenDelta,
+    unpack_int32,
+)
+
+MAX_KILLS = 2
+"""Deaths of workers in steps that a sequence had to itself, after which its request is failed."""
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request inside the engine. `tokens` is prompt + generated; `num_computed` of them have KV."""
+    """A request inside the engine. `tokens` is prompt + generated; `num_computed` of them have KV.
 
-    seq_id: int
+    `suspected`: a worker died in a step that this sequence took part in; until it has been through a step
+    it runs alone, so that, should it be the cause, it is found out. `num_kills` counts the deaths in
+    steps that it had to itself.
+    """
+
     request: Request
     tokens: array[int]
     stop_ids: frozenset[int]
@@ -28,6 +44,12 @@ class Sequence:
     admitted: bool = False
     in_flight: bool = False
     aborted: bool = False
+    suspected: bool = False
+    num_kills: int = 0
+
+    @property
+    def seq_id(self) -> str:
+        return self.request.request_id
 
     @property
     def num_generated(self) -> int:
@@ -64,8 +86,8 @@ class Scheduler:
         self._eos_ids = eos_ids
         self._by_request: dict[str, Sequence] = {}
         self._planned: dict[int, list[tuple[Sequence, int]]] = {}
-        self._closed: list[int] = []
-        self._next_seq_id = 0
+        self._closed: list[str] = []
+        self._held: dict[str, HeldSequence] = {}
         self._next_step = 0
 
     @property
@@ -83,10 +105,10 @@ class Scheduler:
             stop_ids |= self._eos_ids
         tokens = array("i", request.prompt)
         tokens.extend(request.generated)
-        sequence = Sequence(self._next_seq_id, request, tokens, stop_ids)
-        self._next_seq_id += 1
+        sequence = Sequence(request, tokens, stop_ids)
         self._by_request[request.request_id] = sequence
-        self.waiting.append(sequence)
+        if not self._take_over(sequence):
+            self.waiting.append(sequence)
 
     def abort(self, request_id: str) -> None:
         """Ends a request without a further token. One in flight gives up its pages when its step ends."""
@@ -99,8 +121,10 @@ class Scheduler:
 
     def schedule(self, epoch: int) -> StepPlan | None:
         """The next step's plan; None when nothing can be computed now."""
-        batch = self._pick_decodes()
-        self._pick_prefills(batch)
+        batch = self._pick_suspect()
+        if not batch:
+            batch = self._pick_decodes()
+            self._pick_prefills(batch)
         if not batch:
             return None
         for sequence, _ in batch:
@@ -111,8 +135,61 @@ class Scheduler:
         closed, self._closed = self._closed, []
         return self._plan(epoch, step, batch, closed)
 
+    def adopt(self, held: dict[str, HeldSequence]) -> None:
+        """Reserves the pages of sequences that a former engine left on the workers, until their requests
+        come again (`add`) or `release_held` gives them up. On an engine that has no sequence yet."""
+        for request_id, sequence in held.items():
+            try:
+                self.allocator.claim(request_id, unpack_int32(sequence.pages).tolist())
+            except OutOfPages:
+                continue  # its KV is computed again
+            self._held[request_id] = sequence
+
+    def release_held(self) -> int:
+        """Frees what no request came back for; returns how many sequences that were."""
+        for request_id in self._held:
+            self.allocator.release(request_id)
+            self._closed.append(request_id)
+        count = len(self._held)
+        self._held.clear()
+        return count
+
+    def forget_kv(self) -> None:
+        """A stage lost its pages: every sequence is computed again, in the order of admission; steps in
+        flight are as if they had never been planned."""
+        for batch in self._planned.values():
+            for sequence, _ in batch:
+                sequence.in_flight = False
+        self._planned.clear()
+        for sequence in list(self.running):
+            sequence.num_computed = 0
+            if sequence.aborted:
+                self._close(sequence)
+        self.release_held()
+
+    def suspect(self) -> list[str]:
+        """A worker died while the planned steps ran: their sequences are suspected, and run alone until
+        each has been through a step. Returns the requests that have killed twice when alone."""
+        guilty = []
+        for batch in self._planned.values():
+            for sequence, _ in batch:
+                sequence.suspected = True
+                if len(batch) == 1:
+                    sequence.num_kills += 1
+                    if sequence.num_kills >= MAX_KILLS:
+                        guilty.append(sequence.seq_id)
+        return guilty
+
     def replan(self, epoch: int) -> list[StepPlan]:
-        """Plans of all steps in flight, under a new epoch: what a lost peer spoiled is done again."""
+        """Plans of all steps in flight, under a new epoch: what a lost peer spoiled is done again. A step
+        with a suspected sequence in company is not repeated: its sequences are planned anew, alone."""
+        for step, batch in list(self._planned.items()):
+            if len(batch) > 1 and any(sequence.suspected for sequence, _ in batch):
+                del self._planned[step]
+                for sequence, _ in batch:
+                    sequence.in_flight = False
+                    if sequence.aborted:
+                        self._close(sequence)
         return [self._plan(epoch, step, batch, []) for step, batch in self._planned.items()]
 
     def commit(self, result: StepResult) -> list[Finished]:
@@ -121,7 +198,7 @@ class Scheduler:
         tokens = iter(result.tokens)
         deltas = []
         for sequence, num_new in batch:
-            sequence.in_flight = False
+            sequence.in_flight = sequence.suspected = False
             sequence.num_computed += num_new
             sampled = sequence.num_computed == len(sequence.tokens)
             token = next(tokens) if sampled else None
@@ -137,13 +214,43 @@ class Scheduler:
         live = {sequence.seq_id for sequence in (*self.running, *self.waiting)}
         assert len(live) == len(self._by_request)
         held = sum(len(sequence.pages) for sequence in self.running)
+        held += sum(len(sequence.pages) // 4 for sequence in self._held.values())
         assert held == self.allocator.num_used, f"{held} pages in tables, {self.allocator.num_used} in use"
         for sequence in self.running:
             assert len(sequence.pages) >= self.allocator.pages_for(sequence.num_computed)
 
+    def _take_over(self, sequence: Sequence) -> bool:
+        """Joins a request with the KV that a former engine left for it; False if there is none that fits."""
+        held = self._held.pop(sequence.seq_id, None)
+        if held is None:
+            return False
+        known = array("i", unpack_int32(held.tokens).tolist())
+        # The last token's KV is computed (again) by the step that samples its successor.
+        num_computed = min(held.committed, len(known), len(sequence.tokens) - 1)
+        if known[:num_computed] != sequence.tokens[:num_computed] or not held.pages:
+            self.allocator.release(sequence.seq_id)
+            return False
+        sequence.pages = array("i", unpack_int32(held.pages).tolist())
+        sequence.num_computed = num_computed
+        sequence.admitted = True
+        self.running.append(sequence)
+        return True
+
+    def _pick_suspect(self) -> list[tuple[Sequence, int]]:
+        for sequence in self.running:
+            if sequence.suspected and not sequence.in_flight:
+                chunk = min(len(sequence.tokens) - sequence.num_computed, self.limits.max_batch_tokens)
+                if self._make_room(sequence, sequence.num_computed + chunk, taken=[]):
+                    return [(sequence, chunk)]
+        return []
+
     def _pick_decodes(self) -> list[tuple[Sequence, int]]:
         batch: list[tuple[Sequence, int]] = []
-        ready = [s for s in self.running if not s.in_flight and len(s.tokens) - s.num_computed == 1]
+        ready = [
+            s
+            for s in self.running
+            if not s.in_flight and not s.suspected and len(s.tokens) - s.num_computed == 1
+        ]
         share = -(-len(ready) // max(1, self.limits.micro_batches - self.num_in_flight))
         for sequence in ready[: min(share, self.limits.max_batch_tokens)]:
             if sequence.admitted and self._make_room(sequence, sequence.num_computed + 1, taken=batch):
@@ -157,7 +264,9 @@ class Scheduler:
             missing = len(sequence.tokens) - sequence.num_computed
             if budget <= 0:
                 return
-            if missing <= 1 or not sequence.admitted or sequence.in_flight or id(sequence) in taken:
+            if missing <= 1 or sequence.suspected or not sequence.admitted:
+                continue
+            if sequence.in_flight or id(sequence) in taken:
                 continue
             chunk = min(missing, budget)
             if self._make_room(sequence, sequence.num_computed + chunk, taken=batch):

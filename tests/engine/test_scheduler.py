@@ -122,7 +122,7 @@ def test_closed_sequences_are_announced_once():
     sched.commit(workers.run(sched.schedule(1)))
     sched.add(request("b", [5, 6, 7], 2))
     first = sched.schedule(1)
-    assert first.closed == [0]
+    assert first.closed == ["a"]
     sched.commit(workers.run(first))
     assert sched.schedule(1).closed == []
 

@@ -10,6 +10,7 @@ import train_nano_r1
 from nano_r1.batches import LONG_EVERY, chats_at, groups_for
 from nano_r1.data import TASKS, training_examples
 from nano_r1.evaluate import FreeRun, Outcome, boxed, evaluate, final_answer, guess_rate
+from nano_r1.export import save_model
 from nano_r1.heldout import HeldOut, draw_held_out
 from nano_r1.model import NanoConfig, NanoR1
 from nano_r1.report import Measured, TrainingRun, render_card, render_report
@@ -160,9 +161,11 @@ def test_report_says_what_is_not_met() -> None:
     assert "| sorting lists | 0.00 | 0.00 |" in render_card(run, outcomes)
 
 
-def test_evaluate_scores_an_untrained_network_as_wrong(encoder: ChatEncoder) -> None:
+@pytest.mark.slow
+def test_evaluate_scores_an_untrained_network_as_wrong(encoder: ChatEncoder, tmp_path) -> None:
     torch.manual_seed(0)
-    outcomes, free_run = evaluate(NanoR1(SMALL), encoder, draw_held_out(seed=0, count=1)[:3])
+    save_model(NanoR1(SMALL), tmp_path)
+    outcomes, free_run = evaluate(tmp_path, encoder, draw_held_out(seed=0, count=1)[:3])
     assert not any(outcome.trace or outcome.answer or outcome.voted for outcome in outcomes)
     assert free_run.drafted.total() > 0
     assert all(sum(load) > 0 for load in free_run.loads.values())

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.multiprocessing
 
 from nano_r1.data import TASKS
-from nano_r1.export import moe_blocks
+from nano_r1.export import load_model, moe_blocks
 from nano_r1.generate import draft_acceptance, generate
 from nano_r1.heldout import HeldOut, draw_held_out
 from nano_r1.model import NanoR1, causal_mask
@@ -89,15 +90,24 @@ def _generate_all(
     return outputs
 
 
+def _generation_pass(folder: Path, prompts: Sequence[list[int]], sample: int) -> list[list[int]]:
+    """Pass 0 is greedy, the others sample; runs in a process of its own."""
+    torch.set_num_threads(1)
+    temperature, top_p = (TEMPERATURE, TOP_P) if sample else (0.0, 1.0)
+    return _generate_all(load_model(folder), prompts, temperature, top_p, seed=10**6 * sample)
+
+
 def evaluate(
-    model: NanoR1, encoder: ChatEncoder, items: Sequence[HeldOut], seed: int = 0
+    folder: Path, encoder: ChatEncoder, items: Sequence[HeldOut], num_workers: int = 1
 ) -> tuple[list[Outcome], FreeRun]:
-    """Score `items` greedily and by NUM_SAMPLES samples each; measure drafts and load on greedy output."""
+    """Score the model in `folder` on `items`, greedily and by NUM_SAMPLES samples each.
+
+    The passes share `num_workers` processes; drafts and expert load are measured on the greedy output.
+    """
     prompts = [encoder.prompt(item.prompt) for item in items]
-    greedy = _generate_all(model, prompts, 0.0, 1.0, seed)
-    samples = [
-        _generate_all(model, prompts, TEMPERATURE, TOP_P, seed + 10**6 * (1 + n)) for n in range(NUM_SAMPLES)
-    ]
+    passes = [(folder, prompts, sample) for sample in range(1 + NUM_SAMPLES)]
+    with torch.multiprocessing.get_context("spawn").Pool(num_workers) as pool:
+        greedy, *samples = pool.starmap(_generation_pass, passes, chunksize=1)
     outcomes = []
     for index, item in enumerate(items):
         answers = [boxed(outputs[index], encoder) for outputs in samples]
@@ -110,7 +120,7 @@ def evaluate(
                 voted=Counter(answers).most_common(1)[0][0] == item.result,
             )
         )
-    return outcomes, measure_free_run(model, items, prompts, greedy)
+    return outcomes, measure_free_run(load_model(folder), items, prompts, greedy)
 
 
 def measure_free_run(

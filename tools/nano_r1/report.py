@@ -255,16 +255,15 @@ def ship(work: Path, assets: Path, seed: int) -> None:
     write_held_out(draw_held_out(seed), assets / "heldout.jsonl")
 
 
-def measure(assets: Path, run: TrainingRun, report: Path) -> None:
+def measure(assets: Path, run: TrainingRun, report: Path, num_workers: int) -> None:
     """Score the shipped files themselves and write the model card and the report."""
-    model = load_model(assets)
     encoder = ChatEncoder(Tokenizer.from_file(str(assets / "tokenizer.json")))
     items = read_held_out(assets / "heldout.jsonl")
-    outcomes, free_run = evaluate(model, encoder, items)
+    outcomes, free_run = evaluate(assets, encoder, items, num_workers)
     prompts = [
         encoder.prompt(item.prompt) + encoder.completion(item.thought, item.answer) for item in items[::40]
     ]
-    error = transformers_error(assets, model, prompts)
+    error = transformers_error(assets, load_model(assets), prompts)
     (assets / "README.md").write_text(render_card(run, outcomes))
     (assets / "training.json").write_text(json.dumps(vars(run)) + "\n")
     num_bytes = sum(path.stat().st_size for path in assets.iterdir())

@@ -5,6 +5,7 @@ those meetings may wait for the scheduler. The parameters lie in shared memory: 
 """
 
 import multiprocessing.synchronize
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +103,11 @@ def _work(
         barrier.wait(PATIENCE_S)
 
 
+def _shared_zeros(shape: Sequence[int]) -> Tensor:
+    zeros: Tensor = torch.zeros(*shape).share_memory_()  # type: ignore[no-untyped-call]
+    return zeros
+
+
 class WorkerPool:
     """The parent's view: itself and `num_workers - 1` processes."""
 
@@ -113,9 +119,9 @@ class WorkerPool:
         self._plans = [context.SimpleQueue() for _ in range(num_workers - 1)]
         self._mailboxes = [
             _Mailbox(
-                [torch.zeros_like(param).share_memory_() for param in model.parameters()],
-                torch.zeros(len(model.moe_layers()), model.config.n_routed_experts).share_memory_(),
-                torch.zeros(2).share_memory_(),
+                [_shared_zeros(param.shape) for param in model.parameters()],
+                _shared_zeros((len(model.moe_layers()), model.config.n_routed_experts)),
+                _shared_zeros((2,)),
             )
             for _ in self._plans
         ]
