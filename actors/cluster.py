@@ -78,21 +78,16 @@ def device_of(service: Service) -> str:
     return "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
 
 
+def check_cpus(service: Service, layout: Layout, available: float) -> None:
+    """Raises ConfigError, with the numbers, if so many CPUs cannot hold the service."""
+    _check_amount(service, layout, "CPU", _needed(service, layout, "cpu")["CPU"], available)
+
+
 def check_capacity(service: Service, layout: Layout) -> None:
-    """Raises ConfigError, with the numbers, if the cluster cannot hold the service."""
-    device = device_of(service)
-    engines = service.engine.replicas
-    each = worker_resources(service, device)
-    needed = {key: amount * len(layout.workers) * engines for key, amount in each.items()}
-    needed["CPU"] += INGRESS_CPUS * service.serve.ingress_replicas + ENGINE_CPUS * engines
+    """Raises ConfigError, with the numbers, if the connected cluster cannot hold the service."""
     available = ray.cluster_resources()
-    for resource, amount in needed.items():
-        if amount > available.get(resource, 0) + 1e-6:
-            raise ConfigError(
-                f"the Ray cluster is too small: {len(layout.workers) * engines} workers, the engines and the "
-                f"ingress need {amount:g} {resource}s, the cluster has {available.get(resource, 0):g}; "
-                "add nodes, or lower layout.cpus_per_worker, layout.stages or layout.expert_shards"
-            )
+    for resource, amount in _needed(service, layout, device_of(service)).items():
+        _check_amount(service, layout, resource, amount, available.get(resource, 0))
     if service.layout.spread:
         nodes = sum(1 for node in ray.nodes() if node["Alive"])
         widest = max(len(layout.stages), len(layout.shards))
@@ -101,6 +96,23 @@ def check_capacity(service: Service, layout: Layout) -> None:
                 f"layout.spread: {widest} nodes are needed, one for each stage or expert shard, "
                 f"the cluster has {nodes}"
             )
+
+
+def _needed(service: Service, layout: Layout, device: str) -> dict[str, float]:
+    engines = service.engine.replicas
+    each = worker_resources(service, device)
+    needed = {key: amount * len(layout.workers) * engines for key, amount in each.items()}
+    needed["CPU"] += INGRESS_CPUS * service.serve.ingress_replicas + ENGINE_CPUS * engines
+    return needed
+
+
+def _check_amount(service: Service, layout: Layout, resource: str, amount: float, available: float) -> None:
+    if amount > available + 1e-6:
+        raise ConfigError(
+            f"the Ray cluster is too small: {len(layout.workers) * service.engine.replicas} workers, the engines "
+            f"and the ingress need {amount:g} {resource}s, the cluster has {available:g}; "
+            "add nodes, or lower layout.cpus_per_worker, layout.stages or layout.expert_shards"
+        )
 
 
 def place(service: Service, layout: Layout, engine: str) -> dict[str, tuple[PlacementGroup, int]]:

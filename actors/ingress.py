@@ -13,6 +13,12 @@ import msgspec
 import ray
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from actors.cluster import secret
+from actors.engine import max_model_len
 from r1_cluster.api.chat import ChatStream
 from r1_cluster.api.errors import (
     ApiError,
@@ -24,18 +30,12 @@ from r1_cluster.api.errors import (
     unavailable,
 )
 from r1_cluster.api.protocol import ChatCompletionRequest, parse_chat_request
-from ray import serve
-from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
-
-from actors.cluster import secret
-from actors.engine import max_model_len
 from r1_cluster.config import Service
 from r1_cluster.engine.streams import TokenSink
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.records import Request as EngineRequest
 from r1_cluster.records import SamplingParams, TokenDelta
-from r1_cluster.text.template import ChatTemplate
+from r1_cluster.text.template import ChatTemplate, TemplateError
 from r1_cluster.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("r1_cluster.ingress")
@@ -140,7 +140,10 @@ class Ingress:
         """The request as the engine knows it, and the stream that will make text of its tokens."""
         defaults = self._service.serve.defaults
         thinking = chat.thinking
-        prompt = self._template.prompt_ids(chat.messages, thinking=thinking)
+        try:
+            prompt = self._template.prompt_ids(chat.messages, thinking=thinking)
+        except TemplateError as error:
+            raise invalid_request("messages", str(error)) from None
         room = self._max_model_len - len(prompt)
         wanted = chat.max_output_tokens
         if room < 1 or (wanted is not None and wanted > room):

@@ -1,4 +1,4 @@
-"""Merging the parts that split attention leaves: a softmax-weighted mean over a sequence's splits, in order."""
+"""Merging the parts that split attention leaves: a softmax-weighted mean over the splits, in order."""
 
 import torch
 import triton
@@ -37,7 +37,7 @@ def merge_kernel(
     weights = 0.0
     lse_at = lse_ptr + row
     part_at = part_ptr + row * WIDTH + column
-    step = num_rows.to(tl.int64) * WIDTH
+    step = tl.cast(num_rows, tl.int64) * WIDTH
     for _ in range(num_splits):
         weight = tl.exp2(tl.load(lse_at) - largest)
         total += weight * tl.load(part_at, mask=inside, other=0.0)
@@ -79,10 +79,10 @@ def merge_splits(
 def choose_split(
     max_context_len: int, programs_per_split: int, processors: int, granule: int, least: int
 ) -> int:
-    """Tokens of a split, a multiple of `granule`: enough splits for two programs a processor, none too short."""
+    """Tokens of a split, a multiple of `granule`: splits for two programs a processor, none too short."""
     splits = max(2 * processors // max(programs_per_split, 1), 1)
     tokens = max(triton.cdiv(max_context_len, splits), min(least, max_context_len))
-    return triton.cdiv(tokens, granule) * granule
+    return int(triton.cdiv(tokens, granule)) * granule
 
 
 def check_paging(

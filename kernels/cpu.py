@@ -4,6 +4,10 @@ What keeps a row's bits free of its neighbours, beside the tiles: elementwise fu
 body and a scalar tail (exp2, silu, sigmoid) see at most `_GRAIN` elements a call, in whole vectors or row by
 row, so that neither the tail nor the split over threads falls elsewhere when other rows come; and
 nothing is summed over a length that other sequences decide.
+
+Measured with torch 2.13's MKL on one and two threads: in products of fewer than 12 columns a row's bits
+depend on its place in the tile, and those of products of 1, 3, 5 or 6 rows on how many share the batch. So
+columns are padded to `_MIN_COLUMNS`, and heads to 4 or a multiple of ROW_TILE.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from kernels.ops import ATTENTION_SPLIT, ROW_TILE, AttentionPlan, Routing
 
 _GRAIN = 32768  # torch's own grain: fewer elements are never split over threads
 _VECTOR = 32  # elements that the vector body takes at a time
+_MIN_COLUMNS = 16
 _FEW_QUERIES = 4  # chunks as short as this are attended like decoded tokens
 _MAX_PAIRS = 256  # (token, split) pairs attended at once
 _QUERY_BLOCK = 64  # queries of one sequence attended at once
@@ -28,6 +33,10 @@ _MAX_SCORES = 1 << 22  # scores held at once
 
 def linear(x_TI: Tensor, weight_OI: Tensor, *, tiled: bool) -> Tensor:
     """See `Ops.linear`."""
+    num_columns = len(weight_OI)
+    if tiled and num_columns < _MIN_COLUMNS:
+        weight_OI = F.pad(weight_OI, (0, 0, 0, _MIN_COLUMNS - num_columns))
+        return linear(x_TI, weight_OI, tiled=True)[:, :num_columns].contiguous()
     num_rows, width = x_TI.shape
     if not tiled or num_rows == ROW_TILE:
         return F.linear(x_TI, weight_OI)
@@ -38,9 +47,13 @@ def linear(x_TI: Tensor, weight_OI: Tensor, *, tiled: bool) -> Tensor:
 def head_linear(x_THI: Tensor, weight_HIO: Tensor, *, tiled: bool) -> Tensor:
     """See `Ops.head_linear`."""
     num_rows, num_heads = x_THI.shape[:2]
+    num_columns = weight_HIO.shape[2]
+    if tiled and num_columns < _MIN_COLUMNS:
+        weight_HIO = F.pad(weight_HIO, (0, _MIN_COLUMNS - num_columns))
+        return head_linear(x_THI, weight_HIO, tiled=True)[..., :num_columns]
     if not tiled or num_rows == ROW_TILE:
         return torch.bmm(x_THI.transpose(0, 1), weight_HIO).transpose(0, 1)
-    out = x_THI.new_empty(num_rows, num_heads, weight_HIO.shape[2])
+    out = x_THI.new_empty(num_rows, num_heads, num_columns)
     for x_tile, out_tile in zip(torch.split(x_THI, ROW_TILE), torch.split(out, ROW_TILE)):
         out_tile.copy_(torch.bmm(x_tile.transpose(0, 1), weight_HIO).transpose(0, 1))
     return out
@@ -206,6 +219,9 @@ def mla_absorbed(
 ) -> Tensor:
     """See `Ops.mla_absorbed`: DeepSeek-V2 report (arXiv:2405.04434), section 2.1.2, by splits."""
     assert isinstance(plan, CpuAttentionPlan)
+    num_heads = q_AHL.shape[1]
+    if spare := -num_heads % (4 if num_heads <= 4 else ROW_TILE):
+        q_AHL = F.pad(q_AHL, (0, 0, 0, spare))
     out = q_AHL.new_zeros(*q_AHL.shape[:2], num_latent)
     cache = cache_PSL.flatten(0, 1)
     scale *= math.log2(math.e)  # powers of two from here on
@@ -214,7 +230,7 @@ def mla_absorbed(
     if not plan.has_expanded:
         for span in plan.spans:
             _attend_span(q_AHL, cache, span, out, scale)
-    return out
+    return out[:, :num_heads]
 
 
 def _attend_packed(q_AHL: Tensor, cache: Tensor, packed: _Packed, num_latent: int, scale: float) -> Tensor:

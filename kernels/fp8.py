@@ -19,7 +19,7 @@ _GROUPS_PER_PROGRAM = 16
 
 
 @triton.jit
-def scaled_groups(x, FP8_MAX: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def scaled_groups(x: tl.tensor, FP8_MAX: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """`(values to be cast to FP8, scales)` of groups [G, 128] in float32."""
     scale = tl.maximum(tl.max(tl.abs(x), 1), 1e-12) / FP8_MAX
     return tl.clamp(x / scale[:, None], -FP8_MAX, FP8_MAX), scale

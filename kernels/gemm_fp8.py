@@ -23,7 +23,9 @@ _PERSISTENT_ROWS = 512
 
 
 @triton.jit
-def tile_of(tile, num_m, num_n, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def tile_of(
+    tile: tl.tensor, num_m: tl.tensor, num_n: tl.tensor, GROUP_M: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
     """Tile coordinates in bands of GROUP_M rows of tiles, so that neighbours in time share operands in L2."""
     band = tile // (GROUP_M * num_n)
     height = tl.minimum(num_m - band * GROUP_M, GROUP_M)
@@ -107,9 +109,13 @@ def add_parts_kernel(
 
 def _set_blocks(arguments: dict[str, object]) -> None:
     """Gives the descriptors the tile of the configuration about to run."""
-    for name, edge in (("a_desc", "BLOCK_M"), ("b_desc", "BLOCK_N")):
-        arguments[name].block_shape = [arguments[edge], GROUP]  # type: ignore[attr-defined]
-    arguments["out_desc"].block_shape = [arguments["BLOCK_M"], arguments["BLOCK_N"]]  # type: ignore[attr-defined]
+    rows, columns = arguments["BLOCK_M"], arguments["BLOCK_N"]
+    for name, block in (
+        ("a_desc", [rows, GROUP]),
+        ("b_desc", [columns, GROUP]),
+        ("out_desc", [rows, columns]),
+    ):
+        arguments[name].block_shape = block  # type: ignore[attr-defined]
 
 
 PERSISTENT_CONFIGS = [
@@ -199,12 +205,21 @@ def gemm_fp8(
         return out_MN
     if deterministic:
         _plain(a_MK, a_scale_MG, b_NK, b_scale_NG, out_MN, 1, PLAIN_CONFIGS[0])
-    elif num_rows >= _PERSISTENT_ROWS and num_columns % 16 == 0 and a_MK.stride(0) % 16 == 0:
+    elif _persistent_pays(a_MK, num_columns):
         _persistent(a_MK, a_scale_MG, b_NK, b_scale_NG, out_MN)
     else:
         splits = num_splits(num_rows, num_columns, a_scale_MG.shape[1], num_processors(a_MK.device))
         _split(a_MK, a_scale_MG, b_NK, b_scale_NG, out_MN, splits)
     return out_MN
+
+
+def _persistent_pays(a_MK: Tensor, num_columns: int) -> bool:
+    """Many rows, strides that a tensor descriptor takes, and a device whose copy engine reads descriptors."""
+    if a_MK.shape[0] < _PERSISTENT_ROWS or num_columns % 16 or a_MK.stride(0) % 16:
+        return False
+    if a_MK.device.type == "cpu":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(a_MK.device)[0] >= 9
 
 
 def _split(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, splits: int) -> None:

@@ -1,9 +1,10 @@
-"""Absorbed multi-head latent attention over paged latents: decode, speculative decode, and batch-invariant prefill.
+"""Absorbed multi-head latent attention over paged latents: decode, and batch-invariant prefill.
 
-All heads of a sequence read one 576-wide latent a token (DeepSeek-V2 report, section 2.1.2), so a program takes a
-block of (query, head) rows and walks one split of the context, page by page; a second kernel merges the splits.
-The cache is BF16, or FP8 with two float32 scales a token beside it, one for the latent and one for the rotated
-key: a scale then multiplies a column of scores, or of probabilities, and no element is rescaled on its own.
+All heads of a sequence read one 576-wide latent a token (DeepSeek-V2 report, section 2.1.2), so a program
+takes a block of (query, head) rows and walks one split of the context, page by page; a second kernel merges
+the splits. The cache is BF16, or FP8 with two float32 scales a token beside it, one for the latent and one
+for the rotated key: a scale then multiplies a column of scores, or of probabilities, and no element is
+rescaled on its own.
 """
 
 import math
@@ -22,11 +23,10 @@ _LEAST_SPLIT = 256
 CONFIGS = [
     triton.Config({"BLOCK_ROWS": rows, "BLOCK_N": tokens}, num_warps=warps, num_stages=stages)
     for rows, tokens, warps, stages in [
-        (64, 64, 8, 2),
-        (64, 64, 8, 1),
         (64, 32, 8, 2),
-        (64, 32, 4, 2),
-        (32, 64, 4, 2),
+        (64, 64, 8, 2),
+        (64, 32, 8, 3),
+        (32, 64, 8, 2),
         (32, 32, 4, 2),
         (16, 64, 4, 2),
         (16, 32, 4, 2),
@@ -36,7 +36,9 @@ CONFIGS = [
 ]
 
 
-def fitting(configs: list[triton.Config], arguments: dict[str, object], **given: object) -> list[triton.Config]:
+def fitting(
+    configs: list[triton.Config], arguments: dict[str, object], **given: object
+) -> list[triton.Config]:
     """Blocks of tokens that divide a page, and of rows that are not mostly empty."""
     page, rows = given["PAGE"], arguments["rows_bucket"]
     assert isinstance(page, int)
@@ -70,8 +72,8 @@ def _attend_block(
     """One block of keys: the running sum of values, the running maximum and the running sum of weights."""
     # BLOCK_N divides a page and splits start on a block, so a block lies in one page.
     page = tl.load(table_at + first // PAGE)
-    # A real cache exceeds 2^31 elements (3.7 million tokens of 576): the block's start is 64 bits wide. What is
-    # within the block is not, which spares the registers of a wide pointer per element.
+    # A real cache exceeds 2^31 elements (3.7 million tokens of 576): the block's start is 64 bits wide.
+    # What is within the block is not, which spares the registers of a wide pointer per element.
     slot = page.to(tl.int64) * PAGE + first % PAGE
     block_at = cache_ptr + slot * (C + R)
     within = tl.arange(0, BLOCK_N)
@@ -143,7 +145,7 @@ def mla_decode_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """Rows `program_id(0)` of split `program_id(1)` of sequence `program_id(2)`: normalised output and log sum."""
+    """Rows `program_id(0)` in split `program_id(1)` of sequence `program_id(2)`: output and log sum."""
     sequence = tl.program_id(2)
     context_len = tl.load(context_len_ptr + sequence)
     begin = tl.program_id(1) * split_tokens
@@ -174,13 +176,13 @@ def mla_decode_kernel(
     whole = tl.maximum(tl.minimum(split_end, seen_by_all) - begin, 0) // BLOCK_N * BLOCK_N
     for first in range(begin, begin + whole, BLOCK_N):
         total, largest, weights = _attend_block(
-            total, largest, weights, q_latent, q_rope, position, first, context_len, cache_ptr, cache_scale_ptr,
-            table_at, scale_log2, C, R, PAGE, SCALED, False, BLOCK_N,
+            total, largest, weights, q_latent, q_rope, position, first, context_len, cache_ptr,
+            cache_scale_ptr, table_at, scale_log2, C, R, PAGE, SCALED, False, BLOCK_N,
         )  # fmt: skip
     for first in range(begin + whole, tl.minimum(split_end, seen_by_last), BLOCK_N):
         total, largest, weights = _attend_block(
-            total, largest, weights, q_latent, q_rope, position, first, context_len, cache_ptr, cache_scale_ptr,
-            table_at, scale_log2, C, R, PAGE, SCALED, True, BLOCK_N,
+            total, largest, weights, q_latent, q_rope, position, first, context_len, cache_ptr,
+            cache_scale_ptr, table_at, scale_log2, C, R, PAGE, SCALED, True, BLOCK_N,
         )  # fmt: skip
     seen = weights > 0
     total = total / tl.where(seen, weights, 1.0)[:, None]
@@ -209,10 +211,11 @@ def mla_decode(
 ) -> Tensor:
     """[T, H, C] in the queries' dtype; see `reference.mla_decode`, whose arguments these are.
 
-    `latent_cache_PSC` is [pages, page_size, C + R], of the queries' dtype, or FP8 with `latent_scale_PS2` [pages,
-    page_size, 2]. Any number of heads, so any tensor-parallel share. `max_context_len` (the page table's reach if
-    not given) sizes the splits; `deterministic` fixes them and the blocks, so that a query's output is the same
-    in any batch, and the same whether it came alone or with the queries before it.
+    `latent_cache_PSC` is [pages, page_size, C + R], of the queries' dtype, or FP8 with `latent_scale_PS2`
+    [pages, page_size, 2]. Any number of heads, so any tensor-parallel share. `max_context_len` (the page
+    table's reach if not given) sizes the splits; `deterministic` fixes them and the blocks, so that a
+    query's output is the same in any batch, and the same whether it came alone or with the queries before
+    it.
     """
     num_tokens, num_heads, num_latent = q_latent_THC.shape
     num_rotated = q_rope_THR.shape[2]

@@ -132,7 +132,7 @@ def _copy(index: Tensor, sources: list[Tensor], targets: list[Tensor], rows_per_
 
 
 def pack_rows(q_TD: Tensor, scale_TG: Tensor, row_of_slot_M: Tensor, top_k: int) -> Tensor:
-    """int32 [M, D/4 + G]: in slot m, token `row_of_slot[m] // top_k`'s FP8 row and its scales; zeros for -1."""
+    """int32 [M, D/4 + G]: in slot m, token `row_of_slot[m] // top_k`'s row and scales; zeros for -1."""
     width, groups = q_TD.shape[1], scale_TG.shape[1]
     assert q_TD.element_size() == 1
     assert width % 4 == 0

@@ -1,9 +1,10 @@
 """Grouped block-scaled FP8 products of a mixture of experts, for prefill and for decode.
 
-Contiguous: rows sorted by expert, each expert's part padded to whole blocks (`moe_sort.sort_rows`); one int32 per
-block names its expert. Masked: a fixed number of row slots per expert and a count, so that a captured graph holds
-for any routing. In both, an expert without tokens costs nothing but an early exit. The gate and up products of a
-tile are taken together, and leave as SiLU(gate)·up in FP8 with one scale per row and 128 columns.
+Contiguous: rows sorted by expert, each expert's part padded to whole blocks (`moe_sort.sort_rows`); one
+int32 per block names its expert. Masked: a fixed number of row slots per expert and a count, so that a
+captured graph holds for any routing. In both, an expert without tokens costs nothing but an early exit. The
+gate and up products of a tile are taken together, and leave as SiLU(gate)·up in FP8 with one scale per row
+and 128 columns.
 """
 
 import torch
@@ -20,12 +21,12 @@ GROUP = 128
 
 @triton.jit
 def _expert_rows(
-    tile_m,
-    index_ptr,
-    slots_per_index,
+    tile_m: tl.tensor,
+    index_ptr: tl.tensor,
+    slots_per_index: tl.tensor,
     rows_per_block: tl.constexpr,
-    MASKED: tl.constexpr,  # noqa: ANN001
-):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    MASKED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
     """`(expert or -1, first row)` of a block of rows: by its count if masked, else by the block's name."""
     if MASKED:
         blocks = tl.cdiv(slots_per_index, rows_per_block)
@@ -123,7 +124,6 @@ GATE_UP_CONFIGS = [
         (32, 1, 4, 4),
         (64, 8, 8, 4),
         (64, 8, 8, 3),
-        (128, 8, 16, 3),
     ]
 ]
 
@@ -167,7 +167,7 @@ def gate_up_kernel(
     gate_row = expert.to(tl.int64) * (2 * F) + columns
     a_at = a_ptr + a_row[:, None] * width + inner[None, :]
     gate_at = b_ptr + gate_row[None, :] * width + inner[:, None]
-    up_at = gate_at + F.to(tl.int64) * width
+    up_at = gate_at + tl.cast(F, tl.int64) * width
     a_scale_at = a_scale_ptr + a_row * num_groups
     gate_scale_at = b_scale_ptr + (expert.to(tl.int64) * (2 * num_n) + tile_n) * num_groups
     up_scale_at = gate_scale_at + num_n * num_groups
@@ -229,8 +229,9 @@ def grouped_gemm(
 ) -> Tensor:
     """Each row's product with its expert's [N, K] weight.
 
-    Contiguous: `a` FP8 [M, K] and `index` = `SortedRows.expert_of_block`. Masked: `a` [E, slots, K] and `index` =
-    rows used of each expert. Blocks (or experts) without rows are not written. See `reference.grouped_gemm`.
+    Contiguous: `a` FP8 [M, K] and `index` = `SortedRows.expert_of_block`. Masked: `a` [E, slots, K] and
+    `index` = rows used of each expert. Blocks (or experts) without rows are not written. See
+    `reference.grouped_gemm`.
     """
     masked = _check(a, a_scale, b_ENK, b_scale_ENG, index)
     num_rows, slots, limit = _slots(a, index)

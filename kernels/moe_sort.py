@@ -17,7 +17,9 @@ _FILL_SLOTS = 2048
 
 
 @triton.jit
-def _load_chunk(id_ptr, chunk, num_rows, num_experts, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _load_chunk(
+    id_ptr: tl.tensor, chunk: tl.tensor, num_rows: tl.tensor, num_experts: tl.tensor, CHUNK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
     row = chunk * CHUNK + tl.arange(0, CHUNK)
     expert = tl.load(id_ptr + row, mask=row < num_rows, other=-1).to(tl.int32)
     return expert, (expert >= 0) & (expert < num_experts)
@@ -76,7 +78,7 @@ def _place_kernel(
     BLOCK_E: tl.constexpr,
     FILL_BLOCKS: tl.constexpr,
 ) -> None:
-    """The first `num_chunks` programs place rows; the others name the blocks' experts and mark the padding."""
+    """The first `num_chunks` programs place rows; the others name blocks' experts and mark padding."""
     program = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
     if SINGLE:
@@ -135,7 +137,7 @@ def sort_rows(expert_ids_TK: Tensor, num_experts: int, block: int) -> SortedRows
         integers(num_slots), integers(num_rows), integers(num_experts), integers(num_slots // block)
     )
     if num_rows == 0:
-        rows.count.zero_()
+        rows.counts.zero_()
         return rows
     chunk = min(max(triton.next_power_of_2(num_rows), 16), _CHUNK)
     num_chunks = triton.cdiv(num_rows, chunk)
@@ -146,14 +148,14 @@ def sort_rows(expert_ids_TK: Tensor, num_experts: int, block: int) -> SortedRows
             expert_ids_TK, chunk_count, num_rows, num_experts, CHUNK=chunk, BLOCK_E=block_e, num_warps=4
         )
         _scan_kernel[(num_experts,)](
-            chunk_count, rows.count, num_chunks, BLOCK_E=block_e, BLOCK_CHUNKS=128, num_warps=1
+            chunk_count, rows.counts, num_chunks, BLOCK_E=block_e, BLOCK_CHUNKS=128, num_warps=1
         )
     fill_blocks = max(_FILL_SLOTS // block // 16, 1)
     fills = triton.cdiv(num_slots // block, fill_blocks)
     _place_kernel[(num_chunks + fills,)](
         expert_ids_TK,
         chunk_count,
-        rows.count,
+        rows.counts,
         rows.row_of_slot,
         rows.slot_of_row,
         rows.expert_of_block,

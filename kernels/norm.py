@@ -39,7 +39,7 @@ def _rms_norm_kernel(
 
 def row_warps(width: int) -> int:
     """Warps of a row kernel: about 16 elements a lane, by the width alone, so that all batches agree."""
-    return min(max(triton.next_power_of_2(width) // 512, 1), 16)
+    return int(min(max(triton.next_power_of_2(width) // 512, 1), 16))
 
 
 def _launch(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:

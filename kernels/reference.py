@@ -16,6 +16,11 @@ GROUP = 128
 """Width of one quantization group: DeepSeek-V3 report, section 3.3.2."""
 
 
+def groups_of(x: Tensor, size: int) -> Tensor:
+    """[..., N] as [..., N / size, size]."""
+    return x.reshape(*x.shape[:-1], -1, size)
+
+
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Root mean square norm of each row of [T, D], times the weight; keeps the dtype of `x_TD`."""
     return x_TD * torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + eps) * weight_D
@@ -33,15 +38,14 @@ def rope(x_THR: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Te
     Interleaved pairs are (2i, 2i+1), DeepSeek's `inference/model.py`; else (i, i + R/2), Llama's and Qwen's.
     """
     cos, sin = cos_TR[:, None], sin_TR[:, None]
-    half = x_THR.shape[-1] // 2
-    first, second = (x_THR[..., 0::2], x_THR[..., 1::2]) if interleaved else x_THR.split(half, -1)
+    first, second = (x_THR[..., 0::2], x_THR[..., 1::2]) if interleaved else x_THR.chunk(2, -1)
     turned = (first * cos - second * sin, first * sin + second * cos)
     return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
 
 
 def group_scale(x_TD: Tensor, fp8_dtype: torch.dtype) -> Tensor:
     """Scale of each group of 128 columns, [T, D/128]: largest magnitude over the format's largest value."""
-    amax = x_TD.unflatten(-1, (-1, GROUP)).abs().amax(-1)
+    amax = groups_of(x_TD, GROUP).abs().amax(-1)
     return amax.clamp_min(1e-12) / torch.finfo(fp8_dtype).max
 
 
@@ -49,13 +53,13 @@ def quantize(x_TD: Tensor, fp8_dtype: torch.dtype = torch.float8_e4m3fn) -> tupl
     """`(q_TD, scale_TG)`, one per token and 128 columns: `act_quant` of DeepSeek's `inference/kernel.py`."""
     scale_TG = group_scale(x_TD, fp8_dtype)
     largest = torch.finfo(fp8_dtype).max
-    scaled = (x_TD.unflatten(-1, (-1, GROUP)) / scale_TG[..., None]).clamp(-largest, largest)
+    scaled = (groups_of(x_TD, GROUP) / scale_TG[..., None]).clamp(-largest, largest)
     return scaled.flatten(-2).to(fp8_dtype), scale_TG
 
 
 def dequantize(q_TD: Tensor, scale_TG: Tensor) -> Tensor:
     """What `quantize` stands for, in the dtype of the scales."""
-    return (q_TD.to(scale_TG.dtype).unflatten(-1, (-1, GROUP)) * scale_TG[..., None]).flatten(-2)
+    return (groups_of(q_TD.to(scale_TG.dtype), GROUP) * scale_TG[..., None]).flatten(-2)
 
 
 def dequantize_weight(weight_NK: Tensor, scale_NK: Tensor) -> Tensor:
@@ -92,7 +96,7 @@ def gate(
     outside the best groups are out. DeepSeek-V3 report, section 2.1.2; `Gate` of its `inference/model.py`.
     """
     scores_TE = torch.sigmoid(logits_TE)
-    choice_TGE = (scores_TE + bias_E).unflatten(-1, (num_groups, -1))
+    choice_TGE = groups_of(scores_TE + bias_E, bias_E.numel() // num_groups)
     group_score = choice_TGE.topk(min(2, choice_TGE.shape[-1]), -1).values.sum(-1)
     kept = group_score.sort(dim=-1, descending=True, stable=True).indices[:, :top_groups]
     group_out = torch.ones_like(group_score, dtype=torch.bool).scatter(-1, kept, False)
@@ -111,7 +115,7 @@ class SortedRows(NamedTuple):
     """int32 [M], the row in each slot, -1 in padding."""
     slot_of_row: Tensor
     """int32 [N], the inverse; -1 for a row whose expert is not among these."""
-    count: Tensor
+    counts: Tensor
     """int32 [E], rows of each expert."""
     expert_of_block: Tensor
     """int32 [B], expert of each block of M / B slots, -1 past the last."""
@@ -147,7 +151,7 @@ def grouped_gemm(
     a_MK: Tensor, a_scale_MG: Tensor, b_ENK: Tensor, b_scale_ENG: Tensor, expert_of_block_B: Tensor
 ) -> Tensor:
     """Product of each block of rows with its expert's weight, [M, N]; blocks without an expert stay zero."""
-    a = dequantize(a_MK, a_scale_MG).unflatten(0, (expert_of_block_B.numel(), -1))
+    a = dequantize(a_MK, a_scale_MG).reshape(expert_of_block_B.numel(), -1, a_MK.shape[1])
     out = a.new_zeros(*a.shape[:2], b_ENK.shape[1])
     for block, expert in enumerate(expert_of_block_B.tolist()):
         if expert >= 0:
@@ -276,7 +280,7 @@ def latent_entry(
 def quantize_int(weight_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """`(q_NK int8, scale_NG)`: symmetric, one scale per row and 128 columns, largest value 127 or 7."""
     largest = 2 ** (bits - 1) - 1
-    groups = weight_NK.unflatten(-1, (-1, GROUP))
+    groups = groups_of(weight_NK, GROUP)
     scale_NG = groups.abs().amax(-1).clamp_min(1e-12) / largest
     q_NK = (groups / scale_NG[..., None]).round().clamp(-largest, largest).flatten(-2)
     return q_NK.to(torch.int8), scale_NG
@@ -287,13 +291,13 @@ def pack_int4(q_NK: Tensor) -> Tensor:
 
     Each half, 8 added, is a contiguous half group, so that unpacking needs no shuffle between lanes.
     """
-    low, high = (q_NK + 8).to(torch.uint8).unflatten(-1, (-1, 2, GROUP // 2)).unbind(-2)
+    low, high = groups_of((q_NK + 8).to(torch.uint8), GROUP).chunk(2, -1)
     return (low | (high << 4)).flatten(-2)
 
 
 def unpack_int4(packed_NK: Tensor) -> Tensor:
     """Inverse of `pack_int4`, int8."""
-    groups = packed_NK.unflatten(-1, (-1, GROUP // 2))
+    groups = groups_of(packed_NK, GROUP // 2)
     return torch.stack([groups & 15, groups >> 4], -2).flatten(-3).to(torch.int8) - 8
 
 

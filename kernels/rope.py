@@ -9,7 +9,9 @@ from kernels.launch import rows_dense
 
 
 @triton.jit
-def rotate(first, second, cos, sin):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def rotate(
+    first: tl.tensor, second: tl.tensor, cos: tl.tensor, sin: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
     """The two halves of each pair after turning, in float32."""
     return first * cos - second * sin, first * sin + second * cos
 

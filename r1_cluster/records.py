@@ -62,9 +62,9 @@ class SampleSpec(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """What the workers compute in one step. Filled by the scheduler; complete in itself.
 
-    `seq_ids` are request ids. Sequence i has `num_cached[i]` tokens in its pages already and brings `num_new[i]` more, whose ids
-    are the next ones in `tokens`. `pages` holds the page tables one behind the other,
-    `num_pages[i]` entries each. Whoever holds the KV can run a plan again: it changes nothing that
+    `seq_ids` are request ids. Sequence i has `num_cached[i]` tokens in its pages already and brings
+    `num_new[i]` more, whose ids are the next ones in `tokens`. `pages` holds the page tables one behind the
+    other, `num_pages[i]` entries each. Whoever holds the KV can run a plan again: it changes nothing that
     was committed before it. `closed` names sequences that ended since the plan before.
     """
 

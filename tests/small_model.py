@@ -99,10 +99,19 @@ class SmallModel:
     process. Each sequence gets `pages_each` pages, spread over the cache."""
 
     def __init__(
-        self, folder, *, deterministic, bounds=(), num_shards=1, page_size=16, num_seqs=8, pages_each=24
+        self,
+        folder,
+        *,
+        deterministic,
+        dtype=torch.float32,
+        bounds=(),
+        num_shards=1,
+        page_size=16,
+        num_seqs=8,
+        pages_each=24,
     ):
         self.config = config = ModelConfig.from_folder(folder)
-        options = {"dtype": torch.float32, "device": torch.device("cpu"), "deterministic": deterministic}
+        options = {"dtype": dtype, "device": torch.device("cpu"), "deterministic": deterministic}
         with Checkpoint(folder, config) as checkpoint:
             edges = [0, *bounds, config.num_hidden_layers]
             self.stages = [
@@ -162,7 +171,7 @@ class SmallModel:
             first += sum(own)
         y = torch.empty_like(rows)
         y[order] = torch.cat(outs)
-        y = y.view(num_tokens, top_k, -1) * weights[:num_tokens, :, None]
+        y = y.view(num_tokens, top_k, -1) * weights[:num_tokens, :, None].to(y.dtype)
         out = self.router.shared(layer, x).clone()
         total = y[:, 0]
         for k in range(1, top_k):

@@ -35,7 +35,7 @@ TOKENIZER_EXAMPLES = 20000
 class TrainingConfig:
     """One run: everything that decides its result but the speed of the machine."""
 
-    minutes: float = 62.0
+    minutes: float = 66.0
     seed: int = 0
     num_tokens: int = 4096
     muon_lr: float = 0.01
@@ -156,7 +156,9 @@ def train(trainer: Trainer, pool: WorkerPool) -> None:
 
 
 def make_tokenizer(seed: int, folder: Path) -> Tokenizer:
-    """Train the tokenizer on examples of the generator and write it to `folder`."""
+    """The tokenizer of a run begun in `folder`, or a new one trained on examples of the generator."""
+    if (folder / "state.pt").exists():
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
     examples = training_examples(random.Random(f"tokenizer|{seed}"))
     drawn = [next(examples) for _ in range(TOKENIZER_EXAMPLES)]
     tokenizer = train_tokenizer(text for e in drawn for text in (e.prompt, e.thought, e.answer))
@@ -176,6 +178,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--measure-only", action="store_true", help="score the assets and write the report again"
     )
+    parser.add_argument("--remark", default="", help="stated in the report, for a run out of the ordinary")
     return parser.parse_args()
 
 
@@ -196,7 +199,8 @@ def main() -> None:
     train(trainer, pool)
     pool.close()
     num_parameters = sum(param.numel() for param in trainer.model.parameters())
-    run = TrainingRun(trainer.step, trainer.tokens, trainer.seconds / 60, num_parameters, args.seed)
+    minutes = trainer.seconds / 60
+    run = TrainingRun(trainer.step, trainer.tokens, minutes, num_parameters, args.seed, args.remark)
     ship(args.work, args.assets, args.seed)
     measure(args.assets, run, args.report, args.workers)
 

@@ -92,14 +92,14 @@ def _overridden(service: Service, arguments: argparse.Namespace) -> Service:
 
 def _check(service: Service) -> tuple[Layout, ModelConfig]:
     """Everything that can be known before something is started; raises ConfigError."""
-    from r1_cluster.models.config import ModelConfig, UnsupportedModel
+    from r1_cluster.models.config import ModelConfig, ModelConfigError
     from r1_cluster.planning.layout import build_layout
     from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError
 
     try:
         model = ModelConfig.from_folder(service.model.path)
-        Checkpoint(service.model.path).close()
-    except (UnsupportedModel, CheckpointError) as error:
+        Checkpoint(service.model.path, model).close()
+    except (ModelConfigError, CheckpointError) as error:
         raise ConfigError(f"model.path: {error}") from None
     layout = build_layout(service.layout, model)
     if service.cluster.address is None:
@@ -139,13 +139,14 @@ def _cluster(service: Service, layout: Layout) -> Iterator[None]:
         require_token()
     import ray
 
-    from actors.cluster import NAMESPACE, attach, check_capacity
+    from actors.cluster import NAMESPACE, attach, check_capacity, check_cpus
 
     if service.cluster.address is not None:
         with attach(service.cluster.address):
             check_capacity(service, layout)
             yield
         return
+    check_cpus(service, layout, os.cpu_count() or 1)  # what Ray will offer, known before it is started
     _say("starting Ray on this machine")
     try:
         ray.init(

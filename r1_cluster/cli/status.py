@@ -44,14 +44,14 @@ def _show(engine: dict[str, Any]) -> None:
     print(
         f"\n{engine['engine']}  {engine['layout']}, epoch {engine['epoch']}, process {engine['pid']} on "
         f"{engine['host']}: {engine['running']} running, {engine['waiting']} waiting, "
-        f"{engine['pages_used']}/{engine['pages']} pages, {engine['tokens']} tokens in {engine['steps']} steps"
+        f"{engine['pages_used']}/{engine['pages']} pages, "
+        f"{engine['tokens']} tokens in {engine['steps']} steps"
     )
     if engine["failure"]:
         print(f"  failed: {engine['failure']}")
     if engine["step_ms"] is not None:
-        print(
-            f"  one sequence: {engine['step_ms']:.2f} ms a step, {engine['overhead_ms']:.2f} ms of it overhead"
-        )
+        step_ms, overhead_ms = engine["step_ms"], engine["overhead_ms"]
+        print(f"  one sequence: {step_ms:.2f} ms a step, {overhead_ms:.2f} ms of it overhead")
     print(f"  {'worker':12} {'roles':24} {'state':7} {'process':>8}  {'host':16} node")
     for worker in engine["workers"]:
         print(

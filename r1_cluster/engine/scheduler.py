@@ -314,7 +314,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.num_preempted += 1
 
-    def _plan(self, epoch: int, step: int, batch: list[tuple[Sequence, int]], closed: list[int]) -> StepPlan:
+    def _plan(self, epoch: int, step: int, batch: list[tuple[Sequence, int]], closed: list[str]) -> StepPlan:
         tokens = array("i")
         samples = []
         for index, (sequence, num_new) in enumerate(batch):

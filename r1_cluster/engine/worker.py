@@ -61,7 +61,7 @@ class Worker:
         boot, spec = self.boot, self.spec
         folder = boot.checkpoint
         config = ModelConfig.from_folder(folder)
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(folder, config)
         self.layout = Layout(boot.workers, config.num_hidden_layers, config.first_k_dense_replace)
         dtype, device = _DTYPES[boot.dtype], torch.device(boot.device)
         moe_layers = range(config.first_k_dense_replace, config.num_hidden_layers)

@@ -89,8 +89,9 @@ class Shard:
     def serve(self, forward):
         try:
             while True:
-                self.far.send(*handle(self.far.recv(None), forward))
-                self.num_served += 1
+                reply = handle(self.far.recv(None), forward)
+                self.num_served += 1  # before the router can know of it
+                self.far.send(*reply)
         except LinkError:
             return
 

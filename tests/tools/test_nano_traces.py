@@ -73,14 +73,15 @@ def test_comparison(a, b, wanted: str) -> None:
         assert answer == "equal"
     else:
         assert answer == str(max(a, b) if wanted == "larger" else min(a, b))
-    for line in thought.splitlines()[1:-1]:
-        x, sign, y = line.split(": ")[1]
+    assert thought.splitlines()[0] == wanted
+    for line in thought.splitlines()[2:-1]:
+        x, y, sign = line.split(": ")[1].split(" ")
         assert sign == ("=" if x == y else ">" if x > y else "<")
 
 
 def test_comparison_stops_at_the_first_difference() -> None:
     thought, answer = compare_trace("3.7", "3.65", "larger")
-    assert thought == "a3.p7 ? a3.p6q5\na: 3=3\np: 7>6\nlarger: first"
+    assert thought == "larger\na3.p7 ? a3.p6q5\na: 3 3 =\np: 7 6 >\nfirst"
     assert answer == "3.7"
     assert compare_trace("2.5", "2.50", "smaller")[1] == "equal"
 
@@ -91,13 +92,25 @@ def test_reversal_writes_the_same_pairs_backwards() -> None:
 
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=5, unique=True), st.booleans())
 def test_sorting(numbers: list[int], descending: bool) -> None:
-    lines = sort_trace(numbers, descending).splitlines()
+    direction, *lines = sort_trace(numbers, descending).splitlines()
+    assert direction == ("down" if descending else "up")
     assert [int(part) for part in lines[-1].split(" | ")[1].split()] == sorted(numbers, reverse=descending)
-    best = max if descending else min
+    choose = max if descending else min
     for line in lines:
         left, rest = line.split(" → ")
-        scan = rest.split(" | ")[0].split()
-        assert scan == [best(left.split()[: i + 1]) for i in range(len(scan))]
+        best, *steps = rest.split(" | ")[0].split(",")
+        assert [best, *(step[:2] for step in steps)] == left.split()
+        for step in steps:
+            number, sign, chosen = step[:2], step[2], step[3:]
+            assert (sign == ">") == (best > number)
+            assert chosen == choose(best, number)
+            best = chosen
+
+
+def test_sorting_as_written() -> None:
+    assert sort_trace([12, 7, 30], False) == (
+        "up\n12 07 30 → 12,07>07,30<07 | 07\n12 30 → 12,30<12 | 07 12\n30 → 30 | 07 12 30"
+    )
 
 
 def test_sorting_refuses_what_two_digits_cannot_hold() -> None:

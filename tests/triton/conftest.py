@@ -19,8 +19,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _interpreted_kernels() -> None:
-    for name in [m for m in sys.modules if m.split(".")[0] in ("triton", "kernels")]:
-        if not name.startswith("triton._C"):
+    for name, module in list(sys.modules.items()):
+        compiled = name.startswith("kernels.") and hasattr(module, "triton")
+        if compiled or (name.split(".")[0] == "triton" and not name.startswith("triton._C")):
             del sys.modules[name]
     os.environ["TRITON_INTERPRET"] = "1"
     try:

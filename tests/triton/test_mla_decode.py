@@ -58,7 +58,14 @@ class Paged:
         cache = self.cache if self.scale_cache is not None else self.cache.double()
         scale = None if self.scale_cache is None else self.scale_cache.double()
         return reference.mla_decode(
-            self.q_latent.double(), self.q_rope.double(), cache, self.table, self.context, self.start, 0.1, scale
+            self.q_latent.double(),
+            self.q_rope.double(),
+            cache,
+            self.table,
+            self.context,
+            self.start,
+            0.1,
+            scale,
         )
 
 

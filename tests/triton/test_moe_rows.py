@@ -60,7 +60,7 @@ def test_sort_rows(draw, num_tokens, top_k, num_experts, block):
 def test_sort_rows_without_a_local_row(draw):
     ids = torch.full((3, 2), 9, dtype=torch.int32, device=draw.device)
     rows = moe_sort.sort_rows(ids, 4, 16)
-    assert rows.count.tolist() == [0] * 4
+    assert rows.counts.tolist() == [0] * 4
     assert (rows.row_of_slot == -1).all()
     assert (rows.slot_of_row == -1).all()
     assert (rows.expert_of_block == -1).all()

@@ -13,7 +13,7 @@ from nano_r1 import talk, wordings
 from nano_r1.traces import add_trace, compare_trace, multiply_trace, reverse_trace, sort_trace, subtract_trace
 
 TASKS = ("add", "subtract", "multiply", "compare", "reverse", "sort", "story", "talk")
-TASK_WEIGHTS = (16, 18, 14, 12, 13, 14, 14, 9)
+TASK_WEIGHTS = (12, 14, 14, 17, 15, 18, 10, 10)
 JAPANESE_SHARE = 0.2
 ITEM_BUCKETS, WORDING_BUCKETS = 16, 10
 WORDING_SALT = 175  # keeps the plainest wordings ("hello", "what is {a} + {b}") in training

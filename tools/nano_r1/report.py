@@ -37,13 +37,14 @@ TITLES = {
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """How the checkpoint came about."""
+    """How the checkpoint came about; `remark` is what the reader of the report must know besides."""
 
     steps: int
     tokens: int
     minutes: float
     num_parameters: int
     seed: int
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,11 @@ nice -n 10 .venv/bin/python tools/train_nano_r1.py --measure-only   # measure th
 
 ## The run
 {run.num_parameters:,} parameters (the file repeats embedding and head for the MTP module, as R1's does), \
-{run.steps:,} steps, {run.tokens / 1e6:.1f} M tokens, {run.minutes:.1f} minutes of active training on two \
-threads, seed {run.seed}. The learning rate follows the active training time, so a faster machine takes \
+{run.steps:,} steps, {run.tokens / 1e6:.1f} M tokens, {run.minutes:.1f} minutes of active training in two \
+processes, seed {run.seed}. The learning rate follows the active training time, so a faster machine takes \
 in more tokens in the same schedule; the order of the data depends on the seed alone.
+
+{run.remark}
 
 ## Figures to reach
 | figure | target | measured | |

@@ -84,24 +84,27 @@ def _comparison_columns(first: str, second: str) -> list[tuple[str, str, str]]:
 
 
 def compare_trace(first: str, second: str, wanted: str) -> tuple[str, str]:
-    """Column comparison from the highest column to the first difference.
+    """What is wanted, the numbers by column, then the columns from the highest to the first difference.
 
     `wanted` is "larger" or "smaller". Returns the thought and the answer: one of the two numbers as it was
     written, or "equal".
     """
-    lines = [f"{tag_columns(first)} ? {tag_columns(second)}"]
+    lines = [wanted, f"{tag_columns(first)} ? {tag_columns(second)}"]
     sign = "="
     for letter, x, y in _comparison_columns(first, second):
-        sign = "=" if x == y else ">" if x > y else "<"
-        lines.append(f"{letter}: {x}{sign}{y}")
+        sign = _relation(x, y)
+        lines.append(f"{letter}: {x} {y} {sign}")
         if sign != "=":
             break
     if sign == "=":
-        lines.append(f"{wanted}: equal")
-        return "\n".join(lines), "equal"
+        return "\n".join([*lines, "equal"]), "equal"
     takes_first = (sign == ">") == (wanted == "larger")
-    lines.append(f"{wanted}: {'first' if takes_first else 'second'}")
+    lines.append("first" if takes_first else "second")
     return "\n".join(lines), first if takes_first else second
+
+
+def _relation(x: str, y: str) -> str:
+    return "=" if x == y else ">" if x > y else "<"
 
 
 def reverse_trace(items: Sequence[str]) -> str:
@@ -111,22 +114,25 @@ def reverse_trace(items: Sequence[str]) -> str:
 
 
 def sort_trace(numbers: Sequence[int], descending: bool) -> str:
-    """Selection sort of distinct numbers below 100, two digits each.
+    """Selection sort of distinct numbers below 100, two digits each, after the direction ("up" or "down").
 
-    A line holds what is left, the best number so far at each place, and the sorted part:
-    "12 07 30 → 12 07 07 | 07", then "12 30 → 12 12 | 07 12", and so on.
+    A line holds what is left, a scan of it, and the sorted part. The scan names each next number, its
+    relation to the best so far, and the best of both: "12 07 30 → 12,07>07,30<07 | 07", then
+    "12 30 → 12,30<12 | 07 12", and so on.
     """
     if len(set(numbers)) != len(numbers) or not all(0 <= number < 100 for number in numbers):
         raise ValueError(f"need distinct numbers from 0 to 99, not {list(numbers)}")
-    left, done, lines = list(numbers), list[int](), list[str]()
-    best = max if descending else min
+    left = [f"{number:02d}" for number in numbers]
+    done: list[str] = []
+    lines = ["down" if descending else "up"]
     while left:
-        scan = [best(left[: i + 1]) for i in range(len(left))]
-        done.append(scan[-1])
-        lines.append(" | ".join([f"{_two_digits(left)} → {_two_digits(scan)}", _two_digits(done)]))
-        left.remove(scan[-1])
+        best = left[0]
+        scan = best
+        for number in left[1:]:
+            sign = _relation(best, number)
+            best = number if (sign == ">") != descending else best
+            scan += f",{number}{sign}{best}"
+        done.append(best)
+        lines.append(f"{' '.join(left)} → {scan} | {' '.join(done)}")
+        left.remove(best)
     return "\n".join(lines)
-
-
-def _two_digits(numbers: Sequence[int]) -> str:
-    return " ".join(f"{number:02d}" for number in numbers)

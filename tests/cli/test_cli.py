@@ -1,0 +1,107 @@
+"""The command line: its help, and one clear sentence for whatever cannot be started."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from make_checkpoint import make_checkpoint
+
+R1_CLUSTER = Path(sys.executable).with_name("r1-cluster")
+
+
+def run(*arguments):
+    return subprocess.run([R1_CLUSTER, *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_checkpoint(folder, size="nano", seed=3)
+    return folder
+
+
+@pytest.fixture
+def write(tmp_path, checkpoint):
+    def write_service(**sections):
+        file = tmp_path / "service.yaml"
+        data = {"name": "cli-test", "model": {"path": str(checkpoint)}, **sections}
+        file.write_text(yaml.safe_dump(data))
+        return file
+
+    return write_service
+
+
+def fails_with(result, *words):
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("r1-cluster: ")
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize("command", [(), ("serve",), ("chat",), ("status",), ("stop",)])
+def test_help_teaches(command):
+    result = run(*command, "--help")
+    assert result.returncode == 0
+    assert "usage: r1-cluster" in result.stdout
+    assert len(result.stdout.splitlines()) > 8
+
+
+def test_commands_without_a_service_say_how_to_start_one():
+    for command in ("chat", "status", "stop"):
+        result = run(command, "--service", "none-of-that-name")
+        fails_with(result, "'none-of-that-name' is running here", "r1-cluster serve SERVICE.yaml")
+
+
+def test_a_missing_file_and_an_unknown_key(write):
+    fails_with(run("serve", "nothing.yaml"), "nothing.yaml does not exist")
+    fails_with(run("serve", str(write(layout={"stagess": 2}))), "layout.stagess: is not a known key")
+
+
+def test_a_layout_that_does_not_fit_the_model(write):
+    layout = {"kind": "disaggregated", "stages": 9}
+    fails_with(run("serve", str(write(layout=layout))), "layout.stages: 9 parts", "only 4 layers")
+    layout = {"kind": "disaggregated", "expert_shards": ["0-3"]}
+    fails_with(run("serve", str(write(layout=layout))), "cover 4 experts, but the model has 16")
+
+
+def test_a_checkpoint_that_is_not_there_or_not_supported(write, tmp_path):
+    fails_with(run("serve", str(write(model={"path": "/nowhere"}))), "model.path: /nowhere is no checkpoint")
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt/config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    fails_with(run("serve", str(write(model={"path": "gpt"}))), "GPT2LMHeadModel", "DeepseekV3ForCausalLM")
+
+
+def test_a_damaged_checkpoint(write, tmp_path):
+    make_checkpoint(tmp_path / "broken", size="nano")
+    (file,) = (tmp_path / "broken").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    fails_with(run("serve", str(write(model={"path": "broken"}))), "model.path", file.name)
+
+
+def test_a_port_in_use(write):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        fails_with(
+            run("serve", str(write(serve={"port": port}))), f"serve.port: 127.0.0.1:{port} cannot be used"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_cluster_too_small(write):
+    layout = {"kind": "disaggregated", "stages": 4, "expert_shards": 16, "cpus_per_worker": 50}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    result = run("serve", str(write(layout=layout, serve={"port": port})))
+    # 4 stages, of which 3 have MoE layers and a router, and 16 shards.
+    assert "23 workers" in result.stderr
+    assert "1150.2 CPUs" in result.stderr
+    fails_with(result, "the Ray cluster is too small")
