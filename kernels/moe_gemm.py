@@ -206,7 +206,9 @@ def _check(a: Tensor, a_scale: Tensor, b_ENK: Tensor, b_scale: Tensor, index: Te
     if masked:
         assert a.shape[0] == index.numel() == num_experts, "slots and a count for each expert"
     else:
-        assert a.shape[0] % index.numel() == 0, f"{a.shape[0]} rows in {index.numel()} blocks"
+        block, rest = divmod(a.shape[0], index.numel())
+        assert rest == 0, f"{a.shape[0]} rows in {index.numel()} blocks"
+        assert block >= 16, f"blocks of {block} rows: matrix units take 16 or more"
     return masked
 
 
