@@ -2,6 +2,7 @@
 
 import tempfile
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,3 +218,18 @@ def test_a_stage_takes_a_range_of_the_layers_alone(tmp_path, layers):
             device=torch.device("cpu"),
             deterministic=True,
         )
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_shipped_checkpoint_has_transformers_logits(deterministic):
+    from transformers import DeepseekV3ForCausalLM
+
+    folder = Path(__file__).parents[2] / "r1_cluster/assets/nano_r1"
+    oracle = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = SmallModel(folder, deterministic=deterministic, bounds=[2])
+    tokens = np.random.default_rng(0).integers(0, oracle.config.vocab_size, 200)
+    got = [model.step([(0, tokens[:150])])[0]]
+    got += [model.step([(0, [token])])[0] for token in tokens[150:]]
+    with torch.no_grad():
+        expected = oracle(torch.from_numpy(tokens)[None]).logits[0][149:]
+    torch.testing.assert_close(torch.stack(got), expected, atol=1e-4, rtol=0)
