@@ -47,7 +47,7 @@ class Engine:
         layout = build_layout(service.layout, model)
         self._name = engine_name(service.name, serve.get_replica_context().rank.rank)
         self._supervisor = Supervisor(service, layout, self._name, secret())
-        pipeline = self._supervisor.assemble()
+        pipeline, held = self._supervisor.assemble()
         engine = service.engine
         limits = Limits(
             engine.max_num_seqs,
@@ -61,12 +61,16 @@ class Engine:
         self._fan.epoch = pipeline.epoch
         self._loop = asyncio.get_event_loop()
         self._ends: dict[str, asyncio.Future[str | None]] = {}
+        scheduler = Scheduler(limits, allocator, frozenset(eos_ids))
+        scheduler.adopt(held)
         self._core = EngineCore(
-            Scheduler(limits, allocator, frozenset(eos_ids)),
+            scheduler,
             pipeline,
             self._fan,
             lease_s=engine.lease_s,
+            step_timeout_s=engine.step_timeout_s,
             on_end=self._on_end,
+            replace=self._replace,
         )
         self._core.start()
 
@@ -114,6 +118,9 @@ class Engine:
             "host": os.uname().nodename,
             "layout": self._service.layout.kind,
             "failure": core.failure,
+            "missing": sorted(core.recovery.missing),
+            "recoveries": core.recovery.num_recoveries,
+            "last_recovery_s": core.recovery.last_recovery_s,
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
             "pages_used": scheduler.allocator.num_used,
@@ -140,6 +147,10 @@ class Engine:
         core = getattr(self, "_core", None)
         if core is not None:
             core.stop()
+
+    def _replace(self, name: str) -> None:
+        # Beyond every epoch that the workers know of, and the same for all that are lost together.
+        self._supervisor.replace(name, self._core.pipeline.epoch + 1, self._core.arrived)
 
     def _on_end(self, request_id: str, error: str | None) -> None:
         self._loop.call_soon_threadsafe(self._resolve, request_id, error)

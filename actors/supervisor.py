@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -13,28 +15,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.cluster import NAMESPACE, device_of, place, worker_name, worker_resources
 from actors.workers import actor_class
 from r1_cluster.comm.handshake import Hello
-from r1_cluster.comm.links import TcpLink
-from r1_cluster.comm.listener import Endpoint, connect
-from r1_cluster.comm.wire import Header, Kind, pack
+from r1_cluster.comm.listener import connect
 from r1_cluster.config import Service
-from r1_cluster.engine.boot import ENGINE, Topology, WorkerBoot
-from r1_cluster.engine.core import Pipeline
+from r1_cluster.engine.boot import ENGINE, WorkerBoot
+from r1_cluster.engine.pipeline import Member, Pipeline
 from r1_cluster.planning.layout import Layout
+from r1_cluster.records import HeldSequence
 
 logger = logging.getLogger("r1_cluster.supervisor")
 LOAD_TIMEOUT_S = 3600.0
 PLACE_TIMEOUT_S = 60.0
-
-
-@dataclass
-class Member:
-    """A worker as its engine sees it."""
-
-    name: str
-    actor: Any
-    endpoint: Endpoint
-    incarnation: str
-    info: dict[str, Any]
+KILL_TIMEOUT_S = 10.0
 
 
 class Supervisor:
@@ -45,29 +36,71 @@ class Supervisor:
         self.layout = layout
         self._service = service
         self._secret = secret
-        self.members: dict[str, Member] = {}
+        self._actors: dict[str, Any] = {}
 
-    def assemble(self) -> Pipeline:
-        """Adopts the workers that live, creates the others, links all; returns the way to them."""
+    def assemble(self) -> tuple[Pipeline, dict[str, HeldSequence]]:
+        """Adopts the workers that live, creates the others, links all; returns the way to them, and the
+        sequences whose KV they hold."""
         seats = place(self._service, self.layout, self.engine)
         for group in {group.id: group for group, _ in seats.values()}.values():
             ray.get(group.ready(), timeout=PLACE_TIMEOUT_S)
+        adopted = set(self._living())
         actors = {
             worker.name: self._actor(worker.name, *seats[worker.name]) for worker in self.layout.workers
         }
         infos = ray.get([actor.describe.remote() for actor in actors.values()], timeout=LOAD_TIMEOUT_S)
-        for (name, actor), info in zip(actors.items(), infos):
-            self.members[name] = Member(name, actor, info["endpoint"], info["incarnation"], info)
-        epoch = 1 + max(member.info["epoch"] for member in self.members.values())
-        return self._link(epoch)
+        self._actors = actors
+        epoch = 1 + max(info["epoch"] for info in infos)
+        members = {name: self._member(info, epoch) for name, info in zip(actors, infos)}
+        pipeline = Pipeline(self.layout, members, epoch)
+        # KV is of use only if every stage still has its part.
+        whole = all(stage.name in adopted for stage in self.layout.stages)
+        held = pipeline.link(epoch, read_back=whole)
+        logger.info(
+            "%s: %d workers, epoch %d, %d sequences held", self.engine, len(members), epoch, len(held)
+        )
+        return pipeline, held
+
+    def replace(self, name: str, epoch: int, arrived: Callable[[str, Member | Exception], None]) -> None:
+        """Starts a worker anew in the background and reports it, or why it could not be, by `arrived`."""
+
+        def work() -> None:
+            try:
+                arrived(name, self._replacement(name, epoch))
+            except Exception as error:
+                logger.exception("%s could not be replaced", name)
+                arrived(name, error)
+
+        threading.Thread(target=work, name=f"replace-{name}", daemon=True).start()
+
+    def _replacement(self, name: str, epoch: int) -> Member:
+        ray.kill(self._actors[name], no_restart=True)
+        deadline = time.monotonic() + KILL_TIMEOUT_S
+        while name in self._living():
+            # Ray gives a name free when it has seen the death; nothing reports that moment.
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"Ray has not ended it within {KILL_TIMEOUT_S:g} s")
+            time.sleep(0.02)
+        seat = place(self._service, self.layout, self.engine)[name]
+        actor = self._actors[name] = self._actor(name, *seat)
+        return self._member(ray.get(actor.describe.remote(), timeout=LOAD_TIMEOUT_S), epoch)
+
+    def _member(self, info: dict[str, Any], epoch: int) -> Member:
+        hello = Hello(ENGINE, self.engine, epoch, "control")
+        return Member(connect(info["endpoint"], hello, self._secret), info["endpoint"], info["incarnation"])
+
+    def _living(self) -> list[str]:
+        prefix = worker_name(self.engine, "")
+        named = ray.util.list_named_actors(all_namespaces=True)
+        return [row["name"].removeprefix(prefix) for row in named if row["name"].startswith(prefix)]
 
     def describe(self) -> list[dict[str, Any]]:
         """One row per worker, freshly asked; a worker that does not answer in time says so."""
-        refs = {member.actor.describe.remote(): member for member in self.members.values()}
+        refs = {actor.describe.remote(): name for name, actor in self._actors.items()}
         ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=5.0)
         rows = []
-        for ref, member in refs.items():
-            row = {"name": member.name, "actor": worker_name(self.engine, member.name), "state": "silent"}
+        for ref, name in refs.items():
+            row = {"name": name, "actor": worker_name(self.engine, name), "state": "silent"}
             if ref in ready:
                 try:
                     row |= ray.get(ref) | {"state": "alive"}
@@ -117,20 +150,3 @@ class Supervisor:
             link_ports=service.cluster.link_ports,
             secret=self._secret,
         )
-
-    def _link(self, epoch: int) -> Pipeline:
-        links: dict[str, TcpLink] = {}
-        for member in self.members.values():
-            hello = Hello(ENGINE, self.engine, epoch, "control")
-            links[member.name] = connect(member.endpoint, hello, self._secret)
-        topology = Topology(
-            epoch,
-            {member.name: member.endpoint for member in self.members.values()},
-            {member.name: member.incarnation for member in self.members.values()},
-        )
-        for link in links.values():
-            link.send(Header(Kind.CONTROL, epoch), (), pack(topology))
-        for link in links.values():
-            link.recv(30.0)
-        logger.info("%s: %d workers linked, epoch %d", self.engine, len(links), epoch)
-        return Pipeline(links, self.layout.stages[0].name, epoch)

@@ -39,7 +39,7 @@ class _Shell:
         return {
             "endpoint": self._worker.listener.address,
             "incarnation": self._boot.incarnation,
-            "epoch": self._worker.epoch,
+            "epoch": max(self._worker.epoch, self._worker.office),
             "roles": list(self._worker.spec.roles),
             "node": ray.get_runtime_context().get_node_id(),
             "host": os.uname().nodename,

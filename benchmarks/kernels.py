@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernels [--only gemm] [--write]
 
-Each figure is the median of many replays of a CUDA graph that rotates through inputs larger than the L2 cache.
-The floor is the larger of bytes over the bandwidth of a large copy, and operations over the rate of a large BF16
-product (twice that for FP8), both measured here first. Kernels are tuned before they are timed.
+Each figure is the median of many replays of a CUDA graph that rotates through inputs larger than the L2
+cache. The floor is the larger of bytes over the bandwidth of a large copy, and operations over the rate of a
+large BF16 product (twice that for FP8), both measured here first. Kernels are tuned before they are timed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from kernels import fp8, gemm_fp8, mla_decode, moe_combine, moe_gate, moe_gemm, 
 
 Run = Callable[[], object]
 
-DENSE = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (36864, 7168), (7168, 18432), (4096, 7168))
-DENSE += ((7168, 2048),)
+DENSE = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384)]
+DENSE += [(36864, 7168), (7168, 18432), (4096, 7168), (7168, 2048)]
 ROWS = (1, 8, 64, 128, 256, 1024, 4096, 16384)
 EXPERTS = (256, 32, 16, 8)
 CONTEXTS = (1024, 4096, 16384, 65536)
@@ -74,9 +74,9 @@ def median_s(make: Callable[[], Run], num_bytes: float) -> float:
         for _ in range(rounds):
             for run in runs:
                 run()
-    times = []
+    times: list[float] = []
     for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
@@ -133,7 +133,7 @@ def dense_gemm(m: int, n: int, k: int) -> Work:
 
 
 def grouped(num_experts: int, tokens: int, gate_up: bool) -> Work:
-    """Top-8 rows of `tokens` tokens over so many experts, all of them local, in blocks as the router would choose."""
+    """Top-8 rows of `tokens` tokens over so many experts, all local, in blocks that fit their share."""
     n, k = (2 * EXPERT_WIDTH, WIDTH) if gate_up else (WIDTH, EXPERT_WIDTH)
     rows_per_expert = tokens * TOP_K / num_experts
     block = 128 if rows_per_expert >= 64 else 16
@@ -220,10 +220,10 @@ def row_kernels(tokens: int) -> Iterator[Work]:
 def sampling(sequences: int) -> Run:
     """Temperature 0.6 and top-p 0.95, what R1 recommends."""
     logits = torch.randn(sequences, 129280, device="cuda") * 4
-    settings = [torch.full((sequences,), v, device="cuda") for v in (0.6, 0.95, 0.0)]
+    temperature, top_p, min_p = (torch.full((sequences,), v, device="cuda") for v in (0.6, 0.95, 0.0))
     top_k = torch.zeros(sequences, dtype=torch.int32, device="cuda")
     seeds = torch.arange(sequences, device="cuda")
-    return lambda: sampler.sample(logits, settings[0], top_k, *settings[1:], seeds, seeds)
+    return lambda: sampler.sample(logits, temperature, top_k, top_p, min_p, seeds, seeds)
 
 
 def all_work() -> Iterator[Work]:

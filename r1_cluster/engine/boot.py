@@ -6,6 +6,7 @@ import msgspec
 
 from r1_cluster.comm.listener import Endpoint
 from r1_cluster.planning.layout import WorkerSpec
+from r1_cluster.records import HeldSequence
 
 ENGINE = "engine"
 """The engine's name in its handshakes with workers."""
@@ -32,9 +33,18 @@ class WorkerBoot(msgspec.Struct, frozen=True):
 
 
 class Topology(msgspec.Struct, frozen=True, array_like=True):
-    """Where every worker listens, and which incarnation of it. Sent by the engine; answered by an empty
-    control message once the links that the receiver opens are up."""
+    """Where every worker listens, and which incarnation of it. Sent by the engine under a new epoch; the
+    receiver answers with `Ready` once the links that it opens are up."""
 
     epoch: int
     endpoints: dict[str, Endpoint]
     incarnations: dict[str, str]
+    read_back: bool = False
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True):
+    """A worker's answer to a `Topology`: peers it could not reach and, from the first stage where it was asked
+    to read back, the sequences whose KV is on the workers."""
+
+    unreachable: list[str]
+    held: dict[str, HeldSequence]

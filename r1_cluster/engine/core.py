@@ -1,4 +1,5 @@
-"""The engine's loop: take requests, schedule, send the plan, commit the result, send the tokens.
+"""The engine's loop: take requests, schedule, send the plan, commit the result, send the tokens; and, when
+a worker is lost, have it replaced and do again what was lost with it.
 
 One thread owns the scheduler. Others speak to it through `submit` and `abort`, which queue a command and
 wake it; nothing else is shared.
@@ -11,60 +12,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-import msgspec
-
 from r1_cluster.comm.links import TcpLink, wait_any
 from r1_cluster.comm.wakeup import Wakeup
-from r1_cluster.comm.wire import Header, Kind, LinkError, pack
+from r1_cluster.engine.pipeline import Member, Pipeline, WorkerLost
+from r1_cluster.engine.recovery import EngineFailed, Recovery
 from r1_cluster.engine.scheduler import Finished, Scheduler
 from r1_cluster.engine.streams import TokenFan
 from r1_cluster.records import Request, StepPlan, StepResult, TokenDelta
 
-
-class WorkerLost(Exception):
-    """A worker is gone; the text names it."""
-
-
-class Pipeline:
-    """The engine's control links to all its workers; plans go to the first stage, results come from the
-    last one (or from one that could not pass its part on)."""
-
-    def __init__(self, links: dict[str, TcpLink], first_stage: str, epoch: int) -> None:
-        self.links = links
-        self.epoch = epoch
-        self._first = links[first_stage]
-        self._results = msgspec.msgpack.Decoder(StepResult)
-
-    def send(self, plan: StepPlan) -> None:
-        """Sends a plan to the first stage; raises WorkerLost."""
-        header = Header(Kind.PLAN, plan.epoch, plan.step, -1, plan.micro_batch)
-        try:
-            self._first.send(header, (), pack(plan))
-        except LinkError as error:
-            raise WorkerLost(str(error)) from None
-
-    def heartbeat(self) -> None:
-        """Renews every worker's lease; raises WorkerLost."""
-        try:
-            for link in self.links.values():
-                link.send(Header(Kind.HEARTBEAT, self.epoch))
-        except LinkError as error:
-            raise WorkerLost(str(error)) from None
-
-    def receive(self, link: TcpLink) -> StepResult | None:
-        """What a worker sent; None for an answered heartbeat. Raises WorkerLost."""
-        try:
-            message = link.recv(1.0)
-        except LinkError as error:
-            raise WorkerLost(str(error)) from None
-        if message.header.kind != Kind.RESULT or message.header.epoch != self.epoch:
-            return None
-        return self._results.decode(message.body)
-
-    def close(self) -> None:
-        """Closes the control links; the workers' lease starts to run out."""
-        for link in self.links.values():
-            link.close()
+HELD_S = 30.0
+"""How long the KV that a former engine left waits for its requests to come again."""
+DEADLINE_SLACK_S = 1.0
+"""How much longer the engine waits for a step than the workers in it wait for each other."""
 
 
 class StepTimes:
@@ -94,9 +53,12 @@ class EngineCore:
         fan: TokenFan,
         *,
         lease_s: float,
+        step_timeout_s: float,
         on_end: Callable[[str, str | None], None],
+        replace: Callable[[str], None],
     ) -> None:
-        """`on_end(request_id, error)` is called from the loop's thread once for every request."""
+        """`on_end(request_id, error)` is called from the loop's thread once for every request.
+        `replace(name)` starts a lost worker anew in the background, for `arrived` to bring."""
         self.scheduler = scheduler
         self.pipeline = pipeline
         self.fan = fan
@@ -106,12 +68,16 @@ class EngineCore:
         self.failure: str | None = None
         self._on_end = on_end
         self._heartbeat_s = lease_s / 3
+        self._step_timeout_s = step_timeout_s + DEADLINE_SLACK_S
         self._commands: deque[Request | str] = deque()
         self._wakeup = Wakeup()
+        self.recovery = Recovery(scheduler, pipeline, replace, self._wakeup.set)
         self._stopping = False
         self._sinks: dict[str, str] = {}
         self._sent_at: dict[int, float] = {}
+        self._began_at: dict[int, float] = {}
         self._ready_at = 0.0
+        self._release_at = time.monotonic() + HELD_S
         self._thread = threading.Thread(target=self._run, name="engine-core", daemon=True)
 
     def start(self) -> None:
@@ -121,9 +87,9 @@ class EngineCore:
     def stop(self) -> None:
         """Ends the loop and closes the links; what still runs ends with an error."""
         self._stopping = True
-        self._wakeup.set()
-        self._thread.join()
-        self._wakeup.close()
+        if self._thread.is_alive():
+            self._wakeup.set()
+            self._thread.join()
 
     def submit(self, request: Request) -> None:
         """Queues a request whose sink is attached to the fan."""
@@ -135,11 +101,15 @@ class EngineCore:
         self._commands.append(request_id)
         self._wakeup.set()
 
+    def arrived(self, name: str, member: Member | Exception) -> None:
+        """A replacement that `replace` was asked for."""
+        self.recovery.arrived(name, member)
+
     def _run(self) -> None:
         try:
             self._loop()
-        except WorkerLost as error:
-            self.failure = f"a worker was lost: {error}"
+        except EngineFailed as error:
+            self.failure = str(error)
         except Exception as error:
             self.failure = f"the engine's loop failed: {type(error).__name__}: {error}"
             raise
@@ -149,20 +119,61 @@ class EngineCore:
             self.fan.close()
 
     def _loop(self) -> None:
-        sources: list[TcpLink | Wakeup] = [self._wakeup, *self.pipeline.links.values()]
         heartbeat_at = 0.0
         while not self._stopping:
-            self._send_plans()
-            now = time.monotonic()
-            if now >= heartbeat_at:
-                self.pipeline.heartbeat()
-                heartbeat_at = now + self._heartbeat_s
-            for source in wait_any(sources, heartbeat_at - now):
-                if isinstance(source, Wakeup):
-                    source.clear()
-                elif (result := self.pipeline.receive(source)) is not None:
-                    self._finish(result)
+            try:
+                if self.recovery.under_way:
+                    self._recover()
+                else:
+                    self._send_plans()
+                now = time.monotonic()
+                if now >= heartbeat_at:
+                    heartbeat_at = now + self._heartbeat_s
+                    self.pipeline.heartbeat()
+                    self._look_after(now)
+                self._wait(heartbeat_at - now)
+            except WorkerLost as error:
+                self._lose(error)
             self._take_commands()
+
+    def _wait(self, timeout_s: float) -> None:
+        sources: list[TcpLink | Wakeup] = [self._wakeup]
+        sources += [member.link for member in self.pipeline.members.values()]
+        for source in wait_any(sources, max(timeout_s, 0.0)):
+            if isinstance(source, Wakeup):
+                source.clear()
+            elif (result := self.pipeline.receive(source)) is not None:
+                self._finish(result)
+
+    def _look_after(self, now: float) -> None:
+        """What is overdue: a step (who hangs in it is lost), sequences that nobody asked for again."""
+        if now > self._release_at:
+            self.scheduler.release_held()
+            self._release_at = float("inf")
+        if self._sent_at and not self.recovery.under_way:
+            oldest = min(self._sent_at.values())
+            if time.perf_counter() - oldest > self._step_timeout_s:
+                names = self.pipeline.silent(DEADLINE_SLACK_S)
+                raise WorkerLost(names or self.pipeline.members, "a step did not end in time")
+
+    def _lose(self, error: WorkerLost) -> None:
+        for request_id in self.recovery.lose(error.names):
+            sink = self._sinks.get(request_id)
+            if sink is None:
+                continue
+            words = "workers died whenever this request ran"
+            self.fan.emit([Finished(sink, TokenDelta(request_id, 0, [], "error", words))])
+            self.scheduler.abort(request_id)
+            self._end(request_id, words)
+
+    def _recover(self) -> None:
+        plans = self.recovery.advance()
+        if plans is None:
+            return
+        self.fan.epoch = self.pipeline.epoch
+        self._sent_at.clear()
+        for plan in plans:
+            self._send(plan, time.perf_counter())
 
     def _take_commands(self) -> None:
         while self._commands:
@@ -181,25 +192,38 @@ class EngineCore:
             if plan is None:
                 return
             # A step that follows another at once began when that one's result arrived.
-            self._sent_at[plan.step] = self._ready_at or started
+            self._send(plan, self._ready_at or started)
             self._ready_at = 0.0
-            self.pipeline.send(plan)
+
+    def _send(self, plan: StepPlan, began_at: float) -> None:
+        self._sent_at[plan.step] = time.perf_counter()
+        self._began_at[plan.step] = began_at
+        self.pipeline.send(plan)
 
     def _finish(self, result: StepResult) -> None:
         """Commits a result, gets the next step going, and only then sends the tokens."""
-        arrived = time.perf_counter()
+        if result.step not in self._sent_at:
+            return  # done again meanwhile
+        del self._sent_at[result.step]
+        began_at = self._began_at.pop(result.step)
         if result.lost:
-            raise WorkerLost(", ".join(result.lost))
+            raise WorkerLost(result.lost, "lost in a step")
+        arrived = time.perf_counter()
         finished = self.scheduler.commit(result)
         self.num_steps += 1
         self.num_tokens += len(finished)
-        self.times.samples.append(
-            (arrived - self._sent_at.pop(result.step), result.compute_s, len(result.tokens))
-        )
-        self._ready_at = arrived
+        self.times.samples.append((arrived - began_at, result.compute_s, len(result.tokens)))
         self._take_commands()
-        self._send_plans()
-        self._ready_at = 0.0
+        if not self.recovery.under_way:
+            self._ready_at = arrived
+            try:
+                self._send_plans()
+            except WorkerLost as error:
+                self._lose(error)
+            self._ready_at = 0.0
+        self._emit(finished)
+
+    def _emit(self, finished: list[Finished]) -> None:
         for sink in self.fan.emit(finished):
             for request_id in [name for name, where in self._sinks.items() if where == sink]:
                 self.scheduler.abort(request_id)

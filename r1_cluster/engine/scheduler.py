@@ -99,7 +99,10 @@ class Scheduler:
         return not self._by_request
 
     def add(self, request: Request) -> None:
-        """Queues a request. The ingress has checked its length against `max_model_len` and the pages."""
+        """Queues a request; one that is here already goes on as it is. The ingress has checked its length
+        against `max_model_len` and the pages."""
+        if request.request_id in self._by_request:
+            return
         stop_ids = frozenset(request.stop_token_ids)
         if not request.ignore_eos:
             stop_ids |= self._eos_ids

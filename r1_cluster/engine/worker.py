@@ -19,7 +19,8 @@ from r1_cluster.comm.links import Link, LocalLink, TcpLink, wait_any
 from r1_cluster.comm.listener import Listener, connect
 from r1_cluster.comm.wakeup import Wakeup
 from r1_cluster.comm.wire import Header, Kind, LinkError, Message, pack, unpack
-from r1_cluster.engine.boot import Topology, WorkerBoot
+from r1_cluster.engine.boot import Ready, Topology, WorkerBoot
+from r1_cluster.engine.held import HeldSequences
 from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
@@ -46,6 +47,8 @@ class Worker:
         self.boot = boot
         self.spec = next(worker for worker in boot.workers if worker.name == boot.name)
         self.epoch = 0
+        self.office = 0  # the epoch under which the engine in charge introduced itself
+        self.held = HeldSequences()
         self.num_steps = 0
         self.stale_dropped = 0
         self._stopping = False
@@ -98,7 +101,8 @@ class Worker:
             )
             serving = self.layout.router_of(spec)
             if serving is not None and serving is not spec:
-                self._remote = RemoteRouter(serving.name, boot.step_timeout_s)
+                # Longer than the router waits for its experts, so that each blames the one that is silent.
+                self._remote = RemoteRouter(serving.name, boot.step_timeout_s + 0.5)
             moe = self._remote or self.router
             self.stage = StageRole(stage, moe, num_pages=boot.num_pages, page_size=boot.page_size)
         checkpoint.close()
@@ -157,13 +161,13 @@ class Worker:
         hello, link = self.listener.accept(0)
         if hello.purpose != "control":
             self._keep(hello.peer, hello.incarnation, link)
-        elif hello.epoch <= self.epoch:
+        elif hello.epoch <= max(self.office, self.epoch):
             link.close()  # an engine that was deposed, or that does not know yet who is in office
         else:
             if self._control is not None:
                 self._control.close()
             self._control = link
-            self.epoch = hello.epoch
+            self.office = hello.epoch
 
     def _keep(self, peer: str, incarnation: str, link: TcpLink) -> None:
         former = self._links.get(peer)
@@ -195,8 +199,11 @@ class Worker:
 
     def _handle(self, link: TcpLink, message: Message) -> None:
         kind = message.header.kind
+        self.epoch = message.header.epoch
         if kind == Kind.PLAN:
-            self._step(self._plans.decode(message.body), None, [], 0.0)
+            plan = self._plans.decode(message.body)
+            self.held.note(plan)
+            self._step(plan, None, [], 0.0)
         elif kind == Kind.HIDDEN:
             hidden = unpack(message.body, Hidden)
             self._step(hidden.plan, message.tensors[0], hidden.lost, hidden.compute_s)
@@ -208,8 +215,9 @@ class Worker:
         elif kind == Kind.HEARTBEAT:
             self._reply(link, message.header, [], b"")
         elif kind == Kind.CONTROL:
-            self._connect(unpack(message.body, Topology))
-            self._reply(link, message.header, [], b"")
+            topology = unpack(message.body, Topology)
+            ready = Ready(self._connect(topology), self.held.all() if topology.read_back else {})
+            self._reply(link, message.header, [], pack(ready))
 
     def _answer_experts(self, message: Message) -> Message:
         assert self.experts is not None
@@ -221,9 +229,10 @@ class Worker:
         except LinkError:
             link.close()  # the next wait finds it closed and drops it
 
-    def _connect(self, topology: Topology) -> None:
-        """Opens the links that this worker opens, but for those that stand already."""
-        self.epoch = topology.epoch
+    def _connect(self, topology: Topology) -> list[str]:
+        """Opens the links that this worker opens, but for those that stand already; returns the peers that
+        could not be reached."""
+        unreachable = []
         for peer in self.layout.connects_to(self.spec):
             standing = self._links.get(peer)
             if standing is not None and not standing.closed:
@@ -231,10 +240,15 @@ class Worker:
                     continue
                 standing.close()
             hello = Hello(self.boot.name, self.boot.incarnation, topology.epoch, "tensor")
-            link = connect(topology.endpoints[peer], hello, self.boot.secret)
+            try:
+                link = connect(topology.endpoints[peer], hello, self.boot.secret)
+            except LinkError:
+                unreachable.append(peer)
+                continue
             self._keep(peer, topology.incarnations[peer], link)
-        if self.router is not None and self.router.dispatcher is None:
+        if self.router is not None and self.router.dispatcher is None and not unreachable:
             self._link_experts()
+        return unreachable
 
     def _step(self, plan: StepPlan, x_TD: torch.Tensor | None, lost: list[str], compute_s: float) -> None:
         assert self.stage is not None

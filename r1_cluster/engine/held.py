@@ -1,0 +1,43 @@
+"""What the first stage keeps of every sequence, so that an engine that takes over can read it back."""
+
+from __future__ import annotations
+
+from r1_cluster.records import HeldSequence, StepPlan
+
+
+class HeldSequences:
+    """Follows the plans: a sequence's tokens, its pages, and how much of its KV was committed.
+
+    A plan's `num_cached` is what the engine had committed before it; the plan's own tokens are not counted,
+    because whether all stages finished them is not known here.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, bytearray] = {}
+        self._pages: dict[str, bytes] = {}
+        self._committed: dict[str, int] = {}
+
+    def note(self, plan: StepPlan) -> None:
+        """Takes over what a plan says."""
+        for seq_id in plan.closed:
+            self._drop(seq_id)
+        token, page = 0, 0
+        for seq_id, cached, new, pages in zip(plan.seq_ids, plan.num_cached, plan.num_new, plan.num_pages):
+            tokens = self._tokens.setdefault(seq_id, bytearray())
+            # A sequence that is computed anew, or a step that is done again, starts behind what is kept.
+            del tokens[4 * cached :]
+            tokens += plan.tokens[4 * token : 4 * (token + new)]
+            self._pages[seq_id] = plan.pages[4 * page : 4 * (page + pages)]
+            self._committed[seq_id] = cached
+            token, page = token + new, page + pages
+
+    def all(self) -> dict[str, HeldSequence]:
+        """Every sequence that was not closed."""
+        return {
+            seq_id: HeldSequence(bytes(tokens), self._pages[seq_id], self._committed[seq_id])
+            for seq_id, tokens in self._tokens.items()
+        }
+
+    def _drop(self, seq_id: str) -> None:
+        for table in (self._tokens, self._pages, self._committed):
+            table.pop(seq_id, None)
