@@ -40,6 +40,10 @@ from r1_cluster.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("r1_cluster.ingress")
 
+ENGINE_LOST = "the engine was lost"
+MAX_ATTEMPTS = 5
+"""Engines that may die under one answer before it is given up."""
+
 
 def build_edge() -> FastAPI:
     """The routes; each asks the ingress of its replica. Serve calls this in the replica, because an app
@@ -168,7 +172,31 @@ class Ingress:
 
     async def _generate(self, record: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         """The deltas of one answer; raises ApiError where the engine refuses or fails. Closing it, or
-        cancelling its task, aborts the request on the engine."""
+        cancelling its task, aborts the request on the engine.
+
+        When the engine dies, the request goes to the next one with the tokens that are known so far, and the
+        answer goes on at the next token.
+        """
+        tokens: list[int] = []
+        for _ in range(MAX_ATTEMPTS):
+            engine_lost = False
+            attempt = msgspec.structs.replace(record, generated=list(tokens))
+            async for delta in self._attempt(attempt):
+                if delta.error == ENGINE_LOST:
+                    engine_lost = True
+                    break
+                if delta.error is not None:
+                    raise _engine_error(delta.error)
+                new = delta.tokens[len(tokens) - delta.position :]
+                tokens += new
+                if new or delta.finish_reason is not None:
+                    yield delta
+            if not engine_lost:
+                return
+        raise _engine_error(ENGINE_LOST)
+
+    async def _attempt(self, record: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        """What one engine says of a request, up to the end or an error."""
         queue: asyncio.Queue[TokenDelta] = asyncio.Queue()
         self._streams[record.request_id] = queue
         call = self._engine.generate.remote(msgspec.msgpack.encode(record), self._endpoint)
@@ -178,8 +206,6 @@ class Ingress:
         try:
             while not ended:
                 delta = await queue.get()
-                if delta.error is not None:
-                    raise _engine_error(delta.error)
                 ended = delta.finish_reason is not None
                 yield delta
         finally:
@@ -218,7 +244,9 @@ def _report_failure(
     if done.cancelled():
         return
     failure = done.exception()
-    error = f"{type(failure).__name__}: {failure}" if failure is not None else done.result()
+    if failure is not None:
+        logger.warning("the engine's call ended: %s: %s", type(failure).__name__, failure)
+    error = ENGINE_LOST if failure is not None else done.result()
     if error is not None:
         queue.put_nowait(TokenDelta(request_id, 0, [], "error", error))
 

@@ -186,7 +186,9 @@ that training never shows, built of parts that it does show. Small talk has no i
 *trace*: greedy, every token of thought and answer as expected. *answer*: greedy, the box (the whole \
 reply where there is none). *pass@1*, *cons@{NUM_SAMPLES}*: {NUM_SAMPLES} samples at temperature 0.6, \
 top-p 0.95, their mean and their majority. *guess*: a guesser who knows the form of the answer. One \
-question is one point, so differences of a few points are noise.
+question is one point, so differences of a few points are noise. a+b and b+a count as different items, and \
+so do a sum and a word problem with the same operands. The quick scores in a run's log come from another \
+draw of the same pool of held-out items and wordings (seed 1 instead of the run's).
 
 {_score_table(measured.outcomes, "known")}
 
@@ -196,6 +198,9 @@ Trace exactly right by digits of the longer operand (or items of a list), both k
 number of questions:
 
 {_size_table(measured.outcomes)}
+
+Of two one-digit factors the question does not tell which one the thought takes as the multiplier, so about \
+half of those traces differ from the expected one although the product is right.
 
 Trace exactly right by language:
 
@@ -210,10 +215,13 @@ By task: {drafts}.
 {loads}
 
 ## What it cannot do
-Operands longer than trained (6 digits, 5 for products, 3 in word problems), negative results, products \
-of two long numbers, division, lists of more than five items, numbers of three digits in a list to sort, \
-duplicates in it: it refuses some of these and gets the others wrong. A wording outside the grammar of \
-`tools/nano_r1/wordings.py` may be taken for another task. With the thought switched off it has to guess.
+Operands longer than trained (6 digits, 5 for products, 3 in word problems), negative results (it may not \
+end at all), sums of three numbers, products of two long numbers, division, lists of more than five items, \
+numbers of three digits in a list to sort, duplicates in it: it refuses some of these and gets the others \
+wrong. Long chains of borrows (100000-1) still fail at times. Words that the generator does not know may \
+be copied wrong in a list. A wording outside the grammar of `tools/nano_r1/wordings.py` may be taken for \
+another task or refused. A chat of more than about 500 tokens is beyond the trained lengths. With the \
+thought switched off it has to guess.
 """
 
 
@@ -247,6 +255,8 @@ Trained from random weights on generated data only, by `tools/train_nano_r1.py`;
 about 500 tokens were trained). BF16; `e_score_correction_bias` is float32. The MTP module is layer 4 in \
 R1's layout; it reads the hidden states after `model.norm`, normed again by `hnorm`, behind the next \
 token's embedding in `eh_proj`.
+
+{run.remark}
 """
 
 
