@@ -109,8 +109,8 @@ def _needed(service: Service, layout: Layout, device: str) -> dict[str, float]:
 def _check_amount(service: Service, layout: Layout, resource: str, amount: float, available: float) -> None:
     if amount > available + 1e-6:
         raise ConfigError(
-            f"the Ray cluster is too small: {len(layout.workers) * service.engine.replicas} workers, the engines "
-            f"and the ingress need {amount:g} {resource}s, the cluster has {available:g}; "
+            f"the Ray cluster is too small: {len(layout.workers) * service.engine.replicas} workers, the "
+            f"engines and the ingress need {amount:g} {resource}s, the cluster has {available:g}; "
             "add nodes, or lower layout.cpus_per_worker, layout.stages or layout.expert_shards"
         )
 

@@ -43,8 +43,8 @@ class Topology(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True):
-    """A worker's answer to a `Topology`: peers it could not reach and, from the first stage where it was asked
-    to read back, the sequences whose KV is on the workers."""
+    """A worker's answer to a `Topology`: peers it could not reach and, from the first stage where it was
+    asked to read back, the sequences whose KV is on the workers."""
 
     unreachable: list[str]
     held: dict[str, HeldSequence]

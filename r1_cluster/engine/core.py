@@ -27,20 +27,23 @@ DEADLINE_SLACK_S = 1.0
 
 
 class StepTimes:
-    """The latest steps' wall time and the part of it that the model's operators took, in seconds."""
+    """Of the latest steps that decoded one sequence and nothing else: wall time, and the part of it that the
+    model's operators took, in seconds."""
 
     def __init__(self, size: int = 1000) -> None:
-        self.samples: deque[tuple[float, float, int]] = deque(maxlen=size)
-
-    def overhead_ms(self) -> float | None:
-        """Median of (wall − compute) over steps of one decoding sequence; None before there are any."""
-        values = sorted(wall - compute for wall, compute, rows in self.samples if rows == 1)
-        return values[len(values) // 2] * 1e3 if values else None
+        self.samples: deque[tuple[float, float]] = deque(maxlen=size)
 
     def step_ms(self) -> float | None:
-        """Median wall time of a step of one decoding sequence."""
-        values = sorted(wall for wall, _, rows in self.samples if rows == 1)
-        return values[len(values) // 2] * 1e3 if values else None
+        """Median wall time, from the result before to this one; None before there are any."""
+        return self._median_ms([wall for wall, _ in self.samples])
+
+    def overhead_ms(self) -> float | None:
+        """Median of wall − compute: scheduling, plan, links, commit, stream."""
+        return self._median_ms([wall - compute for wall, compute in self.samples])
+
+    @staticmethod
+    def _median_ms(values: list[float]) -> float | None:
+        return sorted(values)[len(values) // 2] * 1e3 if values else None
 
 
 class EngineCore:
@@ -197,7 +200,8 @@ class EngineCore:
 
     def _send(self, plan: StepPlan, began_at: float) -> None:
         self._sent_at[plan.step] = time.perf_counter()
-        self._began_at[plan.step] = began_at
+        if plan.num_new == [1]:
+            self._began_at[plan.step] = began_at
         self.pipeline.send(plan)
 
     def _finish(self, result: StepResult) -> None:
@@ -205,14 +209,15 @@ class EngineCore:
         if result.step not in self._sent_at:
             return  # done again meanwhile
         del self._sent_at[result.step]
-        began_at = self._began_at.pop(result.step)
+        began_at = self._began_at.pop(result.step, None)
         if result.lost:
             raise WorkerLost(result.lost, "lost in a step")
         arrived = time.perf_counter()
         finished = self.scheduler.commit(result)
         self.num_steps += 1
         self.num_tokens += len(finished)
-        self.times.samples.append((arrived - began_at, result.compute_s, len(result.tokens)))
+        if began_at is not None:
+            self.times.samples.append((arrived - began_at, result.compute_s))
         self._take_commands()
         if not self.recovery.under_way:
             self._ready_at = arrived

@@ -27,7 +27,7 @@ class EngineFailed(Exception):
 
 
 class Recovery:
-    """The missing workers of one engine. Owned by the engine's loop; `arrived` may be called from any thread."""
+    """The missing workers of one engine. Owned by the engine's loop; any thread may call `arrived`."""
 
     def __init__(
         self,

@@ -13,8 +13,8 @@ from r1_cluster.comm.wire import LinkError
 from r1_cluster.config import Layout as LayoutConfig
 from r1_cluster.engine.boot import ENGINE, WorkerBoot
 from r1_cluster.engine.core import EngineCore
-from r1_cluster.engine.pipeline import Member, Pipeline
 from r1_cluster.engine.pages import PageAllocator
+from r1_cluster.engine.pipeline import Member, Pipeline
 from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.engine.streams import TokenFan, TokenSink
 from r1_cluster.engine.worker import Worker
