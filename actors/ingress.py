@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import uuid
@@ -181,16 +182,19 @@ class Ingress:
         for _ in range(MAX_ATTEMPTS):
             engine_lost = False
             attempt = msgspec.structs.replace(record, generated=list(tokens))
-            async for delta in self._attempt(attempt):
-                if delta.error == ENGINE_LOST:
-                    engine_lost = True
-                    break
-                if delta.error is not None:
-                    raise _engine_error(delta.error)
-                new = delta.tokens[len(tokens) - delta.position :]
-                tokens += new
-                if new or delta.finish_reason is not None:
-                    yield delta
+            # Closed before the next attempt begins: left to the garbage collector, its end would come after
+            # that beginning, and take the new attempt's queue away.
+            async with contextlib.aclosing(self._attempt(attempt)) as deltas:
+                async for delta in deltas:
+                    if delta.error == ENGINE_LOST:
+                        engine_lost = True
+                        break
+                    if delta.error is not None:
+                        raise _engine_error(delta.error)
+                    new = delta.tokens[len(tokens) - delta.position :]
+                    tokens += new
+                    if new or delta.finish_reason is not None:
+                        yield delta
             if not engine_lost:
                 return
         raise _engine_error(ENGINE_LOST)

@@ -59,12 +59,16 @@ def undisturbed(client):
 
 def pid_of(service, name):
     (engine,) = service.status()["engines"]
+    if name == "engine":
+        return engine["pid"]
     return next(worker["pid"] for worker in engine["workers"] if worker["name"] == name)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
-@pytest.mark.parametrize("name", ["experts-1", "router-0", "stage-0", "stage-1"])
+@pytest.mark.parametrize("name", ["experts-1", "router-0", "stage-0", "stage-1", "engine"])
 def test_no_stream_ends_when_a_part_dies(service, client, undisturbed, name, how, record_property):
+    if name == "engine" and how is signal.SIGSTOP:
+        pytest.skip("a stopped engine is found by Serve's health check alone, after 30 s: not done yet")
     pid = pid_of(service, name)
     started = threading.Event()
 
