@@ -63,30 +63,23 @@ def domain_of(worker: WorkerSpec) -> str:
     return "experts" if worker.roles == ("experts",) else "stages"
 
 
-def worker_resources(service: Service, device: str) -> dict[str, float]:
+def worker_resources(service: Service) -> dict[str, float]:
     """What one worker asks of a node."""
     resources = {"CPU": service.layout.cpus_per_worker}
-    if device == "cuda":
+    if service.layout.device == "cuda":
         resources["GPU"] = 1.0
     return resources
 
 
-def device_of(service: Service) -> str:
-    """cpu or cuda; `auto` is cuda where the cluster has a GPU."""
-    if service.layout.device != "auto":
-        return service.layout.device
-    return "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
-
-
 def check_cpus(service: Service, layout: Layout, available: float) -> None:
     """Raises ConfigError, with the numbers, if so many CPUs cannot hold the service."""
-    _check_amount(service, layout, "CPU", _needed(service, layout, "cpu")["CPU"], available)
+    _check_amount(service, layout, "CPU", _needed(service, layout)["CPU"], available)
 
 
 def check_capacity(service: Service, layout: Layout) -> None:
     """Raises ConfigError, with the numbers, if the connected cluster cannot hold the service."""
     available = ray.cluster_resources()
-    for resource, amount in _needed(service, layout, device_of(service)).items():
+    for resource, amount in _needed(service, layout).items():
         _check_amount(service, layout, resource, amount, available.get(resource, 0))
     if service.layout.spread:
         nodes = sum(1 for node in ray.nodes() if node["Alive"])
@@ -98,9 +91,9 @@ def check_capacity(service: Service, layout: Layout) -> None:
             )
 
 
-def _needed(service: Service, layout: Layout, device: str) -> dict[str, float]:
+def _needed(service: Service, layout: Layout) -> dict[str, float]:
     engines = service.engine.replicas
-    each = worker_resources(service, device)
+    each = worker_resources(service)
     needed = {key: amount * len(layout.workers) * engines for key, amount in each.items()}
     needed["CPU"] += INGRESS_CPUS * service.serve.ingress_replicas + ENGINE_CPUS * engines
     return needed
@@ -121,7 +114,7 @@ def place(service: Service, layout: Layout, engine: str) -> dict[str, tuple[Plac
     With `layout.spread` a bundle holds a stage with its router, or an expert shard, each on a node of its
     own; without, all of a group's bundles are packed.
     """
-    each = worker_resources(service, device_of(service))
+    each = worker_resources(service)
     seats: dict[str, tuple[PlacementGroup, int]] = {}
     for domain in dict.fromkeys(domain_of(worker) for worker in layout.workers):
         members = [worker for worker in layout.workers if domain_of(worker) == domain]

@@ -133,11 +133,6 @@ class Engine:
             "workers": await asyncio.to_thread(self._supervisor.describe),
         }
 
-    async def check_pages(self) -> int:
-        """The allocator's invariant check; returns the number of pages in use."""
-        self._core.scheduler.allocator.check()
-        return self._core.scheduler.allocator.num_used
-
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
         if self._core.failure is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.cluster import NAMESPACE, device_of, place, worker_name, worker_resources
+from actors.cluster import NAMESPACE, place, worker_name, worker_resources
 from actors.workers import actor_class
 from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.listener import connect
@@ -117,7 +117,7 @@ class Supervisor:
             return ray.get_actor(ray_name, namespace=NAMESPACE)
         except ValueError:
             pass
-        resources = worker_resources(self._service, device_of(self._service))
+        resources = worker_resources(self._service)
         options = ray.remote(actor_class(worker)).options(
             name=ray_name,
             namespace=NAMESPACE,
@@ -131,7 +131,7 @@ class Supervisor:
 
     def _boot(self, name: str) -> WorkerBoot:
         service = self._service
-        device = device_of(service)
+        device = service.layout.device
         deterministic = service.engine.deterministic
         return WorkerBoot(
             name=name,

@@ -44,7 +44,7 @@ class Layout(_Section):
     stages: Annotated[int, Field(ge=1)] | list[str] = 1
     expert_shards: Annotated[int, Field(ge=1)] | list[str] = 1
     spread: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
 
 

@@ -92,10 +92,17 @@ def _overridden(service: Service, arguments: argparse.Namespace) -> Service:
 
 def _check(service: Service) -> tuple[Layout, ModelConfig]:
     """Everything that can be known before something is started; raises ConfigError."""
+    import torch
+
+    from kernels.ops import for_device
     from r1_cluster.models.config import ModelConfig, ModelConfigError
     from r1_cluster.planning.layout import build_layout
     from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError
 
+    try:
+        for_device(torch.device(service.layout.device))
+    except NotImplementedError as error:
+        raise ConfigError(f"layout.device: {error}") from None
     try:
         model = ModelConfig.from_folder(service.model.path)
         Checkpoint(service.model.path, model).close()

@@ -149,7 +149,10 @@ class EngineCore:
                 self._finish(result)
 
     def _look_after(self, now: float) -> None:
-        """What is overdue: a step (who hangs in it is lost), sequences that nobody asked for again."""
+        """What is overdue: a step (who hangs in it is lost), sequences that nobody asked for again; and, on
+        an idle engine, that no page is lost."""
+        if self.scheduler.idle:
+            self.scheduler.check()
         if now > self._release_at:
             self.scheduler.release_held()
             self._release_at = float("inf")

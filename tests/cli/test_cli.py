@@ -76,6 +76,12 @@ def test_a_checkpoint_that_is_not_there_or_not_supported(write, tmp_path):
     fails_with(run("serve", str(write(model={"path": "gpt"}))), "GPT2LMHeadModel", "DeepseekV3ForCausalLM")
 
 
+def test_a_device_that_the_engine_cannot_use_yet(write):
+    fails_with(
+        run("serve", str(write(layout={"device": "cuda"}))), "layout.device: no operations for device 'cuda'"
+    )
+
+
 def test_a_damaged_checkpoint(write, tmp_path):
     make_checkpoint(tmp_path / "broken", size="nano")
     (file,) = (tmp_path / "broken").glob("*.safetensors")
