@@ -167,11 +167,7 @@ def _cluster(service: Service, layout: Layout) -> Iterator[None]:
         check_capacity(service, layout)
         yield
     finally:
-        from ray import serve
-
-        with contextlib.suppress(Exception):
-            serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # ends all of the cluster's processes, Serve's controller and proxy too
 
 
 def _deploy(service: Service, app: Any, stop: threading.Event, started: float) -> str | None:
