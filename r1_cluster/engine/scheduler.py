@@ -185,11 +185,14 @@ class Scheduler:
 
     def replan(self, epoch: int) -> list[StepPlan]:
         """Plans of all steps in flight, under a new epoch: what a lost peer spoiled is done again. A step
-        with a suspected sequence in company is not repeated: its sequences are planned anew, alone."""
+        with an aborted sequence, or a suspected one in company, is not repeated: its sequences are planned
+        anew, the suspected ones alone."""
         for step, batch in list(self._planned.items()):
-            if len(batch) > 1 and any(sequence.suspected for sequence, _ in batch):
+            sequences = [sequence for sequence, _ in batch]
+            in_company = len(batch) > 1 and any(sequence.suspected for sequence in sequences)
+            if in_company or any(sequence.aborted for sequence in sequences):
                 del self._planned[step]
-                for sequence, _ in batch:
+                for sequence in sequences:
                     sequence.in_flight = False
                     if sequence.aborted:
                         self._close(sequence)

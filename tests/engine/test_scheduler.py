@@ -173,3 +173,42 @@ def test_any_load_gives_every_request_its_own_text(seed, in_flight, num_pages, b
     assert texts == {name: expected(prompt, n) for name, (prompt, n) in prompts.items()}
     assert sched.idle
     assert sched.allocator.num_used == 0
+
+
+def test_suspects_run_alone_and_only_who_kills_alone_is_guilty():
+    sched, workers, texts = scheduler(), FakeWorkers(4), {}
+    for name in ("good", "poison"):
+        sched.add(request(name, [5, 6, 7], 4))
+    assert len(sched.schedule(1).seq_ids) == 2
+    assert sched.suspect() == []  # a worker died while both ran: nobody knows yet whose fault it was
+    assert sched.replan(2) == []  # together they are not tried again
+    while (plan := sched.schedule(2)) is not None:
+        if "poison" in plan.seq_ids:
+            assert plan.seq_ids == ["poison"]
+            assert sched.suspect() == []
+            (again,) = sched.replan(3)
+            assert again.seq_ids == ["poison"]
+            assert sched.suspect() == ["poison"]
+            sched.abort("poison")
+            assert sched.replan(4) == []
+        else:
+            for item in sched.commit(workers.run(plan)):
+                texts.setdefault(item.delta.request_id, []).extend(item.delta.tokens)
+    assert texts == {"good": expected([5, 6, 7], 4)}
+    sched.check()
+    assert sched.allocator.num_used == 0
+
+
+def test_after_a_stage_lost_its_kv_everything_is_computed_again():
+    sched, workers, texts = scheduler(), FakeWorkers(4), {}
+    sched.add(request("a", [5, 6, 7], 8))
+    sched.add(request("b", list(range(2, 12)), 8))
+    for _ in range(3):
+        for item in sched.commit(workers.run(sched.schedule(1))):
+            texts.setdefault(item.delta.request_id, []).extend(item.delta.tokens)
+    sched.schedule(1)  # in flight when the stage dies
+    workers.slots.clear()
+    sched.forget_kv()
+    sched.check()
+    collect(sched, workers, texts)
+    assert texts == {"a": expected([5, 6, 7], 8), "b": expected(list(range(2, 12)), 8)}
