@@ -46,7 +46,8 @@ class Engine:
         model = ModelConfig.from_folder(service.model.path)
         layout = build_layout(service.layout, model)
         self._name = engine_name(service.name, serve.get_replica_context().rank.rank)
-        self._supervisor = Supervisor(service, layout, self._name, secret())
+        link_secret = secret()
+        self._supervisor = Supervisor(service, layout, self._name, link_secret)
         pipeline, held = self._supervisor.assemble()
         engine = service.engine
         limits = Limits(
@@ -57,7 +58,7 @@ class Engine:
         )
         eos_ids = Tokenizer.from_folder(service.model.path).eos_ids
         allocator = PageAllocator(engine.num_pages, engine.page_size)
-        self._fan = TokenFan(self._name, secret())
+        self._fan = TokenFan(self._name, link_secret)
         self._fan.epoch = pipeline.epoch
         self._loop = asyncio.get_event_loop()
         self._ends: dict[str, asyncio.Future[str | None]] = {}

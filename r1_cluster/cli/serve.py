@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         from actors.cluster import remove_service
 
         try:
-            failure = _deploy(service, build_app(service), stop, started)
+            failure = _deploy(service, build_app(service), started)
             if failure is None and not stop.is_set():
                 _wait(service, stop, started)
         finally:
@@ -170,7 +170,7 @@ def _cluster(service: Service, layout: Layout) -> Iterator[None]:
         ray.shutdown()  # ends all of the cluster's processes, Serve's controller and proxy too
 
 
-def _deploy(service: Service, app: Any, stop: threading.Event, started: float) -> str | None:
+def _deploy(service: Service, app: Any, started: float) -> str | None:
     """Deploys and waits until the application runs; returns why it could not, or None."""
     from ray import serve
     from ray.serve.schema import LoggingConfig
