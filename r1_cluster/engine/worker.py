@@ -3,7 +3,8 @@
 The loop waits for whatever comes first: a plan from the engine, hidden states from the stage before, a
 MoE request from a stage, dispatched rows from a router, a new link. It computes, passes on, and waits
 again; Ray has no part in it. A worker holds a lease on its engine: it ends by itself when no engine has
-spoken to it for `lease_s`.
+spoken to it for `lease_s`. A spare is a worker without a role that waits in the same loop until it is
+assigned one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from r1_cluster.engine.held import HeldSequences
 from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
-from r1_cluster.planning.layout import Layout
+from r1_cluster.planning.layout import Layout, WorkerSpec
 from r1_cluster.records import StepPlan, StepResult
 from r1_cluster.weights.checkpoint import Checkpoint
 
@@ -40,12 +41,11 @@ class Hidden(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Worker:
-    """Hosts the roles that `boot.workers` gives to `boot.name`."""
+    """Hosts the roles that `boot.workers` gives to `boot.name`; none, for now, if it is not among them."""
 
     def __init__(self, boot: WorkerBoot) -> None:
         torch.set_num_threads(boot.threads)
         self.boot = boot
-        self.spec = next(worker for worker in boot.workers if worker.name == boot.name)
         self.epoch = 0
         self.office = 0  # the epoch under which the engine in charge introduced itself
         self.held = HeldSequences()
@@ -56,9 +56,21 @@ class Worker:
         self._links: dict[str, TcpLink] = {}
         self._incarnations: dict[str, str] = {}
         self._plans = msgspec.msgpack.Decoder(StepPlan)
-        self._load()
+        self.assign(boot.name)
         self._wakeup = Wakeup()
         self.listener = Listener(boot.name, boot.secret, boot.host, boot.link_ports)
+
+    def assign(self, name: str) -> None:
+        """Takes the place called `name` and loads what belongs to it."""
+        self.spec = next((w for w in self.boot.workers if w.name == name), WorkerSpec(name))
+        self.experts: ExpertModel | None = None
+        self.router: RouterRole | None = None
+        self.stage: StageRole | None = None
+        self._remote: RemoteRouter | None = None
+        started = time.monotonic()
+        if self.spec.roles:
+            self._load()
+        self.load_s = time.monotonic() - started
 
     def _load(self) -> None:
         boot, spec = self.boot, self.spec
@@ -68,10 +80,6 @@ class Worker:
         self.layout = Layout(boot.workers, config.num_hidden_layers, config.first_k_dense_replace)
         dtype, device = _DTYPES[boot.dtype], torch.device(boot.device)
         moe_layers = range(config.first_k_dense_replace, config.num_hidden_layers)
-        self.experts: ExpertModel | None = None
-        self.router: RouterRole | None = None
-        self.stage: StageRole | None = None
-        self._remote: RemoteRouter | None = None
         if spec.experts is not None:
             self.experts = ExpertModel.load(
                 config,
@@ -108,15 +116,23 @@ class Worker:
         checkpoint.close()
 
     def _link_experts(self) -> None:
-        """Gives the router its dispatcher, once the links to all expert shards stand."""
+        """Gives the router a dispatcher over the expert shards to which links stand."""
         assert self.router is not None
-        shards = self.layout.shards
-        links: list[Link] = [
-            LocalLink(shard.name, self._answer_experts) if shard is self.spec else self._links[shard.name]
-            for shard in shards
-        ]
-        spans = [range(*shard.experts) for shard in shards if shard.experts is not None]
-        self.router.dispatcher = LinkDispatcher(links, spans, self.boot.step_timeout_s)
+        links: list[Link] = []
+        spans: list[range] = []
+        for shard in self.layout.shards:
+            if shard is self.spec:
+                links.append(LocalLink(shard.name, self._answer_experts))
+            elif shard.name in self._links:
+                links.append(self._links[shard.name])
+            else:
+                continue
+            assert shard.experts is not None
+            spans.append(range(*shard.experts))
+        try:
+            self.router.dispatcher = LinkDispatcher(links, spans, self.boot.step_timeout_s)
+        except ValueError:  # somebody is missing; there will be another topology before the next step
+            self.router.dispatcher = None
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -165,6 +181,8 @@ class Worker:
             link.close()  # an engine that was deposed, or that does not know yet who is in office
         else:
             if self._control is not None:
+                # Should the former engine only have slept, it must not take this for our death.
+                self._reply(self._control, Header(Kind.DEPOSED, hello.epoch), [], b"")
                 self._control.close()
             self._control = link
             self.office = hello.epoch
@@ -177,10 +195,6 @@ class Worker:
         self._incarnations[peer] = incarnation
         if self._remote is not None and peer == self._remote.name:
             self._remote.link = link
-        if self.router is not None and isinstance(self.router.dispatcher, LinkDispatcher):
-            names = [shard.name for shard in self.layout.shards]
-            if peer in names:
-                self.router.dispatcher.replace_link(names.index(peer), link)
 
     def _receive(self, link: TcpLink) -> None:
         try:
@@ -214,6 +228,9 @@ class Worker:
             self._reply(link, reply.header, list(reply.tensors), reply.body)
         elif kind == Kind.HEARTBEAT:
             self._reply(link, message.header, [], b"")
+        elif kind == Kind.ASSIGN:
+            self.assign(message.body.decode())
+            self._reply(link, message.header, [], b"")
         elif kind == Kind.CONTROL:
             topology = unpack(message.body, Topology)
             ready = Ready(self._connect(topology), self.held.all() if topology.read_back else {})
@@ -230,23 +247,27 @@ class Worker:
             link.close()  # the next wait finds it closed and drops it
 
     def _connect(self, topology: Topology) -> list[str]:
-        """Opens the links that this worker opens, but for those that stand already; returns the peers that
-        could not be reached."""
+        """Opens the links that this worker opens, but for those that stand already, and closes those to
+        peers that are not there now; returns the peers that could not be reached."""
         unreachable = []
         for peer in self.layout.connects_to(self.spec):
             standing = self._links.get(peer)
-            if standing is not None and not standing.closed:
-                if self._incarnations[peer] == topology.incarnations[peer]:
+            if standing is not None:
+                if not standing.closed and self._incarnations[peer] == topology.incarnations.get(peer):
                     continue
                 standing.close()
-            hello = Hello(self.boot.name, self.boot.incarnation, topology.epoch, "tensor")
+                del self._links[peer]
+            if peer not in topology.endpoints:
+                continue
+            hello = Hello(self.spec.name, self.boot.incarnation, topology.epoch, "tensor")
             try:
                 link = connect(topology.endpoints[peer], hello, self.boot.secret)
             except LinkError:
                 unreachable.append(peer)
                 continue
+            link.peer = peer  # a spare still listens under the name that it had
             self._keep(peer, topology.incarnations[peer], link)
-        if self.router is not None and self.router.dispatcher is None and not unreachable:
+        if self.router is not None and self.layout.shards != (self.spec,) and not unreachable:
             self._link_experts()
         return unreachable
 
