@@ -242,6 +242,21 @@ def test_workers_leave_when_their_lease_ends(checkpoint):
     cluster.sink.close()
 
 
+def test_workers_wait_longer_for_their_first_engine(checkpoint):
+    class SlowToLoad(Cluster):
+        def begin(self, name, incarnation):
+            super().begin(name, incarnation)
+            time.sleep(0.2)  # seven of them: by far longer than the lease
+
+    cluster = SlowToLoad(checkpoint, LAYOUTS["disaggregated"], lease_s=0.5)
+    cluster.run(requests(1))
+    cluster.core.stop()
+    for thread in cluster.threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    cluster.sink.close()
+
+
 @pytest.mark.parametrize("name", ["stage-0", "stage-1", "router-0", "router-1", "experts-1"])
 def test_texts_go_on_when_a_worker_dies(checkpoint, name):
     asked = requests(8, ignore_eos=True)

@@ -24,6 +24,7 @@ RAY_ENVIRONMENT = {
     "RAY_TMPDIR": "/tmp",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # of Ray's own accord 15: whatever else runs here would starve them
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
