@@ -3,6 +3,7 @@
 import queue
 import random
 import threading
+import time
 
 import msgspec
 import pytest
