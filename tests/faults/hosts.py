@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -128,6 +129,7 @@ class Hosts:
 
     def __init__(self, folder: Path, number: int, environment: dict[str, str] | None = None) -> None:
         self.folder = folder
+        _sweep()
         self._mark = f"{os.getpid():x}"
         self._bridge = f"r1b{self._mark}"
         self._subnet = _free_subnet()
@@ -223,14 +225,14 @@ class Hosts:
         self.start_head(cpus_of_head)
         joins = [self.join(host, cpus) for host in self.hosts[1:]]
         for host, join in zip(self.hosts[1:], joins):
-            assert join.wait(90) == 0, (self.folder / f"{host.name}-ray.txt").read_text()
+            assert join.wait(180) == 0, (self.folder / f"{host.name}-ray.txt").read_text()
 
     def start_head(self, cpus: float = 0) -> None:
         """Starts Ray's head on the first host."""
         head = self.hosts[0]
         where = [f"--node-ip-address={head.address}", f"--port={GCS_PORT}", f"--num-cpus={cpus}"]
         options = ["--include-dashboard=false", "--disable-usage-stats"]
-        self.run(head, "ray", "start", "--head", *where, *options, "--object-store-memory=100000000", timeout_s=90)
+        self.run(head, "ray", "start", "--head", *where, *options, "--object-store-memory=100000000", timeout_s=180)
 
     def join(self, host: Host, cpus: float = 1) -> subprocess.Popen[bytes]:
         """Starts a raylet on a host; the process returned ends when it runs."""
@@ -272,6 +274,19 @@ def _ip(*words: str) -> None:
 def _free_subnet() -> str:
     taken = subprocess.run(["ip", "-o", "-4", "addr"], capture_output=True, text=True).stdout
     return next(subnet for i in range(1, 255) if f" {(subnet := f'10.77.{i}')}." not in taken)
+
+
+def _sweep() -> None:
+    """Takes away what a run left behind that was killed: names carry the id of the process that made them.
+    Its hosts' processes are gone already, as they end with their init's standard input."""
+    for line in subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout.splitlines():
+        made_by = re.fullmatch(r"r1-([0-9a-f]+)-\d+", line.split()[0])
+        if made_by and not Path(f"/proc/{int(made_by[1], 16)}").exists():
+            subprocess.run(["ip", "netns", "del", made_by[0]], capture_output=True)
+    for folder in Path("/sys/class/net").iterdir():
+        made_by = re.fullmatch(r"r1[bv]([0-9a-f]+)(-\d+)?", folder.name)
+        if made_by and not Path(f"/proc/{int(made_by[1], 16)}").exists():
+            subprocess.run(["ip", "link", "del", folder.name], capture_output=True)
 
 
 def wait_until(condition, timeout_s: float, what: str, every_s: float = 0.1) -> float:

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.cluster,
     pytest.mark.hosts,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]
 
@@ -87,7 +87,7 @@ class Service:
         address = f"{hosts[0].address}:{GCS_PORT}"
         log = hosts.folder / "serve.txt"
         command = hosts.begin(served_on, log, "r1-cluster", "serve", file, "--address", address)
-        wait_until(lambda: "ready:" in log.read_text() or command.poll() is not None, 150, "ready")
+        wait_until(lambda: "ready:" in log.read_text() or command.poll() is not None, 240, "ready")
         assert "ready:" in log.read_text(), log.read_text()
         self.undisturbed, _ = all_streams(self.edge)
 
@@ -160,7 +160,7 @@ def whole(service):
             host.boot()
         if not host.processes("raylet/raylet"):
             joins.append(hosts.join(host))
-    assert [join.wait(90) for join in joins] == [0] * len(joins)
+    assert [join.wait(180) for join in joins] == [0] * len(joins)
 
 
 def test_links_notice_a_host_that_vanished(hosts, record_property):
