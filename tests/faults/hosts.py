@@ -32,6 +32,14 @@ RAY_ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
+# Ports of Ray's agents: for those that it is not told, a raylet waits 15 s and then aborts, busy machine or not.
+RAY_OPTIONS = [
+    "--dashboard-agent-listen-port=52365",
+    "--dashboard-agent-grpc-port=52366",
+    "--metrics-export-port=52367",
+    "--runtime-env-agent-port=52368",
+    "--object-store-memory=100000000",
+]
 # Bash reaps what is orphaned, as an init must, and ends when its standard input does.
 INIT = """
 hostname {name}
@@ -231,15 +239,15 @@ class Hosts:
         """Starts Ray's head on the first host."""
         head = self.hosts[0]
         where = [f"--node-ip-address={head.address}", f"--port={GCS_PORT}", f"--num-cpus={cpus}"]
-        options = ["--include-dashboard=false", "--disable-usage-stats"]
-        self.run(head, "ray", "start", "--head", *where, *options, "--object-store-memory=100000000", timeout_s=180)
+        options = [*RAY_OPTIONS, "--include-dashboard=false", "--disable-usage-stats"]
+        self.run(head, "ray", "start", "--head", *where, *options, timeout_s=180)
 
     def join(self, host: Host, cpus: float = 1) -> subprocess.Popen[bytes]:
         """Starts a raylet on a host; the process returned ends when it runs."""
         address = f"--address={self.hosts[0].address}:{GCS_PORT}"
         where = [address, f"--node-ip-address={host.address}", f"--num-cpus={cpus}"]
         log = self.folder / f"{host.name}-ray.txt"
-        return self.begin(host, log, "ray", "start", *where, "--object-store-memory=100000000")
+        return self.begin(host, log, "ray", "start", *where, *RAY_OPTIONS)
 
     def cut(self, host: Host) -> None:
         """Pulls the host's cable: nobody is told anything."""
