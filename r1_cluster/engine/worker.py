@@ -124,8 +124,8 @@ class Worker:
     def run(self) -> None:
         """The resident loop; returns when the worker was stopped or its lease ended.
 
-        A living engine sends heartbeats, so a worker to which nobody spoke for `lease_s` has none, once it had
-        one. Time spent in a step does not count: what came meanwhile is read before the lease is judged.
+        A living engine sends heartbeats, so a worker to which nobody spoke for `lease_s` has none, once it
+        had one. Time spent in a step does not count: what came meanwhile is read before the lease is judged.
         """
         try:
             while not self._stopping:

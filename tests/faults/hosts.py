@@ -8,6 +8,7 @@ and end with that namespace's init, which the kernel ends with the process that 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 GCS_PORT = 6379
+_MADE = itertools.count()
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_TMPDIR": "/tmp",
@@ -93,9 +95,11 @@ class Host:
         (self.folder / "resolv.conf").write_text("")
         with (self.folder / "init.txt").open("w") as errors:
             self.holder = subprocess.Popen(
-                ["ip", "netns", "exec", self.namespace, "unshare", "--pid", "--fork", "--kill-child"]
-                + ["--mount", "--uts", "--mount-proc", "bash", "-c"]
-                + [INIT.format(name=self.name, folder=self.folder)],
+                [
+                    *("ip", "netns", "exec", self.namespace),
+                    *("unshare", "--pid", "--fork", "--kill-child", "--mount", "--uts", "--mount-proc"),
+                    *("bash", "-c", INIT.format(name=self.name, folder=self.folder)),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -138,9 +142,9 @@ class Hosts:
     def __init__(self, folder: Path, number: int, environment: dict[str, str] | None = None) -> None:
         self.folder = folder
         _sweep()
-        self._mark = f"{os.getpid():x}"
+        self._mark = f"{os.getpid():x}-{next(_MADE)}"
         self._bridge = f"r1b{self._mark}"
-        self._subnet = _free_subnet()
+        self._subnet = _subnet_of(self._mark)
         self._commands: list[subprocess.Popen[bytes]] = []
         token = folder / "ray-token"
         token.write_text("0123456789abcdef" * 4)
@@ -279,20 +283,21 @@ def _ip(*words: str) -> None:
     assert result.returncode == 0, f"ip {' '.join(words)}: {result.stderr}"
 
 
-def _free_subnet() -> str:
-    taken = subprocess.run(["ip", "-o", "-4", "addr"], capture_output=True, text=True).stdout
-    return next(subnet for i in range(1, 255) if f" {(subnet := f'10.77.{i}')}." not in taken)
+def _subnet_of(mark: str) -> str:
+    """One that no other hosts have, even if another process makes them at the same moment."""
+    process_id, number = int(mark.split("-", maxsplit=1)[0], 16), int(mark.split("-")[1])
+    return f"10.{80 + (process_id >> 8) % 40 * 4 + number % 4}.{process_id % 256}"
 
 
 def _sweep() -> None:
     """Takes away what a run left behind that was killed: names carry the id of the process that made them.
     Its hosts' processes are gone already, as they end with their init's standard input."""
     for line in subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout.splitlines():
-        made_by = re.fullmatch(r"r1-([0-9a-f]+)-\d+", line.split()[0])
+        made_by = re.fullmatch(r"r1-([0-9a-f]+)-\d+-\d+", line.split()[0])
         if made_by and not Path(f"/proc/{int(made_by[1], 16)}").exists():
             subprocess.run(["ip", "netns", "del", made_by[0]], capture_output=True)
     for folder in Path("/sys/class/net").iterdir():
-        made_by = re.fullmatch(r"r1[bv]([0-9a-f]+)(-\d+)?", folder.name)
+        made_by = re.fullmatch(r"r1[bv]([0-9a-f]+)-\d+(-\d+)?", folder.name)
         if made_by and not Path(f"/proc/{int(made_by[1], 16)}").exists():
             subprocess.run(["ip", "link", "del", folder.name], capture_output=True)
 
