@@ -29,6 +29,8 @@ from r1_cluster.planning.layout import Layout, WorkerSpec
 from r1_cluster.records import StepPlan, StepResult
 from r1_cluster.weights.checkpoint import Checkpoint
 
+FIRST_LEASE_S = 3600.0
+"""How long a worker waits for its first engine, which links nobody before all have loaded their weights."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -138,8 +140,8 @@ class Worker:
     def run(self) -> None:
         """The resident loop; returns when the worker was stopped or its lease ended.
 
-        A living engine sends heartbeats, so a worker to which nobody spoke for `lease_s` has none. Time
-        spent in a step does not count: what came meanwhile is read before the lease is judged.
+        A living engine sends heartbeats, so a worker to which nobody spoke for `lease_s` has none, once it
+        had one. Time spent in a step does not count: what came meanwhile is read before the lease is judged.
         """
         try:
             while not self._stopping:
@@ -150,7 +152,7 @@ class Worker:
                 ]
                 if self._control is not None:
                     sources.append(self._control)
-                ready = wait_any(sources, self.boot.lease_s)
+                ready = wait_any(sources, self.boot.lease_s if self.office else FIRST_LEASE_S)
                 if not ready:
                     return
                 for source in ready:

@@ -3,6 +3,7 @@
 import queue
 import random
 import threading
+import time
 
 import msgspec
 import pytest
@@ -246,6 +247,22 @@ def test_an_engine_of_an_old_epoch_is_refused(cluster):
 def test_workers_leave_when_their_lease_ends(checkpoint):
     cluster = Cluster(checkpoint, LAYOUTS["disaggregated"], lease_s=2.0)
     cluster.run(requests(2))
+    cluster.core.stop()
+    for thread in cluster.threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    cluster.pulse.close()
+    cluster.sink.close()
+
+
+def test_workers_wait_longer_for_their_first_engine(checkpoint):
+    class SlowToLoad(Cluster):
+        def begin(self, name, incarnation):
+            super().begin(name, incarnation)
+            time.sleep(0.2)  # seven of them: by far longer than the lease
+
+    cluster = SlowToLoad(checkpoint, LAYOUTS["disaggregated"], lease_s=0.5)
+    cluster.run(requests(1))
     cluster.core.stop()
     for thread in cluster.threads:
         thread.join(10)
