@@ -48,7 +48,6 @@ class Arena:
     """A running service with its observer. Whatever was stopped here and is still there at the end is ended."""
 
     def __init__(self, folder, checkpoint, layout, requests=None, poison=(), **engine):
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder / "faults"
         self.requests = streams() if requests is None else requests
         environment = injecting(self.folder, poison)
@@ -62,9 +61,9 @@ class Arena:
         """Streams that run now."""
         return Load(self.service.url, self.folder, self.requests if requests is None else requests)
 
-    def targets(self):
-        """Who is who now, on a service that is whole and idle."""
-        return Targets(self.observer.pids(), self.folder)
+    def targets(self, seen=None):
+        """Who is who: by an answer of the observer, else once the service is whole and idle."""
+        return Targets(self.observer.pids(seen), self.folder)
 
     def inflict(self, targets, part, how):
         """Hurts a part; returns when."""
@@ -84,7 +83,10 @@ class Arena:
         return None
 
     def close(self):
-        """Ctrl-C; AssertionError if the service does not end well or leaves a process behind."""
+        """Ctrl-C, unless it came before; AssertionError if the service does not end well or leaves a process
+        behind."""
+        if self.service.process.poll() is not None:
+            return
         self.observer.close()
         left = [pid for pid in self._hurt if alive(pid)]
         try:

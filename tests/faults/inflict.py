@@ -99,7 +99,7 @@ def title(pid):
 class Targets:
     """The processes of a service's parts at one moment, by name: each worker's, `engine`, `ingress`."""
 
-    # The links to cut for a part: the first of these pairs that stands.
+    # The links to cut for a part: the first of these pairs that stands; its engine's for one not named here.
     LINKS = {
         "stage-0": [("stage-0", "stage-1"), ("engine", "stage-0")],
         "stage-1": [("engine", "stage-1"), ("stage-0", "stage-1")],
@@ -122,5 +122,6 @@ class Targets:
         elif how == "exception":
             (self.folder / part).touch()
         else:
-            pairs = [pair for pair in self.LINKS[part] if set(pair) <= set(self.pids)]
+            pairs = self.LINKS.get(part, [("engine", part)])
+            pairs = [pair for pair in pairs if set(pair) <= set(self.pids)]
             assert any(cut_link(self.pids[a], self.pids[b]) for a, b in pairs), f"no link of {part} stood"

@@ -23,9 +23,9 @@ class Observer:
     def __init__(self, service):
         self._service = service
         running = Path(service.environment["TMPDIR"]) / f"r1-cluster-{os.getuid()}" / f"{service.name}.json"
-        address = msgspec.json.decode(running.read_bytes())["address"]
+        self.address = msgspec.json.decode(running.read_bytes())["address"]
         self._process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("observer.py"), address, service.name],
+            [sys.executable, Path(__file__).with_name("observer.py"), self.address, service.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -47,19 +47,18 @@ class Observer:
         titles = {pid: title(pid) for pid in descendants(self._service.process.pid)}
         return {pid: name for pid, name in titles.items() if name in ROLES}
 
-    def pids(self):
-        """{name: pid} of every worker, `engine` (of the first one) and `ingress`."""
-        seen = self.settled()
-        pids = {}
-        for engine in reversed(seen["engines"]):
-            pids |= {worker["name"]: worker["pid"] for worker in engine["workers"]} | {
-                "engine": engine["pid"]
-            }
-        return pids | {"ingress": next(pid for pid, name in self.processes().items() if name == "Ingress")}
+    def pids(self, seen=None):
+        """{name: pid} of every worker, `engine` (of the first one) and `ingress`; `seen`: an answer to
+        `ask`, else one of a settled service."""
+        pids = {"ingress": next(pid for pid, name in self.processes().items() if name == "Ingress")}
+        for engine in reversed((seen or self.settled())["engines"]):
+            pids |= {row["name"]: row["pid"] for row in engine["workers"] if row["state"] == "alive"}
+            pids["engine"] = engine["pid"]
+        return pids
 
     def settled(self, timeout_s=60.0):
         """What is seen once nobody is missing and nothing runs; AssertionError if that takes too long."""
-        return self._until(lambda seen: True, timeout_s)
+        return self._until(lambda _: True, timeout_s)
 
     def holdings(self, timeout_s=60.0):
         """What the service holds when it is idle."""
@@ -69,8 +68,14 @@ class Observer:
         """Waits until the service holds what it held `before`; AssertionError with the difference."""
         self._until(lambda seen: self._holdings(seen) == before, timeout_s, before)
 
+    def wait_for(self, condition, timeout_s=60.0):
+        """Waits until `condition(holdings)` of an idle service."""
+        self._until(lambda seen: condition(self._holdings(seen)), timeout_s)
+
     def close(self):
         """Leaves the cluster."""
+        if self._process.poll() is not None:
+            return
         self._process.stdin.close()
         try:
             self._process.wait(20)
