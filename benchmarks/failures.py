@@ -55,14 +55,14 @@ def table(rows: list[Row]) -> str:
     count = sum(row["streams"] for row in rows)
     head = f"""# Stalls when a part dies
 
-{datetime.date.today()}, {os.cpu_count()} cores, no GPU, random nano checkpoint, `engine.step_timeout_s: 3`, chunks
-of 64 tokens, 16 streams (greedy and seeded) at a time through HTTP: `make test-faults`. {len(rows)} deaths under
-{count} streams; lost or changed: {sum(row["lost"] for row in rows)}.
+{datetime.date.today()}, {os.cpu_count()} cores, no GPU, random nano checkpoint, `engine.step_timeout_s: 3`,
+chunks of 64 tokens, 16 streams (greedy and seeded) at a time through HTTP: `make test-faults`.
+{len(rows)} deaths under {count} streams; lost or changed: {sum(row["lost"] for row in rows)}.
 
-*Noticed*: from the death until an engine knew of it (of an engine: until the next one had taken over), the
-longest of the runs. *Stall*: the longest pause of each stream after the death, in s, p50 / p99 over the streams;
-in prefill it includes the wait for the prompts that are still to be computed. *In a recovery*: another part had
-been killed just before, and the stall counts from that.
+*Noticed*: from the death until an engine knew of it (of an engine: until the next one had taken over),
+the longest of the runs. *Stall*: the longest pause of each stream after the death, in s, p50 / p99 over
+the streams; in prefill it includes the wait for the prompts that are still to be computed. *In a
+recovery*: another part had been killed just before, and the stall counts from that.
 
 | layout | what died | how | streams | lost | noticed, s | stall in decode | in prefill | in a recovery |
 | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
