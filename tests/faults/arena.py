@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import secrets
 import signal
 import struct
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 from faults.inflict import Targets
 from faults.leaks import Observer
 from faults.load import Load, quantile, streams
-from running_service import Service, alive
+from running_service import Service, alive, descendants
 
 INJECTED = Path(__file__).with_name("injected")
 DISAGGREGATED = {"kind": "disaggregated", "stages": 2, "expert_shards": 3, "cpus_per_worker": 0.2}
@@ -52,7 +54,7 @@ class Arena:
         self.requests = streams() if requests is None else requests
         environment = injecting(self.folder, poison)
         sections = {"engine": {**ENGINE, **engine}}
-        name = f"faults-{layout['kind'][:2]}"
+        name = f"faults-{secrets.token_hex(3)}"  # several may run on one machine
         self.service = Service(folder, name, checkpoint, layout, environment, **sections).wait_ready()
         self.observer = Observer(self.service)
         self._hurt = set()
@@ -88,15 +90,18 @@ class Arena:
         if self.service.process.poll() is not None:
             return
         self.observer.close()
-        left = [pid for pid in self._hurt if alive(pid)]
+        hurt = [pid for pid in self._hurt if alive(pid)]
+        for pid in hurt:
+            os.kill(pid, signal.SIGKILL)
         try:
             code, pids = self.service.interrupt()
-        finally:
-            for pid in self._hurt:
+        except subprocess.TimeoutExpired:
+            for pid in reversed(descendants(self.service.process.pid)):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            raise
         assert code == 0, self.service.log.read_text()
-        assert not left, f"hurt, and still there at the end: {left}"
+        assert not hurt, f"hurt, and still there at the end: {hurt}"
         left = [pid for pid in pids if alive(pid)]
         assert not left, f"processes left behind: {left}"
         assert self.service.log.read_text().rstrip().endswith("stopped")

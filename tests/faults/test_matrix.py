@@ -4,8 +4,10 @@ answer is as if nobody had died, and what the service holds afterwards is what i
 A few of them run always; `make test-faults` runs all.
 """
 
+import contextlib
 import itertools
 import json
+import subprocess
 
 import pytest
 from faults.arena import LAYOUTS, Arena, Kill, summary, undergo
@@ -49,55 +51,64 @@ def cases():
 
 
 class Ring:
-    """The arena of a layout, made anew after a test that failed."""
+    """The service under test: one layout's after the other's, and a new one after a test that failed."""
 
-    def __init__(self, folder, checkpoint, layout):
-        self._begin = lambda: Arena(folder(), checkpoint, LAYOUTS[layout])
-        self.arena = self._begin()
-        self.undisturbed = [stream.answer for stream in self.arena.load().join()]
+    def __init__(self, begin):
         self.spoiled = False
+        self._begin = begin
+        self._layout = None
+        self._arena = None
+        self._undisturbed = {}
 
-    def ready(self):
-        if self.spoiled:
-            self.spoiled = False
-            self.close(well=False)
-            self.arena = self._begin()
-        return self.arena
+    def enter(self, layout):
+        """(the arena of a layout, the answers of its undisturbed load)."""
+        if self.spoiled or layout != self._layout:
+            self.close()
+            self._arena = self._begin(layout)
+            self._layout = layout
+        if layout not in self._undisturbed:
+            self._undisturbed[layout] = [stream.answer for stream in self._arena.load().join()]
+            assert all(error is None for *_, error in self._undisturbed[layout])
+        return self._arena, self._undisturbed[layout]
 
-    def close(self, well=True):
-        try:
-            self.arena.close()
-        except AssertionError:
-            if well:
-                raise
+    def close(self):
+        """Ends the service; one that was spoiled need not end well."""
+        arena, self._arena = self._arena, None
+        spoiled, self.spoiled = self.spoiled, False
+        if arena is not None:
+            with contextlib.suppress(*[AssertionError, subprocess.TimeoutExpired] * spoiled):
+                arena.close()
 
 
 @pytest.fixture(scope="module")
-def layout(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def ring(layout, checkpoint, tmp_path_factory):
-    ring = Ring(lambda: tmp_path_factory.mktemp(layout), checkpoint, layout)
+def ring(checkpoint, tmp_path_factory):
+    ring = Ring(lambda layout: Arena(tmp_path_factory.mktemp(layout), checkpoint, LAYOUTS[layout]))
     yield ring
-    ring.close(well=not ring.spoiled)
+    ring.close()
 
 
-@pytest.mark.parametrize(("layout", "kill"), cases(), indirect=["layout"])
-def test_no_death_ends_or_changes_a_stream(ring, kill, request):
-    arena = ring.ready()
+@pytest.mark.parametrize(("layout", "kill"), cases())
+def test_no_death_ends_or_changes_a_stream(ring, layout, kill, request):
+    arena, undisturbed = ring.enter(layout)
     ring.spoiled = True
     before = arena.observer.holdings()
     results, record = undergo(arena, kill)
-    changed = [i for i, stream in enumerate(results) if stream.answer != ring.undisturbed[i]]
+    changed = [i for i, stream in enumerate(results) if stream.answer != undisturbed[i]]
     record["lost"] = len(changed)
     print(summary(record))
     if file := request.config.getoption("--stalls"):
         with open(file, "a") as lines:
             lines.write(json.dumps(record) + "\n")
-    assert not changed, {i: results[i].error or "its tokens differ" for i in changed}
-    assert all(tokens for tokens, *_ in ring.undisturbed)
+    assert not changed, {
+        i: results[i].error or _difference(results[i].answer, undisturbed[i]) for i in changed
+    }
     arena.observer.wait_equal(before)
     assert record["in_time"], "the streams were too fast for this death"
     ring.spoiled = False
+
+
+def _difference(answer, wanted):
+    """How an answer that came to an end differs."""
+    (tokens, *_, reason, _), (expected, *_, wanted_reason, _) = answer, wanted
+    common = next((i for i, pair in enumerate(zip(tokens or [], expected)) if pair[0] != pair[1]), None)
+    return f"{reason} after {len(tokens or [])} tokens, not {wanted_reason} after {len(expected)}; first other: {common}"
