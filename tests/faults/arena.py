@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import select
 import signal
 import struct
 import subprocess
@@ -55,9 +56,14 @@ class Arena:
         environment = injecting(self.folder, poison)
         sections = {"engine": {**ENGINE, **engine}}
         name = f"faults-{secrets.token_hex(3)}"  # several may run on one machine
-        self.service = Service(folder, name, checkpoint, layout, environment, **sections).wait_ready()
+        self.service = Service(folder, name, checkpoint, layout, environment, **sections)
+        try:
+            self.service.wait_ready(240)
+        except AssertionError:
+            self._end()
+            raise
         self.observer = Observer(self.service)
-        self._hurt = set()
+        self._hurt = {}
 
     def load(self, requests=None):
         """Streams that run now."""
@@ -69,7 +75,8 @@ class Arena:
 
     def inflict(self, targets, part, how):
         """Hurts a part; returns when."""
-        self._hurt.add(targets.pids[part])
+        pid = targets.pids[part]
+        self._hurt[os.pidfd_open(pid)] = pid  # a number alone may be another's by the end
         now = time.monotonic()
         targets.inflict(part, how)
         return now
@@ -90,21 +97,29 @@ class Arena:
         if self.service.process.poll() is not None:
             return
         self.observer.close()
-        hurt = [pid for pid in self._hurt if alive(pid)]
-        for pid in hurt:
-            os.kill(pid, signal.SIGKILL)
-        try:
-            code, pids = self.service.interrupt()
-        except subprocess.TimeoutExpired:
-            for pid in reversed(descendants(self.service.process.pid)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            raise
+        hurt = []
+        for pidfd, pid in self._hurt.items():
+            if not select.select([pidfd], [], [], 0)[0]:  # it has not ended
+                hurt.append(pid)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
+        self._hurt.clear()
+        code, pids = self._end()
         assert code == 0, self.service.log.read_text()
         assert not hurt, f"hurt, and still there at the end: {hurt}"
         left = [pid for pid in pids if alive(pid)]
         assert not left, f"processes left behind: {left}"
         assert self.service.log.read_text().rstrip().endswith("stopped")
+
+    def _end(self):
+        """Ctrl-C; what does not heed it is killed."""
+        try:
+            return self.service.interrupt(120)
+        except subprocess.TimeoutExpired:
+            for pid in reversed(descendants(self.service.process.pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            raise
 
 
 def undergo(arena, kill):
