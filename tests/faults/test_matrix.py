@@ -33,7 +33,22 @@ FAST = {
     "colocated": {("stage-0", "kill", "decode"), ("engine", "kill", "prefill")},
 }
 # What the product cannot do yet: (layout, part, how, when), None for any → why.
-NOT_YET = {}
+NOT_YET = {
+    (None, "engine", "stop", None): "an engine that hangs is found by Serve's health check alone, after 30 s",
+    (
+        None,
+        "engine",
+        "cut",
+        None,
+    ): "an engine that loses its link to an ingress gives up that ingress's requests",
+    (
+        None,
+        "engine",
+        "exception",
+        None,
+    ): "an engine that fails ends its requests with an error, not with a retry",
+    (None, "stage-0", "stop", "recovery"): "an engine that takes over waits for ever for a worker that hangs",
+}
 
 
 def cases():

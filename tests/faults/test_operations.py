@@ -15,6 +15,9 @@ from r1_cluster.text.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 SKULLS = "☠☠☠☠☠☠"
+both_layouts = pytest.mark.parametrize(
+    "layout", ["colocated", pytest.param("disaggregated", marks=pytest.mark.matrix)]
+)
 
 
 @pytest.fixture
@@ -54,10 +57,11 @@ def redeploy(arena):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_poison_request_fails_alone(arena, checkpoint):
+@both_layouts
+def test_a_poison_request_fails_alone(arena, checkpoint, layout):
     tokenizer = Tokenizer.from_folder(checkpoint)
     poison = tokenizer.encode(SKULLS)[4:12]
-    service = arena("disaggregated", poison=poison)
+    service = arena(layout, poison=poison)
     before = service.observer.holdings()
     undisturbed = answers(service)
     load = service.load()
@@ -72,8 +76,9 @@ def test_a_poison_request_fails_alone(arena, checkpoint):
     assert answers(service) == undisturbed
 
 
-def test_an_engine_that_wakes_up_deposed_changes_nothing(arena):
-    service = arena("disaggregated")
+@both_layouts
+def test_an_engine_that_wakes_up_deposed_changes_nothing(arena, layout):
+    service = arena(layout)
     before = service.observer.holdings()
     undisturbed = answers(service)
     targets = service.targets()
@@ -122,8 +127,9 @@ def test_a_scale_down_under_load(arena):
     )
 
 
-def test_ctrl_c_during_a_recovery(arena):
-    service = arena("disaggregated")
+@both_layouts
+def test_ctrl_c_during_a_recovery(arena, layout):
+    service = arena(layout)
     targets = service.targets()
     service.observer.close()  # takes longer than a recovery
     load = service.load()
