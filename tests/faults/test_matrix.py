@@ -4,13 +4,11 @@ answer is as if nobody had died, and what the service holds afterwards is what i
 A few of them run always; `make test-faults` runs all.
 """
 
-import contextlib
 import itertools
 import json
-import subprocess
 
 import pytest
-from faults.arena import LAYOUTS, Arena, Kill, summary, undergo
+from faults.arena import LAYOUTS, Arena, Kill, Ring, summary, undergo
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
@@ -65,36 +63,6 @@ def cases():
             yield pytest.param(layout, Kill(*case), marks=marks, id="-".join((layout, *case)))
 
 
-class Ring:
-    """The service under test: one layout's after the other's, and a new one after a test that failed."""
-
-    def __init__(self, begin):
-        self.spoiled = False
-        self._begin = begin
-        self._layout = None
-        self._arena = None
-        self._undisturbed = {}
-
-    def enter(self, layout):
-        """(the arena of a layout, the answers of its undisturbed load)."""
-        if self.spoiled or layout != self._layout:
-            self.close()
-            self._arena = self._begin(layout)
-            self._layout = layout
-        if layout not in self._undisturbed:
-            self._undisturbed[layout] = [stream.answer for stream in self._arena.load().join()]
-            assert all(error is None for *_, error in self._undisturbed[layout])
-        return self._arena, self._undisturbed[layout]
-
-    def close(self):
-        """Ends the service; one that was spoiled need not end well."""
-        arena, self._arena = self._arena, None
-        spoiled, self.spoiled = self.spoiled, False
-        if arena is not None:
-            with contextlib.suppress(*[AssertionError, subprocess.TimeoutExpired] * spoiled):
-                arena.close()
-
-
 @pytest.fixture(scope="module")
 def ring(checkpoint, tmp_path_factory):
     ring = Ring(lambda layout: Arena(tmp_path_factory.mktemp(layout), checkpoint, LAYOUTS[layout]))
@@ -104,9 +72,7 @@ def ring(checkpoint, tmp_path_factory):
 
 @pytest.mark.parametrize(("layout", "kill"), cases())
 def test_no_death_ends_or_changes_a_stream(ring, layout, kill, request):
-    arena, undisturbed = ring.enter(layout)
-    ring.spoiled = True
-    before = arena.observer.holdings()
+    arena, undisturbed, before = ring.enter(layout)
     results, record = undergo(arena, kill)
     changed = [i for i, stream in enumerate(results) if stream.answer != undisturbed[i]]
     record["lost"] = len(changed)
@@ -119,7 +85,7 @@ def test_no_death_ends_or_changes_a_stream(ring, layout, kill, request):
     }
     arena.observer.wait_equal(before)
     assert record["in_time"], "the streams were too fast for this death"
-    ring.spoiled = False
+    ring.leave()
 
 
 def _difference(answer, wanted):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults.arena import ENGINE, LAYOUTS, Arena
+from faults.arena import ENGINE, LAYOUTS, Arena, Ring
 from faults.load import streams
 from running_service import alive
 
@@ -20,25 +20,19 @@ both_layouts = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture
-def arena(request, checkpoint, tmp_path_factory):
-    """arena(layout, …) → a running service of its own; it is ended well, unless `broken` says so."""
-    made = []
-
-    def begin(layout, **options):
-        made.append(Arena(tmp_path_factory.mktemp(layout), checkpoint, LAYOUTS[layout], **options))
-        return made[-1]
-
-    yield begin
-    for each in made:
-        each.close()
+@pytest.fixture(scope="module")
+def poison(checkpoint):
+    """Tokens that only a poison request has."""
+    return Tokenizer.from_folder(checkpoint).encode(SKULLS)[4:12]
 
 
-def answers(arena):
-    """What the arena's requests get while nothing is done to it."""
-    ended = arena.load().join()
-    assert [stream.error for stream in ended if stream.error is not None] == []
-    return [stream.answer for stream in ended]
+@pytest.fixture(scope="module")
+def ring(checkpoint, poison, tmp_path_factory):
+    ring = Ring(
+        lambda layout: Arena(tmp_path_factory.mktemp(layout), checkpoint, LAYOUTS[layout], poison=poison)
+    )
+    yield ring
+    ring.close()
 
 
 def decoding(load):
@@ -61,12 +55,8 @@ def redeploy(arena):
 
 
 @both_layouts
-def test_a_poison_request_fails_alone(arena, checkpoint, layout):
-    tokenizer = Tokenizer.from_folder(checkpoint)
-    poison = tokenizer.encode(SKULLS)[4:12]
-    service = arena(layout, poison=poison)
-    before = service.observer.holdings()
-    undisturbed = answers(service)
+def test_a_poison_request_fails_alone(ring, layout):
+    service, undisturbed, before = ring.enter(layout)
     load = service.load()
     decoding(load)
     (request,) = streams(1)
@@ -76,14 +66,12 @@ def test_a_poison_request_fails_alone(arena, checkpoint, layout):
     assert not victim.arrivals
     assert [stream.answer for stream in load.join()] == undisturbed
     service.observer.wait_equal(before)
-    assert answers(service) == undisturbed
+    ring.leave()
 
 
 @both_layouts
-def test_an_engine_that_wakes_up_deposed_changes_nothing(arena, layout):
-    service = arena(layout)
-    before = service.observer.holdings()
-    undisturbed = answers(service)
+def test_an_engine_that_wakes_up_deposed_changes_nothing(ring, layout):
+    service, undisturbed, before = ring.enter(layout)
     targets = service.targets()
     load = service.load()
     decoding(load)
@@ -95,44 +83,44 @@ def test_an_engine_that_wakes_up_deposed_changes_nothing(arena, layout):
     assert [stream.answer for stream in load.join()] == undisturbed
     service.observer.wait_equal(before)
     assert not alive(targets.pids["engine"])
+    ring.leave()
 
 
-def test_a_redeploy_under_load(arena):
-    service = arena("colocated", max_num_seqs=64)
-    before = service.observer.holdings()
-    undisturbed = answers(service)
+def test_a_redeploy_under_load(ring):
+    service, undisturbed, before = ring.enter("colocated")
     load = service.load()
     decoding(load)
     redeploy(service)
-    late = answers(service)
+    late = service.load()
     assert [stream.answer for stream in load.join()] == undisturbed
-    assert late == undisturbed
+    assert [stream.answer for stream in late.join()] == undisturbed
     service.observer.wait_equal(before, timeout_s=90)
+    ring.leave()
 
 
-def test_a_scale_down_under_load(arena):
-    service = arena("colocated", replicas=2)
-    assert service.observer.holdings()["processes"] == {"Engine": 2, "Ingress": 1, "StageActor": 2}
-    undisturbed = answers(service)
+def test_a_scale_down_under_load(ring):
+    service, undisturbed, before = ring.enter("colocated")
+    service.service.write(engine={**ENGINE, "replicas": 2})
+    redeploy(service)
+    service.observer.wait_for(
+        lambda held: held["processes"] == {"Engine": 2, "Ingress": 1, "StageActor": 2}, timeout_s=90
+    )
     load = service.load()
     decoding(load)
-    service.service.write(engine={**ENGINE, "replicas": 1})
+    service.service.write(engine=ENGINE)
     redeploy(service)
-    late = answers(service)
+    late = service.load()
     assert [stream.answer for stream in load.join()] == undisturbed
-    assert late == undisturbed
-    service.observer.wait_for(
-        lambda held: (
-            held["processes"] == {"Engine": 1, "Ingress": 1, "StageActor": 1}
-            and held["actors"] == len(held["groups"]) == 1
-        ),
-        timeout_s=90,
-    )
+    assert [stream.answer for stream in late.join()] == undisturbed
+    service.observer.wait_for(lambda held: held["processes"] == before["processes"], timeout_s=90)
+    held = service.observer.holdings()
+    assert (held["actors"], len(held["groups"]), held["links"]) == (1, 1, before["links"])
+    ring.leave()
 
 
 @both_layouts
-def test_ctrl_c_during_a_recovery(arena, layout):
-    service = arena(layout)
+def test_ctrl_c_during_a_recovery(ring, layout):
+    service, _, _ = ring.enter(layout)
     targets = service.targets()
     service.observer.close()  # takes longer than a recovery
     load = service.load()
