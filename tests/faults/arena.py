@@ -172,7 +172,7 @@ def undergo(arena, kill):
         in_time = load.wait(lambda: load.num_started >= 1)
         in_time &= load.num_started < len(load.streams)
     else:
-        in_time = load.wait(lambda: all(len(stream.arrivals) >= 5 for stream in load.streams))
+        in_time = load.wait(lambda: all(len(stream.arrivals) >= 2 for stream in load.streams))
     since = time.monotonic()
     if kill.when == "recovery":
         arena.inflict(targets, kill.first, "kill")

@@ -12,7 +12,7 @@ PAUSE_S = 0.25
 """A pause shorter than this is no stall."""
 
 
-def streams(count=16, max_tokens=110, seed=0):
+def streams(count=16, max_tokens=130, seed=0):
     """`count` requests, greedy and seeded in turns, with prompts that fill several chunks."""
     requests = []
     for i in range(count):
