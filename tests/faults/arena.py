@@ -172,13 +172,13 @@ def undergo(arena, kill):
         in_time = load.wait(lambda: load.num_started >= 1)
         in_time &= load.num_started < len(load.streams)
     else:
-        in_time = load.wait(lambda: all(len(stream.arrivals) >= 2 for stream in load.streams))
+        in_time = load.wait(lambda: load.decoding)
     since = time.monotonic()
     if kill.when == "recovery":
         arena.inflict(targets, kill.first, "kill")
         load.wait(lambda: load.quiet_for(0.2), timeout_s=5.0)
     at = arena.inflict(targets, kill.part, kill.how)
-    in_time &= load.num_ended == 0
+    in_time &= load.mostly_open
     results = load.join()
     return results, {
         "layout": arena.service.data["layout"]["kind"],

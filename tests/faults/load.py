@@ -12,7 +12,7 @@ PAUSE_S = 0.25
 """A pause shorter than this is no stall."""
 
 
-def streams(count=16, max_tokens=130, seed=0):
+def streams(count=16, max_tokens=150, seed=0):
     """`count` requests, greedy and seeded in turns, with prompts that fill several chunks."""
     requests = []
     for i in range(count):
@@ -80,6 +80,17 @@ class Load:
     def num_started(self):
         """How many streams have got their first piece."""
         return sum(1 for stream in self.streams if stream.arrivals)
+
+    @property
+    def decoding(self):
+        """Whether most streams are in the midst of their answers. All at once need not ever be: the edge may
+        take up the last request when the first answers end."""
+        return 4 * sum(1 for s in self.streams if len(s.arrivals) >= 2) >= 3 * len(self.streams)
+
+    @property
+    def mostly_open(self):
+        """Whether at most a quarter of the streams has ended."""
+        return 4 * self.num_ended <= len(self.streams)
 
     @property
     def num_ended(self):
