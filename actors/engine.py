@@ -160,8 +160,8 @@ class Engine:
         capacity = self._service.engine.max_num_seqs + self._service.engine.max_queued
         if len(self._ends) >= capacity:
             return "overloaded"
-        if core.failure is not None:
-            return core.failure
+        if core.ended:
+            return core.end_reason
         if not fan.attached(record.sink):
             where = msgspec.msgpack.decode(endpoint, type=Endpoint)
             try:
@@ -175,10 +175,13 @@ class Engine:
             core.submit(record)
             return await end
         except asyncio.CancelledError:
-            core.abort(record.request_id)
+            if self._ends.get(record.request_id) is end:
+                core.abort(record.request_id)
             raise
         finally:
-            del self._ends[record.request_id]
+            # An ingress whose link broke may have asked again before this call was cancelled.
+            if self._ends.get(record.request_id) is end:
+                del self._ends[record.request_id]
 
     async def _office(self) -> tuple[EngineCore | None, TokenFan | None]:
         """The loop that runs, once it is clear whether one does: a takeover is waited for."""

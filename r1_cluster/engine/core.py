@@ -104,6 +104,17 @@ class EngineCore:
         self._thread = threading.Thread(target=self._run, name="engine-core", daemon=True)
 
     @property
+    def ended(self) -> bool:
+        """Whether the loop is over, for whatever reason."""
+        return self._thread.ident is not None and not self._thread.is_alive()
+
+    @property
+    def end_reason(self) -> str:
+        """What becomes of requests when the loop has ended: they go on elsewhere, or the engine has failed
+        for good."""
+        return self.failure or ENGINE_LOST
+
+    @property
     def well(self) -> bool:
         """Whether the loop runs and has lately shown that it does not hang."""
         if self._thread.ident is None:
@@ -114,8 +125,8 @@ class EngineCore:
 
     def health(self) -> dict[str, Any]:
         """ready: a token passed through every stage lately; recovering: it will again; else why not."""
-        if self.failure is not None:
-            return {"status": "unavailable", "reason": self.failure}
+        if self.ended:
+            return {"status": "unavailable", "reason": self.end_reason}
         missing = sorted(self.recovery.missing)
         idle_s = time.monotonic() - self.stepped_at
         state: dict[str, Any] = {"missing": missing, "last_step_s": round(idle_s, 3)}
@@ -162,11 +173,11 @@ class EngineCore:
             logger.warning("this engine is deposed: %s", error)
         except EngineFailed as error:
             self.failure = str(error)
-        except Exception as error:
-            self.failure = f"the engine's loop failed: {type(error).__name__}: {error}"
-            raise
+        except Exception:
+            # The next engine may do better; its workers and their KV are as they were.
+            logger.exception("the engine's loop failed")
         finally:
-            self._end_all(self.failure or ENGINE_LOST)
+            self._end_all(self.end_reason)
             self.pipeline.close()
             self.fan.close()
 
@@ -243,7 +254,11 @@ class EngineCore:
             command = self._commands.popleft()
             if isinstance(command, Request):
                 self._sinks[command.request_id] = command.sink
-                self.scheduler.add(command)
+                missed = self.scheduler.catch_up(command)
+                if missed is None:
+                    self.scheduler.add(command)
+                else:
+                    self._emit([missed])
             elif command in self._sinks:
                 self.scheduler.abort(command)
                 self._end(command, None)
@@ -293,7 +308,7 @@ class EngineCore:
         for sink in self.fan.emit(finished):
             for request_id in [name for name, where in self._sinks.items() if where == sink]:
                 self.scheduler.abort(request_id)
-                self._end(request_id, "the link to the ingress broke")
+                self._end(request_id, ENGINE_LOST)  # if the ingress lives, it asks again
         for item in finished:
             if item.delta.finish_reason is not None and item.delta.request_id in self._sinks:
                 self._end(item.delta.request_id, None)
