@@ -114,8 +114,9 @@ class Scheduler:
         """For a request that is here already, asked for again by an ingress that missed some tokens: those
         tokens. None for a new one."""
         sequence = self._by_request.get(request.request_id)
-        if sequence is None or sequence.aborted:
+        if sequence is None:
             return None
+        sequence.aborted = False  # its step may not have ended since
         known = len(request.generated)
         missed = sequence.tokens[len(request.prompt) + known :].tolist()
         return Finished(request.sink, TokenDelta(request.request_id, known, missed))

@@ -18,8 +18,14 @@ from faults.load import Load, quantile, streams
 from running_service import Service, alive, descendants
 
 INJECTED = Path(__file__).with_name("injected")
-DISAGGREGATED = {"kind": "disaggregated", "stages": 2, "expert_shards": 3, "cpus_per_worker": 0.2}
-LAYOUTS = {"colocated": {"kind": "colocated", "cpus_per_worker": 0.5}, "disaggregated": DISAGGREGATED}
+DISAGGREGATED = {"kind": "disaggregated", "stages": 2, "expert_shards": 3, "cpus_per_worker": 0.15}
+LAYOUTS = {
+    "colocated": {"kind": "colocated", "cpus_per_worker": 0.5},
+    "disaggregated": DISAGGREGATED,
+    "guarded": DISAGGREGATED | {"spares": 1},
+    "copies": DISAGGREGATED | {"redundant_experts": 1},
+}
+ENGINES = {"guarded": {"standby": True}}
 # Chunks so small that 16 prompts take many steps; a deadline that a slow machine keeps.
 ENGINE = {"lease_s": 20.0, "step_timeout_s": 3.0, "max_batch_tokens": 64}
 

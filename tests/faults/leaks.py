@@ -13,7 +13,9 @@ import msgspec
 from faults.inflict import peer_pid, sockets_of, title
 from running_service import alive, descendants
 
-ROLES = {"StageActor", "RouterActor", "ExpertActor", "Engine", "Ingress"}
+# A spare may have taken anybody's place, so that workers are told apart by their links alone.
+ROLES = dict.fromkeys(("StageActor", "RouterActor", "ExpertActor", "SpareActor"), "Worker")
+ROLES |= {"Engine": "Engine", "Ingress": "Ingress"}
 UNSEEN = {"error": "the observer does not answer"}
 
 
@@ -45,13 +47,14 @@ class Observer:
     def processes(self):
         """{pid: title} of the service's parts."""
         titles = {pid: title(pid) for pid in descendants(self._service.process.pid)}
-        return {pid: name for pid, name in titles.items() if name in ROLES}
+        return {pid: ROLES[name] for pid, name in titles.items() if name in ROLES}
 
     def pids(self, seen=None):
         """{name: pid} of every worker, `engine` (of the first one) and `ingress`; `seen`: an answer to
         `ask`, else one of a settled service."""
         pids = {"ingress": next(pid for pid, name in self.processes().items() if name == "Ingress")}
-        for engine in reversed((seen or self.settled())["engines"]):
+        engines = (seen or self.settled())["engines"]
+        for engine in reversed([engine for engine in engines if not engine["standby"]]):
             pids |= {row["name"]: row["pid"] for row in engine["workers"] if row["state"] == "alive"}
             pids["engine"] = engine["pid"]
         return pids
@@ -111,12 +114,12 @@ class Observer:
             "actors": len(seen["actors"]),
             "groups": seen["groups"],
             "links": dict(sorted(links.items())),
-            "pages": sum(engine["pages_used"] for engine in seen["engines"]),
+            "pages": sum(engine.get("pages_used", 0) for engine in seen["engines"]),
         }
 
 
 def _idle(engine):
-    return (
+    return engine["standby"] or (
         engine["failure"] is None
         and engine["missing"] == []
         and engine["running"] == engine["waiting"] == engine["pages_used"] == 0
@@ -128,10 +131,9 @@ def _brief(seen):
     if "error" in seen:
         return seen["error"]
     keys = ("engine", "pid", "epoch", "failure", "missing", "running", "waiting", "pages_used")
-    rows = [{key: engine[key] for key in keys} for engine in seen["engines"]]
-    silent = [
-        worker for engine in seen["engines"] for worker in engine["workers"] if worker["state"] != "alive"
-    ]
+    engines = [engine for engine in seen["engines"] if not engine["standby"]]
+    rows = [{key: engine[key] for key in keys} for engine in engines]
+    silent = [worker for engine in engines for worker in engine["workers"] if worker["state"] != "alive"]
     return f"{rows}, silent: {silent}"
 
 

@@ -1,5 +1,5 @@
-"""Every kind of part × every kind of death × every time for it, under 16 streams, in both layouts: every
-answer is as if nobody had died, and what the service holds afterwards is what it held before.
+"""Every kind of part × every kind of death × every time for it, under 16 streams, in each layout:
+every answer is as if nobody had died, and what the service holds afterwards is what it held before.
 
 A few of them run always; `make test-faults` runs all.
 """
@@ -8,44 +8,29 @@ import itertools
 import json
 
 import pytest
-from faults.arena import LAYOUTS, Arena, Kill, Ring, summary, undergo
+from faults.arena import ENGINES, LAYOUTS, Arena, Kill, Ring, summary, undergo
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
-PARTS = {
-    "disaggregated": ["experts-1", "router-0", "stage-0", "stage-1", "engine"],
-    "colocated": ["stage-0", "engine"],
-}
+ALL = ["experts-1", "router-0", "stage-0", "stage-1", "engine"]
+PARTS = {"disaggregated": ALL, "guarded": ALL, "colocated": ["stage-0", "engine"], "copies": ["experts-1"]}
 FAST = {
     "disaggregated": {
         ("experts-1", "kill", "decode"),
-        ("experts-1", "stop", "decode"),
-        ("router-0", "kill", "prefill"),
         ("router-0", "cut", "decode"),
-        ("stage-0", "kill", "decode"),
         ("stage-0", "exception", "prefill"),
+        ("engine", "kill", "prefill"),
+    },
+    "guarded": {
+        ("experts-1", "stop", "decode"),
+        ("router-0", "kill", "recovery"),
+        ("stage-0", "kill", "decode"),
         ("stage-1", "stop", "decode"),
         ("engine", "kill", "decode"),
-        ("router-0", "kill", "recovery"),
+        ("engine", "stop", "decode"),
     },
-    "colocated": {("stage-0", "kill", "decode"), ("engine", "kill", "prefill")},
-}
-# What the product cannot do yet: (layout, part, how, when), None for any → why.
-NOT_YET = {
-    (None, "engine", "stop", None): "an engine that hangs is found by Serve's health check alone, after 30 s",
-    (
-        None,
-        "engine",
-        "cut",
-        None,
-    ): "an engine that loses its link to an ingress gives up that ingress's requests",
-    (
-        None,
-        "engine",
-        "exception",
-        None,
-    ): "an engine that fails ends its requests with an error, not with a retry",
-    (None, "stage-0", "stop", "recovery"): "an engine that takes over waits for ever for a worker that hangs",
+    "copies": {("experts-1", "kill", "decode")},
+    "colocated": {("stage-0", "kill", "decode")},
 }
 
 
@@ -57,15 +42,16 @@ def cases():
             if layout == "colocated" and case == ("stage-0", "cut", "recovery"):
                 continue  # its one link is the engine's, which is dead then
             marks = [] if case in FAST[layout] else [pytest.mark.matrix]
-            for pattern, reason in NOT_YET.items():
-                if all(wanted in (None, given) for wanted, given in zip(pattern, (layout, *case))):
-                    marks.append(pytest.mark.xfail(strict=False, reason=reason))
             yield pytest.param(layout, Kill(*case), marks=marks, id="-".join((layout, *case)))
 
 
 @pytest.fixture(scope="module")
 def ring(checkpoint, tmp_path_factory):
-    ring = Ring(lambda layout: Arena(tmp_path_factory.mktemp(layout), checkpoint, LAYOUTS[layout]))
+    ring = Ring(
+        lambda layout: Arena(
+            tmp_path_factory.mktemp(layout), checkpoint, LAYOUTS[layout], **ENGINES.get(layout, {})
+        )
+    )
     yield ring
     ring.close()
 

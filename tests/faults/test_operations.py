@@ -82,7 +82,6 @@ def test_an_engine_that_wakes_up_deposed_changes_nothing(ring, layout):
         os.kill(targets.pids["engine"], signal.SIGCONT)
     assert [stream.answer for stream in load.join()] == undisturbed
     service.observer.wait_equal(before)
-    assert not alive(targets.pids["engine"])
     ring.leave()
 
 
@@ -103,7 +102,7 @@ def test_a_scale_down_under_load(ring):
     service.service.write(engine={**ENGINE, "replicas": 2})
     redeploy(service)
     service.observer.wait_for(
-        lambda held: held["processes"] == {"Engine": 2, "Ingress": 1, "StageActor": 2}, timeout_s=90
+        lambda held: held["processes"] == {"Engine": 2, "Ingress": 1, "Worker": 2}, timeout_s=90
     )
     load = service.load()
     decoding(load)

@@ -58,7 +58,7 @@ def wrap_worker(module):
     def step(worker, link, message):
         kind = message.header.kind
         if kind in steps:
-            raise_if_asked(worker.boot.name)
+            raise_if_asked(worker.spec.name)
         if kind == module.Kind.PLAN and poisonous and poisonous in bytes(message.body):
             os._exit(13)
 
@@ -72,6 +72,7 @@ def wrap_core(module):
 
 def wrap_recovery(module):
     before(module.Recovery, "lose", lambda _, names: note("lost", ",".join(names)))
+    before(module.Recovery, "accuse", lambda _, names: note("lost", ",".join(names)))
 
 
 def wrap_chat(module):
