@@ -32,6 +32,7 @@ def seconds(values: list[float]) -> str:
 def line(rows: list[Row]) -> str:
     """The table's line for one kind of death of one part."""
     noticed = [row["detection_s"] for row in rows if row["detection_s"] is not None]
+    starts = [row["start_s"] for row in rows if row.get("start_s") is not None]
     longest: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         longest[row["when"]] += [max(stalls, default=0.0) for stalls in row["stalls"]]
@@ -42,6 +43,7 @@ def line(rows: list[Row]) -> str:
         str(sum(row["streams"] for row in rows)),
         str(sum(row["lost"] for row in rows)),
         f"{max(noticed):.2f}" if noticed else "–",
+        f"{max(starts):.2f}" if starts else "–",
         *(seconds(longest[when]) for when in TIMES),
     ]
     return f"| {' | '.join(cells)} |"
@@ -60,12 +62,13 @@ chunks of 64 tokens, 16 streams (greedy and seeded) at a time through HTTP: `mak
 {len(rows)} deaths under {count} streams; lost or changed: {sum(row["lost"] for row in rows)}.
 
 *Noticed*: from the death until an engine knew of it (of an engine: until the next one had taken over),
-the longest of the runs. *Stall*: the longest pause of each stream after the death, in s, p50 / p99 over
-the streams; in prefill it includes the wait for the prompts that are still to be computed. *In a
+the longest of the runs. *Start*: the new process's start and load, the longest; a dash where a spare, a
+copy or the worker itself took the place. *Stall*: the longest pause of each stream after the death, p50 / p99
+over the streams; all in s; in prefill it includes the wait for the prompts that are still to be computed. *In a
 recovery*: another part had been killed just before, and the stall counts from that.
 
-| layout | what died | how | streams | lost | noticed, s | stall in decode | in prefill | in a recovery |
-| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| layout | what died | how | streams | lost | noticed | start | stall in decode | in prefill | in a recovery |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 """
     return head + "\n".join(line(group) for group in kinds.values()) + "\n"
 

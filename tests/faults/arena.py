@@ -101,6 +101,13 @@ class Arena:
                     return round(at - since, 3)
         return None
 
+    def starts(self, since):
+        """Seconds that the processes which took a lost worker's place needed to start and load, the longest
+        since a time (time.time()); None where a spare, a copy or nobody did."""
+        engines = self.observer.ask().get("engines", [])
+        log = [entry for engine in engines for entry in engine.get("recovery_log", [])]
+        return max((e["start_s"] for e in log if e["at"] >= since and e["start_s"]), default=None)
+
     def close(self):
         """Ctrl-C, unless it came before; AssertionError if the service does not end well or leaves a process
         behind."""
@@ -173,6 +180,7 @@ class Ring:
 def undergo(arena, kill):
     """One fault under load. Returns the streams and a record of what happened; see `record`."""
     targets = arena.targets()
+    began = time.time()
     load = arena.load()
     if kill.when == "prefill":
         in_time = load.wait(lambda: load.num_started >= 1)
@@ -194,6 +202,7 @@ def undergo(arena, kill):
         "in_time": in_time,
         "streams": len(results),
         "detection_s": arena.noticed(at, kill.part),
+        "start_s": arena.starts(began),
         "stalls": [stream.stalls(since) for stream in results],
     }
 
