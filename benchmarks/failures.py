@@ -64,8 +64,8 @@ chunks of 64 tokens, 16 streams (greedy and seeded) at a time through HTTP: `mak
 *Noticed*: from the death until an engine knew of it (of an engine: until the next one had taken over),
 the longest of the runs. *Start*: the new process's start and load, the longest; a dash where a spare, a
 copy or the worker itself took the place. *Stall*: the longest pause of each stream after the death, p50 / p99
-over the streams; all in s; in prefill it includes the wait for the prompts that are still to be computed. *In a
-recovery*: another part had been killed just before, and the stall counts from that.
+over the streams; all in s. In prefill it includes the wait for prompts still to be computed. *In
+a recovery*: another part had been killed just before, and the stall counts from that.
 
 | layout | what died | how | streams | lost | noticed | start | stall in decode | in prefill | in a recovery |
 | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |

@@ -37,5 +37,5 @@ def test_one_line_for_each_kind_of_death(failures):
     ]
     page = failures.table(rows)
     assert "| colocated | stage-0 | SIGSTOP | 4 | 1 | 4.50 | – | 4.00 / 5.00 | – | 7.00 / 7.00 |" in page
-    assert "| colocated | stage-0 | SIGKILL | 1 | 0 | – | 2.00 / 2.00 | – | – |" in page
+    assert "| colocated | stage-0 | SIGKILL | 1 | 0 | – | – | 2.00 / 2.00 | – | – |" in page
     assert "3 deaths under 5 streams; lost or changed: 1." in page
