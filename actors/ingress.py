@@ -46,7 +46,7 @@ from r1_cluster.text.tokenizer import Tokenizer
 logger = logging.getLogger("r1_cluster.ingress")
 
 RESUME_S = 120.0
-"""How long an answer waits, without a new token, for an engine that goes on with it."""
+"""How long an answer waits for an engine that takes it up, after the last sign of one that had."""
 RETRY_S = 0.05
 """Pause before an engine is asked again; doubles up to a second."""
 DRAIN_POLL_S = 0.5
@@ -205,7 +205,7 @@ class Ingress:
         answer goes on at the next token.
         """
         tokens: list[int] = []
-        progress_at, pause_s = time.monotonic(), RETRY_S
+        in_hand_at, pause_s = time.monotonic(), RETRY_S
         while True:
             engine_lost = False
             attempt = msgspec.structs.replace(record, generated=list(tokens))
@@ -218,16 +218,15 @@ class Ingress:
                         break
                     if delta.error is not None:
                         raise _engine_error(delta.error)
+                    in_hand_at, pause_s = time.monotonic(), RETRY_S
                     new = delta.tokens[len(tokens) - delta.position :]
                     tokens += new
-                    if new:
-                        progress_at, pause_s = time.monotonic(), RETRY_S
                     if new or delta.finish_reason is not None:
                         yield delta
             if not engine_lost:
                 return
-            if time.monotonic() - progress_at > RESUME_S:
-                raise _engine_error(f"no engine went on with it within {RESUME_S:g} s")
+            if time.monotonic() - in_hand_at > RESUME_S:
+                raise _engine_error(f"no engine took it up within {RESUME_S:g} s")
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, 1.0)
 
