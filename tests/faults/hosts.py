@@ -146,6 +146,7 @@ class Hosts:
         self._bridge = f"r1b{self._mark}"
         self._subnet = _subnet_of(self._mark)
         self._commands: list[subprocess.Popen[bytes]] = []
+        self.head_environment: dict[str, str] = {}
         token = folder / "ray-token"
         token.write_text("0123456789abcdef" * 4)
         token.chmod(0o600)
@@ -206,11 +207,13 @@ class Hosts:
         entered = ["nsenter", "--target", str(host.init), "--pid", "--mount", "--uts", "--net"]
         return [*entered, *(str(word) for word in command)]
 
-    def run(self, host: Host, *command: object, timeout_s: float = 60.0) -> str:
+    def run(
+        self, host: Host, *command: object, timeout_s: float = 60.0, environment: dict[str, str] | None = None
+    ) -> str:
         """Runs a command on a host; returns what it printed. Fails the test if it fails."""
         result = subprocess.run(
             self.argv(host, *command),
-            env=self.environment,
+            env=self.environment | (environment or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -237,14 +240,16 @@ class Hosts:
         self.start_head(cpus_of_head)
         joins = [self.join(host, cpus) for host in self.hosts[1:]]
         for host, join in zip(self.hosts[1:], joins):
-            assert join.wait(180) == 0, (self.folder / f"{host.name}-ray.txt").read_text()
+            assert join.wait(300) == 0, (self.folder / f"{host.name}-ray.txt").read_text()
 
     def start_head(self, cpus: float = 0) -> None:
-        """Starts Ray's head on the first host."""
+        """Starts Ray's head on the first host, with `head_environment`, such as where its Redis is."""
         head = self.hosts[0]
         where = [f"--node-ip-address={head.address}", f"--port={GCS_PORT}", f"--num-cpus={cpus}"]
         options = [*RAY_OPTIONS, "--include-dashboard=false", "--disable-usage-stats"]
-        self.run(head, "ray", "start", "--head", *where, *options, timeout_s=180)
+        self.run(
+            head, "ray", "start", "--head", *where, *options, timeout_s=300, environment=self.head_environment
+        )
 
     def join(self, host: Host, cpus: float = 1) -> subprocess.Popen[bytes]:
         """Starts a raylet on a host; the process returned ends when it runs."""

@@ -64,8 +64,8 @@ HEAD_AWAY = {"RAY_gcs_rpc_server_reconnect_timeout_s": "300"}
 def test_streams_outlive_the_head_host_and_healing_comes_back(tmp_path, checkpoint, redis):
     hosts = Hosts(tmp_path, 5, HEAD_AWAY)
     try:
-        hosts.environment["RAY_REDIS_ADDRESS"] = redis(hosts.outside)
-        hosts.environment["RAY_external_storage_namespace"] = "r1-cluster-tests"
+        hosts.head_environment["RAY_REDIS_ADDRESS"] = redis(hosts.outside)
+        hosts.head_environment["RAY_external_storage_namespace"] = "r1-cluster-tests"
         hosts.start_ray()
         service = Service(hosts, checkpoint, hosts[1])
         head = hosts[0]

@@ -48,7 +48,7 @@ def whole(service):
             host.boot()
         if not host.processes("raylet/raylet"):
             joins.append(hosts.join(host))
-    assert [join.wait(180) for join in joins] == [0] * len(joins)
+    assert [join.wait(300) for join in joins] == [0] * len(joins)
 
 
 def test_links_notice_a_host_that_vanished(hosts, record_property):
