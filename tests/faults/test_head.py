@@ -15,6 +15,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.cluster,
     pytest.mark.hosts,
+    pytest.mark.matrix,  # a cluster of five hosts for each test
     pytest.mark.timeout(600),
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]
@@ -88,7 +89,6 @@ def test_streams_outlive_the_head_host_and_healing_comes_back(tmp_path, checkpoi
         hosts.close()
 
 
-@pytest.mark.matrix
 def test_serving_goes_on_without_a_head(tmp_path, checkpoint):
     hosts = Hosts(tmp_path, 5, HEAD_AWAY)
     try:
