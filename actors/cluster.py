@@ -43,6 +43,16 @@ def attach(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
+def head_answers(timeout_s: float) -> bool:
+    """Whether Ray's head (its GCS) is there: without it nobody who dies can be replaced."""
+    client = ray._private.worker.global_worker.gcs_client
+    node = ray._raylet.NodeID.from_hex(ray.get_runtime_context().get_node_id())
+    try:
+        return bool(client.check_alive([node], timeout=timeout_s)[0])
+    except ray.exceptions.RpcError:
+        return False
+
+
 def secret() -> bytes:
     """The cluster's link secret, made by whoever asks first and kept in Ray's own key-value store."""
     key = b"link-secret"

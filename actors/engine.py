@@ -14,7 +14,7 @@ import msgspec
 import ray
 from ray import serve
 
-from actors.cluster import secret
+from actors.cluster import head_answers, secret
 from actors.metrics import Recoveries
 from actors.office import Offices
 from actors.supervisor import Supervisor
@@ -38,6 +38,7 @@ NOT_IN_OFFICE = "not in office: "
 TAKEOVER_S = 10.0
 """How long a request waits for a standby that is about to take over."""
 RETRY_S = 0.5
+HEAD_TIMEOUT_S = 1.0
 
 
 def max_model_len(service: Service, model: ModelConfig) -> int:
@@ -195,7 +196,10 @@ class Engine:
         core, _ = await self._office()
         if core is None:
             return {"status": "standby", "replica": self._id}
-        return {"engine": self._name, "replica": self._id} | core.health()
+        state = {"engine": self._name, "replica": self._id} | core.health()
+        if not await asyncio.to_thread(head_answers, HEAD_TIMEOUT_S):
+            state["warning"] = "Ray's head does not answer: whoever dies now is replaced when it is back"
+        return state
 
     async def status(self) -> dict[str, Any]:
         """What `r1-cluster status` shows of this engine."""

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
@@ -146,6 +147,7 @@ class Hosts:
         self._bridge = f"r1b{self._mark}"
         self._subnet = _subnet_of(self._mark)
         self._commands: list[subprocess.Popen[bytes]] = []
+        self.head_environment: dict[str, str] = {}
         token = folder / "ray-token"
         token.write_text("0123456789abcdef" * 4)
         token.chmod(0o600)
@@ -206,11 +208,13 @@ class Hosts:
         entered = ["nsenter", "--target", str(host.init), "--pid", "--mount", "--uts", "--net"]
         return [*entered, *(str(word) for word in command)]
 
-    def run(self, host: Host, *command: object, timeout_s: float = 60.0) -> str:
+    def run(
+        self, host: Host, *command: object, timeout_s: float = 60.0, environment: dict[str, str] | None = None
+    ) -> str:
         """Runs a command on a host; returns what it printed. Fails the test if it fails."""
         result = subprocess.run(
             self.argv(host, *command),
-            env=self.environment,
+            env=self.environment | (environment or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -235,23 +239,30 @@ class Hosts:
     def start_ray(self, *, cpus_of_head: float = 0, cpus: float = 1) -> None:
         """A head on the first host, raylets on all others."""
         self.start_head(cpus_of_head)
-        joins = [self.join(host, cpus) for host in self.hosts[1:]]
-        for host, join in zip(self.hosts[1:], joins):
-            assert join.wait(180) == 0, (self.folder / f"{host.name}-ray.txt").read_text()
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda host: self.join(host, cpus), self.hosts[1:]))
 
     def start_head(self, cpus: float = 0) -> None:
-        """Starts Ray's head on the first host."""
-        head = self.hosts[0]
-        where = [f"--node-ip-address={head.address}", f"--port={GCS_PORT}", f"--num-cpus={cpus}"]
-        options = [*RAY_OPTIONS, "--include-dashboard=false", "--disable-usage-stats"]
-        self.run(head, "ray", "start", "--head", *where, *options, timeout_s=180)
+        """Starts Ray's head on the first host, with `head_environment`, such as where its Redis is."""
+        options = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false", "--disable-usage-stats"]
+        self._start(self.hosts[0], cpus, options, self.head_environment)
 
-    def join(self, host: Host, cpus: float = 1) -> subprocess.Popen[bytes]:
-        """Starts a raylet on a host; the process returned ends when it runs."""
-        address = f"--address={self.hosts[0].address}:{GCS_PORT}"
-        where = [address, f"--node-ip-address={host.address}", f"--num-cpus={cpus}"]
-        log = self.folder / f"{host.name}-ray.txt"
-        return self.begin(host, log, "ray", "start", *where, *RAY_OPTIONS)
+    def join(self, host: Host, cpus: float = 1) -> None:
+        """Starts a raylet on a host."""
+        self._start(host, cpus, [f"--address={self.hosts[0].address}:{GCS_PORT}"], {})
+
+    def _start(self, host: Host, cpus: float, options: list[str], environment: dict[str, str]) -> None:
+        """`ray start`, which gives up after 30 s; on a busy machine that is tried again, from nothing."""
+        words = ["ray", "start", *options, f"--node-ip-address={host.address}", f"--num-cpus={cpus}"]
+        for tries_left in (2, 1, 0):
+            try:
+                self.run(host, *words, *RAY_OPTIONS, timeout_s=120, environment=environment)
+                return
+            except (AssertionError, subprocess.TimeoutExpired):
+                if not tries_left:
+                    raise
+                host.halt()
+                host.boot()
 
     def cut(self, host: Host) -> None:
         """Pulls the host's cable: nobody is told anything."""

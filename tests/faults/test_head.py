@@ -15,6 +15,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.cluster,
     pytest.mark.hosts,
+    pytest.mark.matrix,  # a cluster of five hosts for each test
     pytest.mark.timeout(600),
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]
@@ -64,8 +65,8 @@ HEAD_AWAY = {"RAY_gcs_rpc_server_reconnect_timeout_s": "300"}
 def test_streams_outlive_the_head_host_and_healing_comes_back(tmp_path, checkpoint, redis):
     hosts = Hosts(tmp_path, 5, HEAD_AWAY)
     try:
-        hosts.environment["RAY_REDIS_ADDRESS"] = redis(hosts.outside)
-        hosts.environment["RAY_external_storage_namespace"] = "r1-cluster-tests"
+        hosts.head_environment["RAY_REDIS_ADDRESS"] = redis(hosts.outside)
+        hosts.head_environment["RAY_external_storage_namespace"] = "r1-cluster-tests"
         hosts.start_ray()
         service = Service(hosts, checkpoint, hosts[1])
         head = hosts[0]
@@ -88,7 +89,6 @@ def test_streams_outlive_the_head_host_and_healing_comes_back(tmp_path, checkpoi
         hosts.close()
 
 
-@pytest.mark.matrix
 def test_serving_goes_on_without_a_head(tmp_path, checkpoint):
     hosts = Hosts(tmp_path, 5, HEAD_AWAY)
     try:

