@@ -71,7 +71,12 @@ def wrap_core(module):
 
 
 def wrap_recovery(module):
-    before(module.Recovery, "lose", lambda _, names: note("lost", ",".join(names)))
+    def lose(recovery, names):
+        new = [name for name in names if name not in recovery.missing]
+        if new:
+            note("lost", ",".join(new))
+
+    before(module.Recovery, "lose", lose)
 
 
 def wrap_chat(module):
