@@ -45,6 +45,12 @@ NOT_YET = {
         "exception",
         None,
     ): "an engine that fails ends its requests with an error, not with a retry",
+    (
+        "colocated",
+        None,
+        "kill",
+        "recovery",
+    ): "with engine and worker dead the epoch begins at 1 again: tokens are dropped",
     (None, "stage-0", "stop", "recovery"): "an engine that takes over waits for ever for a worker that hangs",
 }
 
