@@ -12,7 +12,12 @@ from typing import Any, NamedTuple
 
 import ray
 from ray import serve
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.experimental.internal_kv import (
+    _internal_kv_del,
+    _internal_kv_get,
+    _internal_kv_list,
+    _internal_kv_put,
+)
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
 from r1_cluster.config import ConfigError, Service
@@ -209,17 +214,28 @@ def remove_service(service: str) -> None:
     with contextlib.suppress(Exception):
         serve.delete(service)
     _internal_kv_del(_drain_key(service), namespace=_KV_NAMESPACE)
-    for name in worker_actors(f"{service}/engine-"):
+    for key in _internal_kv_list(f"office/{service}/", namespace=_KV_NAMESPACE):
+        _internal_kv_del(key, namespace=_KV_NAMESPACE)
+    remove_workers(f"{service}/engine-")
+
+
+def remove_workers(prefix: str) -> None:
+    """Ends the workers, and frees the places, of all engines whose names begin so."""
+    for name in worker_actors(prefix):
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))
-    for row in _groups().values():
-        if row["name"].startswith(f"{service}/engine-") and row["state"] != "REMOVED":
-            ray.util.remove_placement_group(ray.util.get_placement_group(row["name"]))
+    for name in _groups(prefix):
+        ray.util.remove_placement_group(ray.util.get_placement_group(name))
 
 
-def _groups() -> dict[str, Any]:
-    table: dict[str, Any] = placement_group_table()
-    return table
+def engines_with_places(service: str) -> set[str]:
+    """Names of the engines of a service for which placement groups stand."""
+    return {name.rsplit("/", 1)[0] for name in _groups(f"{service}/engine-")}
+
+
+def _groups(prefix: str) -> list[str]:
+    rows: dict[str, Any] = placement_group_table()
+    return [r["name"] for r in rows.values() if r["name"].startswith(prefix) and r["state"] != "REMOVED"]
 
 
 def engines_status(service: str) -> list[dict[str, Any]]:

@@ -138,6 +138,9 @@ class Engine:
         self._supervisor, self._fan, self._core = supervisor, fan, core
         core.start()
         self._settled.set()
+        threading.Thread(
+            target=self._offices.sweep, args=(lambda: self._stopping or core.ended,), daemon=True
+        ).start()
 
     def _well(self) -> bool:
         """Whether whoever watches this process may rest: it holds an office, and its loop runs."""

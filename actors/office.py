@@ -9,6 +9,7 @@ and ingresses drop, whatever a deposed holder still says.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -19,11 +20,12 @@ from ray.experimental.internal_kv import (
     _internal_kv_put,
 )
 
-from actors.cluster import NAMESPACE, engine_name
+from actors.cluster import NAMESPACE, engine_name, engines_with_places, remove_workers
 from r1_cluster.comm.listener import Endpoint
 from r1_cluster.engine import pulse
 
 _KV_NAMESPACE = NAMESPACE.encode()
+SWEEP_S = 1.0
 
 
 class Offices:
@@ -31,6 +33,7 @@ class Offices:
 
     def __init__(self, service: str, count: int, me: str, secret: bytes) -> None:
         """`me` names this process to those that it watches."""
+        self._service = service
         self._engines = [engine_name(service, index) for index in range(count)]
         self._me = me
         self._secret = secret
@@ -50,17 +53,20 @@ class Offices:
                 return engine, term + 1
         return None
 
+    def sweep(self, stopped: Callable[[], bool]) -> None:
+        """Removes what engines that were scaled away have left, as soon as nobody holds their offices."""
+        while not stopped() and (extra := engines_with_places(self._service) - set(self._engines)):
+            for engine in extra:
+                _, holder = _latest(engine)
+                if holder is None or not pulse.lives(holder, self._me, self._secret):
+                    remove_workers(f"{engine}/")
+            time.sleep(SWEEP_S)
+
     def wait_for_vacancy(self, stopped: Callable[[], bool]) -> None:
         """Returns as soon as a holder dies or hangs, or `stopped()`."""
         holders = [holder for _, holder in map(_latest, self._engines) if holder is not None]
         if len(holders) == len(self._engines):
             pulse.watch(holders, self._me, self._secret, stopped)
-
-
-def forget(service: str) -> None:
-    """Removes all that is kept of a service's offices."""
-    for key in _internal_kv_list(f"office/{service}/", namespace=_KV_NAMESPACE):
-        _internal_kv_del(key, namespace=_KV_NAMESPACE)
 
 
 def _key(engine: str, term: int) -> bytes:

@@ -175,6 +175,10 @@ def _cluster(service: Service, layout: Layout) -> Iterator[None]:
             logging_level="ERROR",
             configure_logging=True,
         )
+    except Exception as error:  # Ray's own words are a traceback
+        ray.shutdown()
+        raise ConfigError(f"Ray could not be started on this machine: {str(error).splitlines()[0]}") from None
+    try:
         check_capacity(service, layout)
         yield
     finally:

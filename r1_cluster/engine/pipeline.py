@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from r1_cluster.engine.boot import Ready, Topology
 from r1_cluster.planning.layout import Layout
 from r1_cluster.records import HeldSequence, StepPlan, StepResult
 
+RENEW_S = 0.5
 LINK_SLACK_S = 2.0
 """How much longer than a step may last a worker may take to answer a topology: the handshakes."""
 
@@ -186,14 +188,24 @@ class Pipeline:
             member.link.close()
 
     def _await_ready(self, name: str) -> Ready:
+        deadline = time.monotonic() + self.answer_timeout_s
         try:
             while True:
-                message = self.members[name].link.recv(self.answer_timeout_s)
+                if not wait_any([self.members[name].link], RENEW_S) and time.monotonic() < deadline:
+                    self._renew_leases()
+                    continue
+                message = self.members[name].link.recv(0)
                 self._take_note(self.members[name].link, message)
                 if message.header.kind == Kind.CONTROL and message.header.epoch == self.epoch:
                     return unpack(message.body, Ready)
         except LinkError as error:
             raise WorkerLost([name], str(error)) from None
+
+    def _renew_leases(self) -> None:
+        """While one worker is waited for, the others must not take their engine for dead."""
+        for member in self.members.values():
+            with contextlib.suppress(LinkError):  # noticed when its turn comes
+                member.link.send(Header(Kind.HEARTBEAT, self.epoch))
 
     def _send(self, name: str, header: Header, body: bytes) -> None:
         try:

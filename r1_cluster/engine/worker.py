@@ -208,10 +208,12 @@ class Worker:
             else:
                 self._links.pop(link.peer, None)
             return
-        if message.header.epoch < self.epoch:
+        if message.header.kind == Kind.HEARTBEAT:
+            self._reply(link, message.header, [], b"")  # of any epoch: it is the engine's life that counts
+        elif message.header.epoch < self.epoch:
             self.stale_dropped += 1
-            return
-        self._handle(link, message)
+        else:
+            self._handle(link, message)
 
     def _handle(self, link: TcpLink, message: Message) -> None:
         kind = message.header.kind
@@ -228,8 +230,6 @@ class Worker:
         elif kind == Kind.DISPATCH and self.experts is not None:
             reply = self._answer_experts(message)
             self._reply(link, reply.header, list(reply.tensors), reply.body)
-        elif kind == Kind.HEARTBEAT:
-            self._reply(link, message.header, [], b"")
         elif kind == Kind.ASSIGN:
             self.assign(message.body.decode())
             self._reply(link, message.header, [], b"")

@@ -157,11 +157,12 @@ class Ring:
             self.close()
             self._arena = self._begin(layout)
             self._layout = layout
-        self._spoiled = True
-        if layout not in self._undisturbed:
+            # Also because the link from an engine to an ingress is opened by the first request.
             ended = self._arena.load().join()
             assert [stream.error for stream in ended if stream.error is not None] == []
-            self._undisturbed[layout] = [stream.answer for stream in ended]
+            answers = [stream.answer for stream in ended]
+            assert self._undisturbed.setdefault(layout, answers) == answers
+        self._spoiled = True
         return self._arena, self._undisturbed[layout], self._arena.observer.holdings()
 
     def leave(self):

@@ -103,7 +103,7 @@ class Targets:
     LINKS = {
         "stage-0": [("stage-0", "stage-1"), ("engine", "stage-0")],
         "stage-1": [("engine", "stage-1"), ("stage-0", "stage-1")],
-        "router-0": [("stage-0", "router-0")],
+        "router-0": [("stage-0", "router-0"), ("router-0", "experts-0")],
         "experts-1": [("router-0", "experts-1")],
         "engine": [("engine", "ingress")],
     }

@@ -29,8 +29,6 @@ from make_checkpoint import make_checkpoint
 
 HOWS = ("kill", "kill", "kill", "stop", "cut", "exception")
 """A plain death is the most frequent one."""
-# An engine's own faults other than death are in the matrix; here they would end the soak for all.
-ENGINE_HOWS = ("kill",)
 MEGABYTE = 1 << 20
 
 
@@ -107,7 +105,7 @@ def disturb(arena, rng, deaths):
         return  # the engine is dead, or hangs: its turn comes first
     targets = arena.targets(seen)
     part = rng.choice(sorted(set(targets.pids) - {"ingress"}))
-    how = rng.choice(ENGINE_HOWS if part == "engine" else HOWS)
+    how = rng.choice(HOWS)
     try:
         arena.inflict(targets, part, how)
     except (AssertionError, ProcessLookupError):

@@ -5,7 +5,7 @@ this folder; the product knows nothing of it.
 
 - a file called like a worker (or `engine`) makes that worker's (the engine's) next step raise; it is removed;
 - `poison` holds token ids (int32): the first stage's process ends when a plan has them in a row;
-- `events` gets a line whenever an engine starts, or loses a worker: the time (CLOCK_MONOTONIC), what, who;
+- `events` gets a line whenever an engine starts, loses a worker or hears one accused: the time (CLOCK_MONOTONIC), what, who;
 - `tokens/<id of the answer>` gets the tokens of every streamed answer that asked for its usage.
 """
 
@@ -71,8 +71,13 @@ def wrap_core(module):
 
 
 def wrap_recovery(module):
-    before(module.Recovery, "lose", lambda _, names: note("lost", ",".join(names)))
-    before(module.Recovery, "accuse", lambda _, names: note("lost", ",".join(names)))
+    def lose(recovery, names):
+        new = [name for name in names if name not in recovery.missing]
+        if new:
+            note("lost", ",".join(new))
+
+    before(module.Recovery, "lose", lose)
+    before(module.Recovery, "accuse", lambda _, names: note("accused", ",".join(names)))
 
 
 def wrap_chat(module):
