@@ -32,6 +32,9 @@ class OfficeRouter(FIFOMixin, RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """See `RequestRouter`; within a rank Serve takes the shortest queue."""
+        # Serve ships this class pickled by value: its globals are not this process's own.
+        from actors.routing import AVOIDED
+
         since = time.monotonic() - AVOID_S
         when = {r: AVOIDED.get(r.replica_id.unique_id, 0.0) for r in candidate_replicas}
         good = [replica for replica, at in when.items() if at < since]
