@@ -111,7 +111,7 @@ class Ingress:
                 service.cluster.link_ports,
             ),
             lambda replica, deltas: self._from_sink(self._distribute, replica, deltas),
-            lambda replica: self._from_sink(self._engine_lost, replica),
+            lambda replica, hangs: self._from_sink(self._engine_lost, replica, hangs),
         )
         self._endpoint = msgspec.msgpack.encode(self._sink.endpoint)
         self._watcher = self._loop.create_task(self._watch_for_drain())
@@ -272,9 +272,9 @@ class Ingress:
                 attempt.replica = replica
                 attempt.queue.put_nowait(delta)
 
-    def _engine_lost(self, replica: str) -> None:
+    def _engine_lost(self, replica: str, hangs: bool) -> None:
         """Its link closed or fell silent: its answers go on elsewhere, before Serve has noticed."""
-        avoid(replica)
+        avoid(replica, hangs=hangs)
         for request_id, attempt in self._streams.items():
             if attempt.replica == replica:
                 attempt.queue.put_nowait(TokenDelta(request_id, 0, [], "error", ENGINE_LOST))

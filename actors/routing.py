@@ -7,17 +7,28 @@ process, goes by it.
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
 AVOID_S = 10.0
-AVOIDED: dict[str, float] = {}
-"""Replica id → when it was found not to be in charge."""
 
 
-def avoid(replica: str) -> None:
-    """It holds no office, or is gone: ask it last, for a while."""
-    AVOIDED[replica] = time.monotonic()
+class Avoided(NamedTuple):
+    """When a replica was found not to be of use, and whether because it hangs."""
+
+    at: float
+    hangs: bool
+
+
+NEVER = Avoided(float("-inf"), False)
+AVOIDED: dict[str, Avoided] = {}
+"""By replica id."""
+
+
+def avoid(replica: str, *, hangs: bool = False) -> None:
+    """It holds no office, is gone, or hangs: ask it last, for a while."""
+    AVOIDED[replica] = Avoided(time.monotonic(), hangs)
 
 
 def trust(replica: str) -> None:
@@ -26,7 +37,8 @@ def trust(replica: str) -> None:
 
 
 class OfficeRouter(FIFOMixin, RequestRouter):
-    """Ranks the replicas that nothing is known against first, then the others, longest avoided first."""
+    """Ranks the replicas that nothing is known against first, then the others, longest avoided first. Those
+    that hang come last: a call to them would be lost in them, while a standby says no at once."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -36,8 +48,8 @@ class OfficeRouter(FIFOMixin, RequestRouter):
         from actors.routing import AVOIDED
 
         since = time.monotonic() - AVOID_S
-        when = {r: AVOIDED.get(r.replica_id.unique_id, 0.0) for r in candidate_replicas}
-        good = [replica for replica, at in when.items() if at < since]
+        known = {replica: AVOIDED.get(replica.replica_id.unique_id, NEVER) for replica in candidate_replicas}
+        good = [replica for replica, avoided in known.items() if avoided.at < since]
         if good:
             return [good]
-        return [[replica] for replica in sorted(when, key=lambda replica: when[replica])]
+        return [[replica] for replica in sorted(known, key=lambda r: (known[r].hangs, known[r].at))]

@@ -170,7 +170,8 @@ class Recovery:
             self._began = time.monotonic()
             self._lost = []
         self._spoiled = True
-        self._lost.append(name)
+        if name not in self._lost:
+            self._lost.append(name)
 
     def _take_spare(self, name: str) -> str | None:
         for spare in self._pipeline.spares:

@@ -26,7 +26,7 @@ NOBODY = ""
 
 class TokenSink:
     """Receives token batches in a thread of its own and hands their deltas to `deliver`, in that thread, with
-    the engine's incarnation; `lost` gets the incarnation of an engine whose link closed or fell silent.
+    the engine's incarnation; `lost` gets the incarnation of an engine whose link closed, or (True) fell silent.
 
     Batches of an epoch older than the newest seen from an engine's name are dropped and counted.
     """
@@ -35,7 +35,7 @@ class TokenSink:
         self,
         listener: Listener,
         deliver: Callable[[str, list[TokenDelta]], None],
-        lost: Callable[[str], None],
+        lost: Callable[[str, bool], None],
     ) -> None:
         """Takes the listener over; its name is the sink's."""
         self.name = listener.name
@@ -76,7 +76,7 @@ class TokenSink:
                     self._receive(source)
             now = time.monotonic()
             for link in [link for link, at in self._heard.items() if now - at > SILENCE_S]:
-                self._drop(link)
+                self._drop(link, silent=True)
 
     def _receive(self, link: TcpLink) -> None:
         try:
@@ -86,7 +86,7 @@ class TokenSink:
                 return
             batch = unpack(message.body, TokenBatch)
         except LinkError:
-            self._drop(link)
+            self._drop(link, silent=False)
             return
         if batch.epoch < self._epochs.get(batch.engine, 0):
             self.stale_dropped += 1
@@ -94,10 +94,10 @@ class TokenSink:
         self._epochs[batch.engine] = batch.epoch
         self._deliver(self._engines[link], batch.deltas)
 
-    def _drop(self, link: TcpLink) -> None:
+    def _drop(self, link: TcpLink, *, silent: bool) -> None:
         link.close()
         del self._heard[link]
-        self._lost(self._engines.pop(link))
+        self._lost(self._engines.pop(link), silent)
 
 
 class TokenFan:

@@ -52,7 +52,7 @@ class Cluster:
         self.sink = TokenSink(
             Listener("sink", SECRET, "127.0.0.1", PORTS),
             lambda engine, deltas: [self.deltas.put(delta) for delta in deltas],
-            lambda engine: None,
+            lambda engine, silent: None,
         )
         fan = TokenFan("engine-0", SECRET)
         fan.epoch = 1
