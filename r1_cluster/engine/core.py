@@ -8,6 +8,7 @@ wake it; nothing else is shared.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from typing import Any
 from r1_cluster.comm.links import TcpLink, wait_any
 from r1_cluster.comm.wakeup import Wakeup
 from r1_cluster.engine.pipeline import Deposed, Member, Pipeline, WorkerLost
-from r1_cluster.engine.recovery import EngineFailed, Recovery, Replace
+from r1_cluster.engine.recovery import PROBE_S, EngineFailed, Recovery, Replace
 from r1_cluster.engine.scheduler import Finished, Scheduler
 from r1_cluster.engine.streams import NOBODY, TokenFan
 from r1_cluster.records import ENGINE_LOST, Request, SamplingParams, StepPlan, StepResult, TokenDelta
@@ -195,7 +196,7 @@ class EngineCore:
                     heartbeat_at = now + self._heartbeat_s
                     self.pipeline.heartbeat()
                     self._look_after(now)
-                self._wait(heartbeat_at - now)
+                self._wait(min(heartbeat_at - now, self._deadline_s()))
             except WorkerLost as error:
                 self._lose(error)
             self._take_commands()
@@ -210,8 +211,7 @@ class EngineCore:
                 self._finish(result)
 
     def _look_after(self, now: float) -> None:
-        """What is overdue: a step (who hangs in it is lost), a worker's sign of life, sequences that nobody
-        asked for again; and, on an idle engine, that no page is lost and that a token can be computed."""
+        """What is overdue: a worker's sign of life, sequences that nobody asked for again; and, on an idle engine, that no page is lost and that a token can be computed."""
         if self.scheduler.idle:
             self.scheduler.check()
             if now - self.stepped_at > CANARY_S:
@@ -222,11 +222,17 @@ class EngineCore:
         silent = self.pipeline.silent(2 + int(self._step_timeout_s / self._heartbeat_s))
         if silent:
             raise WorkerLost(silent, "silent")
-        if self._sent_at and not self.recovery.under_way:
-            oldest = min(self._sent_at.values())
-            if time.perf_counter() - oldest > self._step_timeout_s:
-                names = self.pipeline.probe(self.pipeline.members, DEADLINE_SLACK_S)
-                raise WorkerLost(names or self.pipeline.members, "a step did not end in time")
+
+    def _deadline_s(self) -> float:
+        """How long the oldest step may still take; raises WorkerLost, of whoever hangs in it, once it may
+        not any more."""
+        if not self._sent_at or self.recovery.under_way:
+            return math.inf
+        left_s = min(self._sent_at.values()) + self._step_timeout_s - time.perf_counter()
+        if left_s <= 0:
+            names = self.pipeline.probe(self.pipeline.members, PROBE_S)
+            raise WorkerLost(names or self.pipeline.members, "a step did not end in time")
+        return left_s
 
     def _lose(self, error: WorkerLost) -> None:
         logger.warning("%s: %s", ", ".join(error.names), error)

@@ -26,7 +26,7 @@ NOBODY = ""
 
 class TokenSink:
     """Receives token batches in a thread of its own and hands their deltas to `deliver`, in that thread, with
-    the engine's incarnation; `lost` gets the incarnation of an engine whose link closed, or (True) fell silent.
+    the engine's incarnation; `lost` gets that of an engine whose link closed, or (True) fell silent.
 
     Batches of an epoch older than the newest seen from an engine's name are dropped and counted.
     """

@@ -85,8 +85,9 @@ class Arena:
 
     def inflict(self, targets, part, how):
         """Hurts a part; returns when."""
-        pid = targets.pids[part]
-        self._hurt[os.pidfd_open(pid)] = pid  # a number alone may be another's by the end
+        if how in ("kill", "stop"):  # else it may live on
+            pid = targets.pids[part]
+            self._hurt[os.pidfd_open(pid)] = pid  # a number alone may be another's by the end
         now = time.monotonic()
         targets.inflict(part, how)
         return now
