@@ -15,6 +15,7 @@ from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
 from r1_cluster.weights.checkpoint import Checkpoint
 from r1_cluster.weights.names import expected_shapes
 
+CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0)
 YARN = {
     "type": "yarn",
@@ -104,6 +105,7 @@ class SmallModel:
         *,
         deterministic,
         dtype=torch.float32,
+        device=CPU,
         bounds=(),
         num_shards=1,
         page_size=16,
@@ -111,7 +113,7 @@ class SmallModel:
         pages_each=24,
     ):
         self.config = config = ModelConfig.from_folder(folder)
-        options = {"dtype": dtype, "device": torch.device("cpu"), "deterministic": deterministic}
+        options = {"dtype": dtype, "device": device, "deterministic": deterministic}
         with Checkpoint(folder, config) as checkpoint:
             edges = [0, *bounds, config.num_hidden_layers]
             self.stages = [

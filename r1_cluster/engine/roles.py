@@ -106,7 +106,7 @@ class StageRole:
             return x_TD, None
         if not plan.samples:
             return x_TD, []
-        return x_TD, sample(self.model.logits(x_TD, batch.sample_rows), plan.samples)
+        return x_TD, sample(self.model.ops, self.model.logits(x_TD, batch.sample_rows), plan.samples)
 
     def _moe_of(self, plan: StepPlan) -> Callable[[int, torch.Tensor, int], torch.Tensor]:
         def forward(layer: int, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:

@@ -121,6 +121,10 @@ def test_experts_refuse_counts_that_do_not_fit(folder):
         load(folder, [1], range(4, 9))
 
 
-def test_a_device_without_operations_is_named():
-    with pytest.raises(NotImplementedError, match="no operations for device 'meta'; there are: cpu"):
-        for_device(torch.device("meta"))
+@pytest.mark.parametrize(("device", "name"), [("cuda", "kernels.triton_ops"), ("cpu", "kernels.cpu")])
+def test_operations_are_chosen_by_the_device(device, name):
+    assert for_device(torch.device(device)).__name__ == name
+
+
+def test_a_device_without_kernels_of_its_own_gets_plain_torch():
+    assert for_device(torch.device("meta")) is cpu
