@@ -221,6 +221,10 @@ class DeviceOps(Ops, Protocol):
         """y[t] = Σ_k weights[t, k] · expert_k(x[t]), added in the order of k, [T, D]. Rows past `num_tokens`
         (one integer on the device; None: all are real) are zero."""
 
+    def refill_(self, plan: AttentionPlan, other: AttentionPlan) -> None:
+        """Copies a decode step's contexts and pages into a plan of more sequences and longer contexts, over
+        whose tensors a graph was recorded. What is left over sees one token of any page."""
+
 
 _MODULES = {"cuda": "kernels.triton_ops"}
 _PLAIN = "kernels.cpu"

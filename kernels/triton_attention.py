@@ -134,6 +134,19 @@ def _part(
     )
 
 
+def refill_(plan: AttentionPlan, other: AttentionPlan) -> None:
+    """See `DeviceOps.refill_`."""
+    assert isinstance(plan, TritonAttentionPlan)
+    assert isinstance(other, TritonAttentionPlan)
+    static, part = plan.absorbed, other.absorbed
+    assert static is not None
+    assert part is not None
+    num_sequences, num_pages = part.page_table_SP.shape
+    static.context_len_S.fill_(1)
+    static.context_len_S[:num_sequences].copy_(part.context_len_S)
+    static.page_table_SP[:num_sequences, :num_pages].copy_(part.page_table_SP)
+
+
 def mla_absorbed(
     q_latent_AHC: Tensor, q_rope_AHR: Tensor, cache_PSL: Tensor, plan: AttentionPlan, *, scale: float
 ) -> Tensor:

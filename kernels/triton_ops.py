@@ -31,10 +31,10 @@ from kernels import rope as rope_kernel
 from kernels.launch import native_fp8
 from kernels.ops import ROW_TILE, BlockScaled, Draws, ModelShape, Rotation, Routing, Weight
 from kernels.reference import SortedRows
-from kernels.triton_attention import mla_absorbed, mla_expanded, plan_attention
+from kernels.triton_attention import mla_absorbed, mla_expanded, plan_attention, refill_
 from kernels.upload import upload
 
-__all__ = ["mla_absorbed", "mla_expanded", "plan_attention"]  # of another file, operations like those below
+__all__ = ["mla_absorbed", "mla_expanded", "plan_attention", "refill_"]  # operations in a file of their own
 
 KEEPS_FP8 = True
 HAS_MOE = True

@@ -21,6 +21,7 @@ class RouterModel:
 
     def __init__(self, loader: Loader, layers: Sequence[int]) -> None:
         config = loader.config
+        self.device = loader.device
         self._ops = loader.ops
         self._tiled = loader.deterministic
         self._routing = Routing(

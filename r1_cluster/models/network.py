@@ -76,6 +76,14 @@ class StageModel:
         shape = (num_pages, page_size, self.config.latent_dim)
         return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self._layers]
 
+    def hidden(self, num_rows: int) -> Tensor:
+        """A buffer for hidden states, [num_rows, D], zeros."""
+        return torch.zeros(num_rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
+
+    def empty_logits(self, num_rows: int) -> Tensor:
+        """A buffer for logits, float32 [num_rows, V]."""
+        return torch.empty(num_rows, self.config.vocab_size, dtype=torch.float32, device=self.device)
+
     @torch.inference_mode()
     def embed(self, token_ids_T: Tensor) -> Tensor:
         """Token ids → [T, D]. On the first stage alone."""
