@@ -17,7 +17,7 @@ from actors.workers import actor_class
 from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.listener import connect
 from r1_cluster.config import Service
-from r1_cluster.engine.boot import ENGINE, WorkerBoot
+from r1_cluster.engine.boot import ENGINE, StepLimits, WorkerBoot
 from r1_cluster.engine.pipeline import Member, Pipeline
 from r1_cluster.planning.layout import Layout
 from r1_cluster.records import HeldSequence
@@ -138,7 +138,7 @@ class Supervisor:
             incarnation=secrets.token_hex(8),
             workers=self.layout.workers,
             checkpoint=service.model.path,
-            dtype=service.model.dtype,
+            dtype=service.dtype,
             device=device,
             deterministic=device == "cpu" if deterministic is None else deterministic,
             threads=service.engine.threads,
@@ -149,4 +149,9 @@ class Supervisor:
             host="",
             link_ports=service.cluster.link_ports,
             secret=self._secret,
+            limits=StepLimits(
+                service.engine.max_num_seqs,
+                service.engine.max_batch_tokens,
+                service.engine.max_model_len or service.engine.num_pages * service.engine.page_size,
+            ),
         )

@@ -109,7 +109,8 @@ def _host_tensors(
     starts = list(accumulate((query_lens[s] for s in group), initial=0))
     key_starts = list(accumulate((context_lens[s] for s in group), initial=0))
     numbers = (rows, [context_lens[s] for s in group], starts, key_starts)
-    return [table_SP[list(group)], *(torch.tensor(values, dtype=torch.int32) for values in numbers)]
+    own_SP = table_SP.index_select(0, torch.tensor(group))
+    return [own_SP, *(torch.tensor(values, dtype=torch.int32) for values in numbers)]
 
 
 def _part(

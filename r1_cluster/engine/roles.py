@@ -15,6 +15,7 @@ from r1_cluster.comm.device_dispatch import DeviceDispatcher
 from r1_cluster.comm.dispatch import Dispatcher, LocalDispatcher, StepTag
 from r1_cluster.comm.links import Link, recv_epoch
 from r1_cluster.comm.wire import Flags, Header, Kind, LinkError, Message
+from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.graphs import DecodeGraphs, Recorder, cuda_recorder, dummy_plan
 from r1_cluster.engine.sampler import sample
 from r1_cluster.models.batch import AttentionBatch
@@ -133,23 +134,16 @@ class StageRole:
             logits_SV = self.model.logits(out_TD, batch.sample_rows)
         return out_TD, sample(self.model.ops, logits_SV, plan.samples)
 
-    def prepare(
-        self,
-        *,
-        max_num_seqs: int,
-        max_batch_tokens: int,
-        max_context_len: int,
-        record: Recorder | None = None,
-    ) -> None:
+    def prepare(self, limits: StepLimits, record: Recorder | None = None) -> None:
         """Compiles and tunes the kernels for every size of step, and records the decode steps. On a device
         alone, and before the first step: it writes to page 0."""
         router = self.moe if isinstance(self.moe, RouterRole) else None
         dispatcher = router.dispatcher if router is not None else None
         local = dispatcher if isinstance(dispatcher, DeviceDispatcher) else None
         moe = self._moe_of(dummy_plan(1, 1, 1, self.page_size)) if local is not None else None
-        room = len(self.caches[0]) * self.page_size if self.caches else max_context_len
+        reach = min(limits.max_context_len, self.model.config.max_position_embeddings)
         num_tokens = 1
-        while num_tokens <= min(max_batch_tokens, max_context_len, room):
+        while num_tokens <= min(limits.max_batch_tokens, reach):
             plan = dummy_plan(1, num_tokens, num_tokens, self.page_size)
             batch = AttentionBatch.from_plan(plan, self.page_size, self.model)
             x_TD = self.model.hidden(batch.num_rows)
@@ -159,8 +153,8 @@ class StageRole:
             self.model,
             self.caches,
             self.page_size,
-            max_num_seqs=max_num_seqs,
-            max_context_len=max_context_len,
+            max_num_seqs=limits.max_num_seqs,
+            max_context_len=reach,
             local=moe,
             record=record or cuda_recorder(),
         )

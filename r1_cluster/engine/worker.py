@@ -13,18 +13,21 @@ import time
 import msgspec
 import torch
 
-from r1_cluster.comm.dispatch import LinkDispatcher, LocalDispatcher, handle
+from kernels.ops import for_device
+from r1_cluster.comm.dispatch import LinkDispatcher, handle
 from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.links import Link, LocalLink, TcpLink, wait_any
 from r1_cluster.comm.listener import Listener, connect
 from r1_cluster.comm.wakeup import Wakeup
 from r1_cluster.comm.wire import Header, Kind, LinkError, Message, pack, unpack
-from r1_cluster.engine.boot import Ready, Topology, WorkerBoot
+from r1_cluster.engine.boot import Ready, StepLimits, Topology, WorkerBoot
 from r1_cluster.engine.held import HeldSequences
-from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole
+from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.fitting import check_fits
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.planning.layout import Layout
+from r1_cluster.planning.memory import check_room, stage_bytes
 from r1_cluster.records import StepPlan, StepResult
 from r1_cluster.weights.checkpoint import Checkpoint
 
@@ -67,6 +70,7 @@ class Worker:
         checkpoint = Checkpoint(folder, config)
         self.layout = Layout(boot.workers, config.num_hidden_layers, config.first_k_dense_replace)
         dtype, device = _DTYPES[boot.dtype], torch.device(boot.device)
+        check_fits(config, for_device(device), dtype, boot.page_size)
         moe_layers = range(config.first_k_dense_replace, config.num_hidden_layers)
         self.experts: ExpertModel | None = None
         self.router: RouterRole | None = None
@@ -89,7 +93,7 @@ class Worker:
             )
             self.router = RouterRole(router)
             if self.experts is not None and self.layout.shards == (spec,):
-                self.router.dispatcher = LocalDispatcher(self.experts.forward, config.n_routed_experts)
+                self.router.dispatcher = local_dispatcher(self.experts, config.n_routed_experts)
         if spec.stage is not None:
             stage = StageModel.load(
                 config,
@@ -104,8 +108,26 @@ class Worker:
                 # Longer than the router waits for its experts, so that each blames the one that is silent.
                 self._remote = RemoteRouter(serving.name, boot.step_timeout_s + 0.5)
             moe = self._remote or self.router
+            if device.type == "cuda" and boot.limits is not None:
+                self._check_memory(config, boot.limits)
             self.stage = StageRole(stage, moe, num_pages=boot.num_pages, page_size=boot.page_size)
+            if device.type == "cuda" and boot.limits is not None:
+                self.stage.prepare(boot.limits)
         checkpoint.close()
+
+    def _check_memory(self, config: ModelConfig, limits: StepLimits) -> None:
+        """Before the pages are taken: whether they and a step's workspace fit beside the weights."""
+        assert self.spec.stage is not None
+        parts = stage_bytes(
+            config,
+            self.spec.stage[1] - self.spec.stage[0],
+            num_pages=self.boot.num_pages,
+            page_size=self.boot.page_size,
+            max_num_seqs=limits.max_num_seqs,
+            max_batch_tokens=limits.max_batch_tokens,
+            max_context_len=min(limits.max_context_len, config.max_position_embeddings),
+        )
+        check_room(parts, torch.cuda.mem_get_info()[0])
 
     def _link_experts(self) -> None:
         """Gives the router its dispatcher, once the links to all expert shards stand."""
