@@ -77,15 +77,22 @@ def plan_attention(
     chosen = set(short)
     long = [s for s in range(len(query_lens)) if s not in chosen]
     groups = ([short] if short else []) + _by_keys(long, context_lens)
-    table = page_table_SP.to(torch.int32)
+    table = _widened(page_table_SP).to(torch.int32)
     host = [_host_tensors(group, query_lens, context_lens, table) for group in groups]
     there = upload([tensor for tensors in host for tensor in tensors] + list(along), device)
     parts = [
-        _part(there[5 * i : 5 * i + 5], group, query_lens, context_lens, whole=len(groups) == 1)
+        _part(there[5 * i : 5 * i + 5], group, query_lens, context_lens, page_size, whole=len(groups) == 1)
         for i, group in enumerate(groups)
     ]
     absorbed = parts.pop(0) if short else None
     return TritonAttentionPlan(absorbed, tuple(parts), absorb_all), there[5 * len(groups) :]
+
+
+def _widened(page_table_SP: Tensor) -> Tensor:
+    """With a power of two of columns. By the longest context attention is cut into splits, and its kernel is
+    tuned anew for each length of split that it has not met: so there are a dozen, not one for each step."""
+    num_pages = page_table_SP.shape[1]
+    return F.pad(page_table_SP, (0, (1 << (num_pages - 1).bit_length()) - num_pages))
 
 
 def _by_keys(sequences: Sequence[int], context_lens: Sequence[int]) -> list[list[int]]:
@@ -118,6 +125,7 @@ def _part(
     group: Sequence[int],
     query_lens: Sequence[int],
     context_lens: Sequence[int],
+    page_size: int,
     *,
     whole: bool,
 ) -> Part:
@@ -131,7 +139,7 @@ def _part(
         num_rows=len(rows),
         num_keys=sum(context_lens[s] for s in group),
         max_query_len=max(query_lens[s] for s in group),
-        max_context_len=max(context_lens[s] for s in group),
+        max_context_len=table.shape[1] * page_size,
     )
 
 
