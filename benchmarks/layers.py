@@ -3,8 +3,9 @@
     python -m benchmarks.layers [--layers 3] [--experts 256] [--batches 1 8 64] [--contexts 1024 4096]
 
 What is timed is `StageRole.forward` from plan to sampled tokens, in recorded graphs as in service: as many
-layers as are asked for, the first of them dense, with embedding and head. A layer's own time is the difference
-between two numbers of layers. It has never run on a GPU (see docs/kernels.md); its model is tested on the CPU.
+layers as are asked for, the first of them dense, with embedding and head. A layer's own time is the
+difference between two numbers of layers. It has never run on a GPU (see docs/kernels.md); its model is tested
+on the CPU.
 """
 
 from __future__ import annotations

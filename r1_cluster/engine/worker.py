@@ -111,9 +111,18 @@ class Worker:
             if device.type == "cuda" and boot.limits is not None:
                 self._check_memory(config, boot.limits)
             self.stage = StageRole(stage, moe, num_pages=boot.num_pages, page_size=boot.page_size)
-            if device.type == "cuda" and boot.limits is not None:
-                self.stage.prepare(boot.limits)
         checkpoint.close()
+        if device.type == "cuda" and boot.limits is not None:
+            self._prepare(boot.limits, config.num_experts_per_tok)
+
+    def _prepare(self, limits: StepLimits, top_k: int) -> None:
+        """Compiles, tunes and records before the first step, which has no time for it."""
+        if self.stage is not None:
+            self.stage.prepare(limits)
+        elif self.router is not None:
+            self.router.model.warm_up(limits.max_batch_tokens)
+        elif self.experts is not None:
+            self.experts.warm_up(limits.max_batch_tokens * top_k)
 
     def _check_memory(self, config: ModelConfig, limits: StepLimits) -> None:
         """Before the pages are taken: whether they and a step's workspace fit beside the weights."""

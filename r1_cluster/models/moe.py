@@ -22,6 +22,7 @@ class RouterModel:
     def __init__(self, loader: Loader, layers: Sequence[int]) -> None:
         config = loader.config
         self.device = loader.device
+        self.dtype = loader.dtype
         self._ops = loader.ops
         self._tiled = loader.deterministic
         self._routing = Routing(
@@ -60,6 +61,15 @@ class RouterModel:
         weight_ED, bias_E = self._gates[layer]
         return self._ops.gate(x_TD, weight_ED, bias_E, self._routing, tiled=self._tiled)
 
+    def warm_up(self, max_tokens: int) -> None:
+        """Compiles and tunes a device's kernels for every power of two of tokens, so that no step waits for
+        that. All layers have the same shapes."""
+        layer, (weight_ED, _) = next(iter(self._gates.items()))
+        for num_tokens in _powers_of_two(max_tokens):
+            x_TD = torch.zeros(num_tokens, weight_ED.shape[1], dtype=self.dtype, device=self.device)
+            self.gate(layer, x_TD)
+            self.shared(layer, x_TD)
+
     @torch.inference_mode()
     def shared(self, layer: int, x_TD: Tensor) -> Tensor:
         """Output of the shared experts, [T, D]."""
@@ -75,6 +85,8 @@ class ExpertModel:
             raise ValueError(f"{experts} is no range of the {config.n_routed_experts} routed experts")
         self.experts = experts
         self._device = loader.device
+        self._dtype = loader.dtype
+        self._width = config.hidden_size
         self._ops = loader.ops
         self._tiled = loader.deterministic
         self._weights = {layer: _load_experts(loader, layer, experts) for layer in layers}
@@ -112,6 +124,14 @@ class ExpertModel:
         x = x_ND.to(self._device)
         return self._ops.experts(x, counts, gate_up_e2FD, down_eDF, tiled=self._tiled).to(x_ND.device)
 
+    def warm_up(self, max_rows: int) -> None:
+        """See `RouterModel.warm_up`; for rows that fall evenly on the experts."""
+        layer = next(iter(self._weights))
+        num_experts = len(self.experts)
+        for num_rows in _powers_of_two(max_rows):
+            counts = [(num_rows + i) // num_experts for i in range(num_experts)]
+            self.forward(layer, torch.zeros(num_rows, self._width, dtype=self._dtype), counts)
+
     @property
     def on_device(self) -> bool:
         """Whether `mixture` may be called."""
@@ -138,6 +158,10 @@ class ExpertModel:
             num_tokens=num_tokens,
             tiled=self._tiled,
         )
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [1 << bit for bit in range(most.bit_length())]
 
 
 def _load_experts(loader: Loader, layer: int, experts: range) -> tuple[Weight, Weight]:

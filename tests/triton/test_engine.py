@@ -1,8 +1,10 @@
 """Worker, links and the engine's loop over the Triton operations, in the interpreter: the text of plain torch."""
 
 import importlib.util
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_model import KERNEL_SHAPE, config_values, write_checkpoint
@@ -20,6 +22,20 @@ _file = Path(__file__).parents[1] / "engine/test_worker.py"
 _spec = importlib.util.spec_from_file_location("engine_test_worker", _file)
 _worker = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_worker)
+
+
+@pytest.fixture(autouse=True)
+def _one_launch_at_a_time(monkeypatch):
+    """Workers are threads here, and the interpreter keeps the program's number in one place."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    lock, run = threading.Lock(), InterpretedFunction.run
+
+    def locked(self, *args, **kwargs):
+        with lock, np.errstate(all="ignore"):
+            return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", locked)
 
 
 @pytest.mark.parametrize("layout", ["colocated", "disaggregated"])
