@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 SERVICE ?= cluster_configs/services/nano.yaml
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: serve test test-fast check format clean
+STALLS ?= benchmarks/results/failures.jsonl
+
+.PHONY: serve test test-fast test-faults check format clean
 
 serve: $(VENV)/.serve
 	@$(BIN)/r1-cluster serve $(SERVICE)
@@ -17,6 +19,12 @@ test: $(VENV)/.test
 
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow"
+
+# Every death of the matrix (most of an hour), and the table of their stalls.
+test-faults: $(VENV)/.test
+	rm -f $(STALLS)
+	$(BIN)/python -m pytest tests/faults -m "" --stalls $(STALLS)
+	$(BIN)/python benchmarks/failures.py $(STALLS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

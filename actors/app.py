@@ -9,11 +9,15 @@ from pathlib import Path
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from actors.cluster import ENGINE_CPUS, ENGINE_DEPLOYMENT, INGRESS_CPUS, INGRESS_DEPLOYMENT
 from actors.engine import Engine
 from actors.ingress import Ingress
+from actors.routing import OfficeRouter
 from r1_cluster.config import Service, load_service
+
+ENGINE_GRACE_S = 1.0
 
 
 def build(args: dict[str, str]) -> Application:
@@ -28,13 +32,18 @@ def build_app(service: Service) -> Application:
     engines = serve.deployment(
         Engine,
         name=ENGINE_DEPLOYMENT,
-        num_replicas=engine.replicas,
+        num_replicas=engine.replicas + engine.standby,
+        # A replacement starts, and stands by, while its predecessor still runs.
+        max_surge_percent=100,
+        request_router_config=RequestRouterConfig(request_router_class=OfficeRouter),
         # One more than the engine's own bound, so that it is the engine that says "overloaded".
         max_ongoing_requests=capacity + 1,
         max_queued_requests=-1,
-        graceful_shutdown_timeout_s=edge.drain_s,
-        health_check_period_s=2.0,
-        health_check_timeout_s=30.0,
+        # Its streams go on at whoever takes over, so there is nothing to wait for.
+        graceful_shutdown_timeout_s=ENGINE_GRACE_S,
+        # Three failures in a row and Serve replaces a process that hangs, where no standby has done so.
+        health_check_period_s=1.0,
+        health_check_timeout_s=2.0,
         ray_actor_options={"num_cpus": ENGINE_CPUS},
     )
     ingresses = serve.deployment(

@@ -5,12 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+import threading
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray import serve
-from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.experimental.internal_kv import (
+    _internal_kv_del,
+    _internal_kv_get,
+    _internal_kv_list,
+    _internal_kv_put,
+)
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
 from r1_cluster.config import ConfigError, Service
@@ -23,6 +30,8 @@ _KV_NAMESPACE = NAMESPACE.encode()
 # What the Serve deployments ask for; the ingress and the engine's scheduler are light.
 INGRESS_CPUS = 0.1
 ENGINE_CPUS = 0.1
+DRAIN_LOOK_S = 0.5
+DRAIN_LOOKS = 3
 
 
 @contextlib.contextmanager
@@ -39,6 +48,16 @@ def attach(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
+def head_answers(timeout_s: float) -> bool:
+    """Whether Ray's head (its GCS) is there: without it nobody who dies can be replaced."""
+    client = ray._private.worker.global_worker.gcs_client
+    node = ray._raylet.NodeID.from_hex(ray.get_runtime_context().get_node_id())
+    try:
+        return bool(client.check_alive([node], timeout=timeout_s)[0])
+    except ray.exceptions.RpcError:
+        return False
+
+
 def secret() -> bytes:
     """The cluster's link secret, made by whoever asks first and kept in Ray's own key-value store."""
     key = b"link-secret"
@@ -48,18 +67,55 @@ def secret() -> bytes:
     return bytes(value)
 
 
+def start_drain(service: str) -> None:
+    """Tells a service's ingresses to take no new requests; they look within a second."""
+    _internal_kv_put(_drain_key(service), b"1", namespace=_KV_NAMESPACE)
+
+
+def drain(service: str, timeout_s: float, hurry: threading.Event) -> None:
+    """No new requests from now on; returns when the answers under way have ended, or before if told so."""
+    start_drain(service)
+    deadline = time.monotonic() + timeout_s
+    idle = 0
+    while idle < DRAIN_LOOKS and time.monotonic() < deadline and not hurry.wait(DRAIN_LOOK_S):
+        states = [engine for engine in engines_status(service) if not engine["standby"]]
+        # Several looks: a request may be on its way from an ingress that has not seen the drain yet.
+        busy = any(engine["running"] + engine["waiting"] for engine in states)
+        idle = 0 if busy else idle + 1
+
+
+def is_draining(service: str) -> bool:
+    """Whether `start_drain` was called for a service that has not been removed since."""
+    return _internal_kv_get(_drain_key(service), namespace=_KV_NAMESPACE) is not None
+
+
+def _drain_key(service: str) -> bytes:
+    return f"drain/{service}".encode()
+
+
 def engine_name(service: str, index: int) -> str:
     """Name of a service's engine; its workers' and groups' names begin with it."""
     return f"{service}/engine-{index}"
 
 
-def worker_name(engine: str, worker: str) -> str:
-    """Ray name of a worker's detached actor."""
-    return f"{engine}/{worker}"
+def actor_name(engine: str, worker: str, incarnation: str) -> str:
+    """Ray name of a worker's detached actor. What it hosts can change; `describe` tells. The incarnation
+    lets a successor start before Ray has buried its predecessor."""
+    return f"{engine}/{worker}.{incarnation}"
+
+
+class Seat(NamedTuple):
+    """A place for one worker: a bundle of the engine's placement group for a failure domain."""
+
+    domain: str
+    bundle: int
 
 
 def domain_of(worker: WorkerSpec) -> str:
-    """The failure domain, and so the placement group, of a worker: stages with their routers, or experts."""
+    """The failure domain, and so the placement group, of a worker: stages with their routers, experts, or
+    spares."""
+    if not worker.roles:
+        return "spares"
     return "experts" if worker.roles == ("experts",) else "stages"
 
 
@@ -94,8 +150,10 @@ def check_capacity(service: Service, layout: Layout) -> None:
 def _needed(service: Service, layout: Layout) -> dict[str, float]:
     engines = service.engine.replicas
     each = worker_resources(service)
-    needed = {key: amount * len(layout.workers) * engines for key, amount in each.items()}
-    needed["CPU"] += INGRESS_CPUS * service.serve.ingress_replicas + ENGINE_CPUS * engines
+    workers = len(layout.workers) + len(layout.spares)
+    needed = {key: amount * workers * engines for key, amount in each.items()}
+    processes = engines + service.engine.standby
+    needed["CPU"] += INGRESS_CPUS * service.serve.ingress_replicas + ENGINE_CPUS * processes
     return needed
 
 
@@ -108,31 +166,34 @@ def _check_amount(service: Service, layout: Layout, resource: str, amount: float
         )
 
 
-def place(service: Service, layout: Layout, engine: str) -> dict[str, tuple[PlacementGroup, int]]:
-    """Makes the engine's placement groups, or finds those that stand; worker name → (group, bundle).
+def place(service: Service, layout: Layout, engine: str) -> tuple[dict[str, PlacementGroup], dict[str, Seat]]:
+    """Makes the engine's placement groups, or finds those that stand; (domain → group, worker → seat).
 
     With `layout.spread` a bundle holds a stage with its router, or an expert shard, each on a node of its
-    own; without, all of a group's bundles are packed.
+    own; without, all of a group's bundles are packed. Spares are spread where nodes are.
     """
     each = worker_resources(service)
-    seats: dict[str, tuple[PlacementGroup, int]] = {}
-    for domain in dict.fromkeys(domain_of(worker) for worker in layout.workers):
-        members = [worker for worker in layout.workers if domain_of(worker) == domain]
-        anchors = [worker for worker in members if worker.stage is not None or domain == "experts"]
+    groups: dict[str, PlacementGroup] = {}
+    seats: dict[str, Seat] = {}
+    workers = (*layout.workers, *layout.spares)
+    for domain in dict.fromkeys(domain_of(worker) for worker in workers):
+        members = [worker for worker in workers if domain_of(worker) == domain]
+        anchors = [worker for worker in members if worker.stage is not None or domain != "stages"]
         bundles: list[dict[str, float]] = [{} for _ in anchors]
-        index_of: dict[str, int] = {}
         for worker in members:
             index = next(
                 i
                 for i, anchor in enumerate(anchors)
                 if anchor is worker or (worker.router is not None and anchor.stage == worker.router)
             )
-            index_of[worker.name] = index
+            seats[worker.name] = Seat(domain, index)
             for key, amount in each.items():
                 bundles[index][key] = bundles[index].get(key, 0) + amount
-        group = _group(f"{engine}/{domain}", bundles, "STRICT_SPREAD" if service.layout.spread else "PACK")
-        seats |= {name: (group, index) for name, index in index_of.items()}
-    return seats
+        strategy = "PACK"
+        if service.layout.spread:
+            strategy = "SPREAD" if domain == "spares" else "STRICT_SPREAD"
+        groups[domain] = _group(f"{engine}/{domain}", bundles, strategy)
+    return groups, seats
 
 
 def _group(name: str, bundles: list[dict[str, float]], strategy: str) -> PlacementGroup:
@@ -142,10 +203,9 @@ def _group(name: str, bundles: list[dict[str, float]], strategy: str) -> Placeme
         return placement_group(bundles, strategy=strategy, name=name, lifetime="detached")
 
 
-def service_actors(service: str) -> list[str]:
-    """Names of all worker actors of a service that Ray knows."""
+def worker_actors(prefix: str) -> list[str]:
+    """Names of the worker actors that Ray knows, of the engine or service whose names begin so."""
     named = ray.util.list_named_actors(all_namespaces=True)
-    prefix = f"{service}/engine-"
     return sorted(a["name"] for a in named if a["namespace"] == NAMESPACE and a["name"].startswith(prefix))
 
 
@@ -153,30 +213,42 @@ def remove_service(service: str) -> None:
     """Takes a service off the cluster: the Serve application, then actors and groups, by name."""
     with contextlib.suppress(Exception):
         serve.delete(service)
-    for name in service_actors(service):
+    _internal_kv_del(_drain_key(service), namespace=_KV_NAMESPACE)
+    for key in _internal_kv_list(f"office/{service}/", namespace=_KV_NAMESPACE):
+        _internal_kv_del(key, namespace=_KV_NAMESPACE)
+    remove_workers(f"{service}/engine-")
+
+
+def remove_workers(prefix: str) -> None:
+    """Ends the workers, and frees the places, of all engines whose names begin so."""
+    for name in worker_actors(prefix):
         with contextlib.suppress(ValueError):
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))
-    for row in _groups().values():
-        if row["name"].startswith(f"{service}/engine-") and row["state"] != "REMOVED":
-            ray.util.remove_placement_group(ray.util.get_placement_group(row["name"]))
+    for name in _groups(prefix):
+        ray.util.remove_placement_group(ray.util.get_placement_group(name))
 
 
-def _groups() -> dict[str, Any]:
-    table: dict[str, Any] = placement_group_table()
-    return table
+def engines_with_places(service: str) -> set[str]:
+    """Names of the engines of a service for which placement groups stand."""
+    return {name.rsplit("/", 1)[0] for name in _groups(f"{service}/engine-")}
+
+
+def _groups(prefix: str) -> list[str]:
+    rows: dict[str, Any] = placement_group_table()
+    return [r["name"] for r in rows.values() if r["name"].startswith(prefix) and r["state"] != "REMOVED"]
 
 
 def engines_status(service: str) -> list[dict[str, Any]]:
-    """What each engine replica of a service says of itself, in the order of their names.
+    """What each engine process of a service says of itself, standbys last, in the order of their names.
 
-    A handle's calls go to replicas at random, so it asks until all have answered, or twenty times.
+    A handle's calls go to replicas at random, so it asks until all have answered, or forty times.
     """
     replicas = serve.status().applications[service].deployments[ENGINE_DEPLOYMENT].replica_states
     handle = serve.get_deployment_handle(ENGINE_DEPLOYMENT, service)
     engines: dict[str, dict[str, Any]] = {}
-    for _ in range(20):
+    for _ in range(40):
         answer = handle.status.remote().result(timeout_s=10.0)
-        engines[answer["engine"]] = answer
+        engines[answer["replica"]] = answer
         if len(engines) == replicas.get("RUNNING", 0):
             break
-    return [engines[name] for name in sorted(engines)]
+    return sorted(engines.values(), key=lambda engine: (engine["standby"], engine["engine"]))

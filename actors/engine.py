@@ -1,24 +1,29 @@
-"""The engine deployment: one replica is one copy of the model. It runs the scheduler in a thread of its
-own; Serve's event loop only hands requests in and waits for their end."""
+"""The engine deployment: a replica in office runs one copy of the model, another one stands by. It runs the
+scheduler in a thread of its own; Serve's event loop only hands requests in and waits for their end."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
+import threading
+import time
 from typing import Any
 
 import msgspec
 import ray
 from ray import serve
 
-from actors.cluster import engine_name, secret
+from actors.cluster import head_answers, secret
+from actors.metrics import Recoveries
+from actors.office import Offices
 from actors.supervisor import Supervisor
-from r1_cluster.comm.listener import Endpoint
+from r1_cluster.comm.listener import Endpoint, Listener
 from r1_cluster.comm.wire import LinkError
 from r1_cluster.config import Service
 from r1_cluster.engine.core import EngineCore
 from r1_cluster.engine.pages import PageAllocator
+from r1_cluster.engine.pulse import Pulse
 from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.engine.streams import TokenFan
 from r1_cluster.models.config import ModelConfig
@@ -27,6 +32,13 @@ from r1_cluster.records import Request
 from r1_cluster.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("r1_cluster.engine")
+
+NOT_IN_OFFICE = "not in office: "
+"""A standby's answer, with its replica id: ask another."""
+TAKEOVER_S = 10.0
+"""How long a request waits for a standby that is about to take over."""
+RETRY_S = 0.5
+HEAD_TIMEOUT_S = 1.0
 
 
 def max_model_len(service: Service, model: ModelConfig) -> int:
@@ -39,41 +51,105 @@ def max_model_len(service: Service, model: ModelConfig) -> int:
 
 
 class Engine:
-    """See the module. Created by Serve."""
+    """See the module. Created by Serve. Holds an office (`actors.office`), or waits for one as a standby."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        model = ModelConfig.from_folder(service.model.path)
-        layout = build_layout(service.layout, model)
-        self._name = engine_name(service.name, serve.get_replica_context().rank.rank)
-        link_secret = secret()
-        self._supervisor = Supervisor(service, layout, self._name, link_secret)
-        pipeline, held = self._supervisor.assemble()
-        engine = service.engine
+        self._model = ModelConfig.from_folder(service.model.path)
+        self._eos_ids = frozenset(Tokenizer.from_folder(service.model.path).eos_ids)
+        self._layout = build_layout(service.layout, self._model)
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._secret = secret()
+        self._loop = asyncio.get_event_loop()
+        self._ends: dict[str, asyncio.Future[str | None]] = {}
+        self._name = ""
+        self._supervisor: Supervisor | None = None
+        self._fan: TokenFan | None = None
+        self._core: EngineCore | None = None
+        self._in_office = False
+        self._stopping = False
+        self._settled = threading.Event()  # a core is there, or it is clear that this is a standby
+        self._recoveries = Recoveries()
+        me = f"{service.name}/process-{self._id}"
+        host = ray.util.get_node_ip_address()
+        listener = Listener(me, self._secret, host, service.cluster.link_ports)
+        self._pulse = Pulse(listener, self._well, self._beat)
+        self._offices = Offices(service.name, service.engine.replicas, me, self._secret)
+        office = self._offices.claim(self._pulse.endpoint)
+        if office is not None:
+            self._take(*office)
+        threading.Thread(target=self._wait_for_office, name="office", daemon=True).start()
+
+    def _wait_for_office(self) -> None:
+        """Takes an office when one falls vacant; waits again whenever this process is deposed."""
+        while not self._stopping:
+            try:
+                if self._in_office:
+                    assert self._core is not None
+                    self._core.join()
+                    if not self._core.deposed:
+                        return  # it failed, or is stopped: Serve replaces this process
+                    self._in_office = False
+                    self._core = None
+                self._settled.set()
+                self._offices.wait_for_vacancy(lambda: self._stopping)
+                self._settled.clear()
+                office = self._offices.claim(self._pulse.endpoint)
+                if office is not None:
+                    logger.warning("%s is vacant: taking over in term %d", *office)
+                    self._take(*office)
+            except Exception:
+                logger.exception("an office could not be taken")
+                self._in_office = False
+                time.sleep(RETRY_S)
+
+    def _take(self, name: str, term: int) -> None:
+        """Assembles the workers of an engine and begins to run it."""
+        service, engine = self._service, self._service.engine
+        self._in_office = True
+        self._name = name
+        supervisor = Supervisor(service, self._layout, name, self._secret)
+        pipeline, held = supervisor.assemble(term)
         limits = Limits(
             engine.max_num_seqs,
             engine.max_batch_tokens,
-            max_model_len(service, model),
+            max_model_len(service, self._model),
             engine.micro_batches,
         )
-        eos_ids = Tokenizer.from_folder(service.model.path).eos_ids
-        allocator = PageAllocator(engine.num_pages, engine.page_size)
-        self._fan = TokenFan(self._name, link_secret)
-        self._fan.epoch = pipeline.epoch
-        self._loop = asyncio.get_event_loop()
-        self._ends: dict[str, asyncio.Future[str | None]] = {}
-        scheduler = Scheduler(limits, allocator, frozenset(eos_ids))
+        scheduler = Scheduler(limits, PageAllocator(engine.num_pages, engine.page_size), self._eos_ids)
         scheduler.adopt(held)
-        self._core = EngineCore(
+        fan = TokenFan(name, self._secret, self._id)
+        fan.epoch = pipeline.epoch
+
+        def replace(name: str, spare: str | None, delay_s: float) -> None:
+            # Beyond every epoch that the workers know of, and the same for all that are lost together.
+            supervisor.replace(name, spare, delay_s, pipeline.epoch + 1, core.arrived)
+
+        core = EngineCore(
             scheduler,
             pipeline,
-            self._fan,
+            fan,
             lease_s=engine.lease_s,
             step_timeout_s=engine.step_timeout_s,
             on_end=self._on_end,
-            replace=self._replace,
+            replace=replace,
+            on_recovery=self._recoveries.note,
         )
-        self._core.start()
+        self._supervisor, self._fan, self._core = supervisor, fan, core
+        core.start()
+        self._settled.set()
+        threading.Thread(
+            target=self._offices.sweep, args=(lambda: self._stopping or core.ended,), daemon=True
+        ).start()
+
+    def _well(self) -> bool:
+        """Whether whoever watches this process may rest: it holds an office, and its loop runs."""
+        core = self._core
+        return self._in_office and (core is None or core.well)
+
+    def _beat(self) -> None:
+        if self._fan is not None:
+            self._fan.beat()
 
     async def generate(self, request: bytes, endpoint: bytes) -> str | None:
         """Computes one answer; its tokens go to the sink at `endpoint`. Returns when the request has
@@ -82,46 +158,72 @@ class Engine:
         Serve counts, drains and cancels requests by this call.
         """
         record = msgspec.msgpack.decode(request, type=Request)
+        core, fan = await self._office()
+        if core is None or fan is None:
+            return f"{NOT_IN_OFFICE}{self._id}"
         capacity = self._service.engine.max_num_seqs + self._service.engine.max_queued
         if len(self._ends) >= capacity:
             return "overloaded"
-        if self._core.failure is not None:
-            return self._core.failure
-        if not self._fan.attached(record.sink):
+        if core.ended:
+            return core.end_reason
+        if not fan.attached(record.sink):
             where = msgspec.msgpack.decode(endpoint, type=Endpoint)
             try:
-                await asyncio.to_thread(self._fan.attach, record.sink, where)
+                await asyncio.to_thread(fan.attach, record.sink, where)
             except LinkError as error:
                 return f"the ingress cannot be reached: {error}"
         end: asyncio.Future[str | None] = self._loop.create_future()
         self._ends[record.request_id] = end
         try:
-            self._core.submit(record)
+            fan.accept(record.sink, record.request_id)
+            core.submit(record)
             return await end
         except asyncio.CancelledError:
-            self._core.abort(record.request_id)
+            if self._ends.get(record.request_id) is end:
+                core.abort(record.request_id)
             raise
         finally:
-            del self._ends[record.request_id]
+            # An ingress whose link broke may have asked again before this call was cancelled.
+            if self._ends.get(record.request_id) is end:
+                del self._ends[record.request_id]
 
-    async def failure(self) -> str | None:
-        """Why this engine can compute nothing any more; None while it can."""
-        return self._core.failure
+    async def _office(self) -> tuple[EngineCore | None, TokenFan | None]:
+        """The loop that runs, once it is clear whether one does: a takeover is waited for."""
+        if not self._settled.is_set():
+            await asyncio.to_thread(self._settled.wait, TAKEOVER_S)
+        core = self._core
+        return (None, None) if core is None or core.deposed else (core, self._fan)
+
+    async def health(self) -> dict[str, Any]:
+        """Whether requests can be served, or will be once a recovery is over; and why not."""
+        core, _ = await self._office()
+        if core is None:
+            return {"status": "standby", "replica": self._id}
+        state = {"engine": self._name, "replica": self._id} | core.health()
+        if not await asyncio.to_thread(head_answers, HEAD_TIMEOUT_S):
+            state["warning"] = "Ray's head does not answer: whoever dies now is replaced when it is back"
+        return state
 
     async def status(self) -> dict[str, Any]:
         """What `r1-cluster status` shows of this engine."""
-        core, scheduler = self._core, self._core.scheduler
+        core, supervisor = self._core, self._supervisor
+        process = {"replica": self._id, "pid": os.getpid(), "host": os.uname().nodename}
+        if core is None or supervisor is None:
+            return {"engine": "", "standby": True, **process}
+        scheduler = core.scheduler
         return {
             "engine": self._name,
+            "standby": False,
+            **process,
             "epoch": core.pipeline.epoch,
-            "pid": os.getpid(),
             "node": ray.get_runtime_context().get_node_id(),
-            "host": os.uname().nodename,
             "layout": self._service.layout.kind,
             "failure": core.failure,
             "missing": sorted(core.recovery.missing),
             "recoveries": core.recovery.num_recoveries,
-            "last_recovery_s": core.recovery.last_recovery_s,
+            "recovery_log": list(core.recovery.log),
+            "health": core.health(),
+            "stale_dropped": core.pipeline.stale_dropped,
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
             "pages_used": scheduler.allocator.num_used,
@@ -131,22 +233,24 @@ class Engine:
             "tokens": core.num_tokens,
             "step_ms": core.times.step_ms(),
             "overhead_ms": core.times.overhead_ms(),
-            "workers": await asyncio.to_thread(self._supervisor.describe),
+            "workers": await asyncio.to_thread(supervisor.describe),
         }
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
-        if self._core.failure is not None:
-            raise RuntimeError(self._core.failure)
+        core = self._core
+        if core is not None and not core.well and not core.deposed:
+            raise RuntimeError(core.failure or "the engine's loop hangs")
 
     def __del__(self) -> None:
-        core = getattr(self, "_core", None)
+        self._stopping = True
+        # The constructor may have failed half way.
+        core: EngineCore | None = getattr(self, "_core", None)
+        pulse: Pulse | None = getattr(self, "_pulse", None)
         if core is not None:
             core.stop()
-
-    def _replace(self, name: str) -> None:
-        # Beyond every epoch that the workers know of, and the same for all that are lost together.
-        self._supervisor.replace(name, self._core.pipeline.epoch + 1, self._core.arrived)
+        if pulse is not None:
+            pulse.close()
 
     def _on_end(self, request_id: str, error: str | None) -> None:
         self._loop.call_soon_threadsafe(self._resolve, request_id, error)

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -18,8 +20,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from actors.cluster import secret
-from actors.engine import max_model_len
+from actors.cluster import is_draining, secret
+from actors.engine import NOT_IN_OFFICE, max_model_len
+from actors.routing import avoid, trust
 from r1_cluster.api.chat import ChatStream
 from r1_cluster.api.errors import (
     ApiError,
@@ -31,19 +34,24 @@ from r1_cluster.api.errors import (
     unavailable,
 )
 from r1_cluster.api.protocol import ChatCompletionRequest, parse_chat_request
+from r1_cluster.comm.listener import Listener
 from r1_cluster.config import Service
 from r1_cluster.engine.streams import TokenSink
 from r1_cluster.models.config import ModelConfig
+from r1_cluster.records import ENGINE_LOST, SamplingParams, TokenDelta
 from r1_cluster.records import Request as EngineRequest
-from r1_cluster.records import SamplingParams, TokenDelta
 from r1_cluster.text.template import ChatTemplate, TemplateError
 from r1_cluster.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("r1_cluster.ingress")
 
-ENGINE_LOST = "the engine was lost"
-MAX_ATTEMPTS = 5
-"""Engines that may die under one answer before it is given up."""
+RESUME_S = 120.0
+"""How long an answer waits for an engine that takes it up, after the last sign of one that had."""
+RETRY_S = 0.05
+"""Pause before an engine is asked again; doubles up to a second."""
+DRAIN_POLL_S = 0.5
+HEALTH_TIMEOUT_S = 3.0
+HEALTH_TRIES = 3
 
 
 def build_edge() -> FastAPI:
@@ -56,10 +64,8 @@ def build_edge() -> FastAPI:
 
     @edge.get("/health")
     async def health() -> Response:
-        failure = await ingress().failure()
-        if failure is not None:
-            return JSONResponse({"status": "unavailable", "reason": failure}, 503)
-        return JSONResponse({"status": "ready"})
+        state = await ingress().health()
+        return JSONResponse(state, 200 if state["status"] in ("ready", "recovering") else 503)
 
     @edge.get("/v1/models")
     async def models() -> Response:
@@ -95,24 +101,42 @@ class Ingress:
         self._tokenizer = Tokenizer.from_folder(service.model.path)
         self._template = ChatTemplate.from_folder(service.model.path, self._tokenizer)
         self._loop = asyncio.get_event_loop()
-        self._streams: dict[str, asyncio.Queue[TokenDelta]] = {}
+        self._streams: dict[str, _Attempt] = {}
+        self._draining = False
         self._sink = TokenSink(
-            f"ingress-{secrets.token_hex(8)}",
-            ray.util.get_node_ip_address(),
-            service.cluster.link_ports,
-            secret(),
-            self._deliver,
+            Listener(
+                f"ingress-{secrets.token_hex(8)}",
+                secret(),
+                ray.util.get_node_ip_address(),
+                service.cluster.link_ports,
+            ),
+            lambda replica, deltas: self._from_sink(self._distribute, replica, deltas),
+            lambda replica: self._from_sink(self._engine_lost, replica),
         )
         self._endpoint = msgspec.msgpack.encode(self._sink.endpoint)
+        self._watcher = self._loop.create_task(self._watch_for_drain())
 
-    async def failure(self) -> str | None:
-        """Why a request could not be served now; None when it could."""
-        try:
-            failure: str | None = await self._engine.failure.remote()
-        except Exception:
-            logger.exception("the engine does not answer")
-            return "the engine does not answer"
-        return failure
+    async def health(self) -> dict[str, Any]:
+        """The state of the engine that a request would be sent to; `status` is ready, recovering, draining
+        or unavailable."""
+        if self._draining:
+            return {"status": "draining", "reason": "the service is being stopped"}
+        for _ in range(HEALTH_TRIES):
+            try:
+                state: dict[str, Any] = await asyncio.wait_for(self._engine.health.remote(), HEALTH_TIMEOUT_S)
+            except Exception as error:
+                logger.warning("no engine says how it is: %s: %s", type(error).__name__, error)
+                return {"status": "unavailable", "reason": "no engine answers"}
+            if state["status"] != "standby":
+                return state
+            avoid(state["replica"])
+        return {"status": "unavailable", "reason": "no engine is in charge"}
+
+    async def _watch_for_drain(self) -> None:
+        while not self._draining:
+            await asyncio.sleep(DRAIN_POLL_S)
+            with contextlib.suppress(Exception):  # Ray's head may be away
+                self._draining = await asyncio.to_thread(is_draining, self._service.name)
 
     def model_card(self) -> dict[str, Any]:
         """The one served model, as /v1/models lists it."""
@@ -126,6 +150,8 @@ class Ingress:
 
     async def chat(self, chat: ChatCompletionRequest) -> Response:
         """Answers a chat, streamed or whole; raises ApiError."""
+        if self._draining:
+            raise unavailable("the service is being stopped; it takes no new requests")
         if chat.model != self._service.served_name:
             raise model_not_found(chat.model)
         stream, record = self._prepare(chat)
@@ -179,7 +205,8 @@ class Ingress:
         answer goes on at the next token.
         """
         tokens: list[int] = []
-        for _ in range(MAX_ATTEMPTS):
+        in_hand_at, pause_s = time.monotonic(), RETRY_S
+        while True:
             engine_lost = False
             attempt = msgspec.structs.replace(record, generated=list(tokens))
             # Closed before the next attempt begins: left to the garbage collector, its end would come after
@@ -191,25 +218,28 @@ class Ingress:
                         break
                     if delta.error is not None:
                         raise _engine_error(delta.error)
+                    in_hand_at, pause_s = time.monotonic(), RETRY_S
                     new = delta.tokens[len(tokens) - delta.position :]
                     tokens += new
                     if new or delta.finish_reason is not None:
                         yield delta
             if not engine_lost:
                 return
-        raise _engine_error(ENGINE_LOST)
+            if time.monotonic() - in_hand_at > RESUME_S:
+                raise _engine_error(f"no engine took it up within {RESUME_S:g} s")
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, 1.0)
 
     async def _attempt(self, record: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         """What one engine says of a request, up to the end or an error."""
-        queue: asyncio.Queue[TokenDelta] = asyncio.Queue()
-        self._streams[record.request_id] = queue
+        attempt = self._streams[record.request_id] = _Attempt()
         call = self._engine.generate.remote(msgspec.msgpack.encode(record), self._endpoint)
         waiter = asyncio.ensure_future(call)
-        waiter.add_done_callback(lambda done: _report_failure(record.request_id, done, queue))
+        waiter.add_done_callback(lambda done: _report_failure(record.request_id, done, attempt.queue))
         ended = False
         try:
             while not ended:
-                delta = await queue.get()
+                delta = await attempt.queue.get()
                 ended = delta.finish_reason is not None
                 yield delta
         finally:
@@ -231,14 +261,31 @@ class Ingress:
         finally:
             await answer.aclose()
 
-    def _deliver(self, deltas: list[TokenDelta]) -> None:
-        self._loop.call_soon_threadsafe(self._distribute, deltas)
+    def _from_sink(self, handler: Callable[..., None], *arguments: object) -> None:
+        self._loop.call_soon_threadsafe(handler, *arguments)
 
-    def _distribute(self, deltas: list[TokenDelta]) -> None:
+    def _distribute(self, replica: str, deltas: list[TokenDelta]) -> None:
+        trust(replica)
         for delta in deltas:
-            queue = self._streams.get(delta.request_id)
-            if queue is not None:
-                queue.put_nowait(delta)
+            attempt = self._streams.get(delta.request_id)
+            if attempt is not None:
+                attempt.replica = replica
+                attempt.queue.put_nowait(delta)
+
+    def _engine_lost(self, replica: str) -> None:
+        """Its link closed or fell silent: its answers go on elsewhere, before Serve has noticed."""
+        avoid(replica)
+        for request_id, attempt in self._streams.items():
+            if attempt.replica == replica:
+                attempt.queue.put_nowait(TokenDelta(request_id, 0, [], "error", ENGINE_LOST))
+
+
+@dataclass(eq=False)
+class _Attempt:
+    """One engine's go at a request; `replica` is known once it has said something."""
+
+    queue: asyncio.Queue[TokenDelta] = field(default_factory=asyncio.Queue)
+    replica: str = ""
 
 
 def _report_failure(
@@ -251,6 +298,9 @@ def _report_failure(
     if failure is not None:
         logger.warning("the engine's call ended: %s: %s", type(failure).__name__, failure)
     error = ENGINE_LOST if failure is not None else done.result()
+    if error is not None and error.startswith(NOT_IN_OFFICE):
+        avoid(error.removeprefix(NOT_IN_OFFICE))
+        error = ENGINE_LOST
     if error is not None:
         queue.put_nowait(TokenDelta(request_id, 0, [], "error", error))
 

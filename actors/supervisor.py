@@ -1,31 +1,40 @@
-"""Creates an engine's workers, or adopts those that live, and links everybody."""
+"""Creates an engine's workers, or adopts those that live, and brings a successor for whoever dies."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.cluster import NAMESPACE, place, worker_name, worker_resources
+from actors.cluster import NAMESPACE, Seat, actor_name, place, worker_actors, worker_resources
 from actors.workers import actor_class
 from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.listener import connect
+from r1_cluster.comm.wire import LinkError
 from r1_cluster.config import Service
 from r1_cluster.engine.boot import ENGINE, StepLimits, WorkerBoot
-from r1_cluster.engine.pipeline import Member, Pipeline
+from r1_cluster.engine.pipeline import Member, Pipeline, WorkerLost
 from r1_cluster.planning.layout import Layout
 from r1_cluster.records import HeldSequence
 
 logger = logging.getLogger("r1_cluster.supervisor")
 LOAD_TIMEOUT_S = 3600.0
 PLACE_TIMEOUT_S = 60.0
-KILL_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 1.0
+"""How soon a worker's Ray actor must say who it is, to be adopted."""
+EPOCHS_PER_TERM = 1 << 20
+
+
+class _Seated(NamedTuple):
+    actor: Any
+    seat: Seat
 
 
 class Supervisor:
@@ -36,106 +45,167 @@ class Supervisor:
         self.layout = layout
         self._service = service
         self._secret = secret
-        self._actors: dict[str, Any] = {}
+        self._specs = {worker.name: worker for worker in (*layout.workers, *layout.spares)}
+        self._actors: dict[str, _Seated] = {}
 
-    def assemble(self) -> tuple[Pipeline, dict[str, HeldSequence]]:
-        """Adopts the workers that live, creates the others, links all; returns the way to them, and the
-        sequences whose KV they hold."""
-        seats = place(self._service, self.layout, self.engine)
-        for group in {group.id: group for group, _ in seats.values()}.values():
-            ray.get(group.ready(), timeout=PLACE_TIMEOUT_S)
-        adopted = set(self._living())
-        actors = {
-            worker.name: self._actor(worker.name, *seats[worker.name]) for worker in self.layout.workers
-        }
-        infos = ray.get([actor.describe.remote() for actor in actors.values()], timeout=LOAD_TIMEOUT_S)
-        self._actors = actors
-        epoch = 1 + max(info["epoch"] for info in infos)
-        members = {name: self._member(info, epoch) for name, info in zip(actors, infos)}
-        pipeline = Pipeline(self.layout, members, epoch)
-        # KV is of use only if every stage still has its part.
-        whole = all(stage.name in adopted for stage in self.layout.stages)
-        held = pipeline.link(epoch, read_back=whole)
-        logger.info(
-            "%s: %d workers, epoch %d, %d sequences held", self.engine, len(members), epoch, len(held)
-        )
-        return pipeline, held
+    def assemble(self, term: int) -> tuple[Pipeline, dict[str, HeldSequence]]:
+        """Adopts the workers that live, or creates all if none does, and links them; returns the way to
+        them, and the sequences whose KV they hold. Who is missing then is for the engine to replace.
 
-    def replace(self, name: str, epoch: int, arrived: Callable[[str, Member | Exception], None]) -> None:
-        """Starts a worker anew in the background and reports it, or why it could not be, by `arrived`."""
+        Epochs begin at the engine's term, so that they exceed all of its predecessors'.
+        """
+        infos = self._adopt()
+        if not infos:
+            infos = self._create_all()
+        epoch = max(term * EPOCHS_PER_TERM, 1 + max(info["epoch"] for info in infos.values()))
+        members = {}
+        for name, info in infos.items():
+            try:
+                members[name] = self._member(info, epoch)
+            except LinkError as error:
+                logger.warning("%s cannot be adopted: %s", name, error)
+        pipeline = Pipeline(self.layout, members, epoch, self._service.engine.step_timeout_s)
+        while True:
+            # KV is of use only if every stage still has its part.
+            whole = all(stage.name in members for stage in self.layout.stages)
+            try:
+                held = pipeline.link(epoch, read_back=whole)
+            except WorkerLost as error:
+                logger.warning("%s cannot be adopted: %s", ", ".join(error.names), error)
+                for name in error.names:
+                    pipeline.drop(name)
+                epoch += 1
+                continue
+            words = "%s: %d workers, epoch %d, %d sequences held"
+            logger.info(words, self.engine, len(members), epoch, len(held))
+            return pipeline, held
+
+    def replace(
+        self,
+        name: str,
+        spare: str | None,
+        delay_s: float,
+        epoch: int,
+        arrived: Callable[[str, Member | Exception], None],
+    ) -> None:
+        """See `recovery.Replace`; reports the new worker, or why it could not be, by `arrived`."""
+        former = self._actors.pop(name, None)
+        if spare is not None:
+            self._actors[name] = self._actors.pop(spare)
+        successor = spare or name
 
         def work() -> None:
             try:
-                arrived(name, self._replacement(name, epoch))
+                if former is not None:
+                    ray.kill(former.actor, no_restart=True)
+                time.sleep(delay_s)
+                began = time.monotonic()
+                info = self._start(successor, former.seat if former is not None else None)
+                member = self._member(info, epoch, time.monotonic() - began)
             except Exception as error:
-                logger.exception("%s could not be replaced", name)
-                arrived(name, error)
+                logger.exception("%s could not be started", successor)
+                arrived(successor, error)
+            else:
+                arrived(successor, member)
 
         threading.Thread(target=work, name=f"replace-{name}", daemon=True).start()
 
-    def _replacement(self, name: str, epoch: int) -> Member:
-        ray.kill(self._actors[name], no_restart=True)
-        deadline = time.monotonic() + KILL_TIMEOUT_S
-        while name in self._living():
-            # Ray gives a name free when it has seen the death; nothing reports that moment.
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"Ray has not ended it within {KILL_TIMEOUT_S:g} s")
-            time.sleep(0.02)
-        seat = place(self._service, self.layout, self.engine)[name]
-        actor = self._actors[name] = self._actor(name, *seat)
-        return self._member(ray.get(actor.describe.remote(), timeout=LOAD_TIMEOUT_S), epoch)
-
-    def _member(self, info: dict[str, Any], epoch: int) -> Member:
-        hello = Hello(ENGINE, self.engine, epoch, "control")
-        return Member(connect(info["endpoint"], hello, self._secret), info["endpoint"], info["incarnation"])
-
-    def _living(self) -> list[str]:
-        prefix = worker_name(self.engine, "")
-        named = ray.util.list_named_actors(all_namespaces=True)
-        return [row["name"].removeprefix(prefix) for row in named if row["name"].startswith(prefix)]
-
     def describe(self) -> list[dict[str, Any]]:
         """One row per worker, freshly asked; a worker that does not answer in time says so."""
-        refs = {actor.describe.remote(): name for name, actor in self._actors.items()}
+        actors = dict(self._actors)
+        refs = {seated.actor.describe.remote(): name for name, seated in actors.items()}
         ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=5.0)
         rows = []
-        for ref, name in refs.items():
-            row = {"name": name, "actor": worker_name(self.engine, name), "state": "silent"}
+        for ref, name in sorted(refs.items(), key=lambda item: list(self._specs).index(item[1])):
+            row: dict[str, Any] = {"state": "silent"}
             if ref in ready:
                 try:
-                    row |= ray.get(ref) | {"state": "alive"}
+                    row = ray.get(ref)
+                    row["state"] = "alive" if row["loaded"] else "loading"
                 except ray.exceptions.RayActorError:
                     row["state"] = "dead"
             row.pop("endpoint", None)
-            rows.append(row)
+            rows.append(row | {"name": name})
         return rows
 
-    def _actor(self, name: str, group: Any, bundle: int) -> Any:
-        worker = next(worker for worker in self.layout.workers if worker.name == name)
-        ray_name = worker_name(self.engine, name)
-        try:
-            return ray.get_actor(ray_name, namespace=NAMESPACE)
-        except ValueError:
-            pass
+    def _adopt(self) -> dict[str, dict[str, Any]]:
+        """The living workers that have loaded, by their places; the others are ended."""
+        refs = {}
+        for ray_name in worker_actors(f"{self.engine}/"):
+            with contextlib.suppress(ValueError):  # it died just now
+                actor = ray.get_actor(ray_name, namespace=NAMESPACE)
+                refs[actor.describe.remote()] = actor
+        if not refs:
+            return {}
+        ready, silent = ray.wait(list(refs), num_returns=len(refs), timeout=ANSWER_TIMEOUT_S)
+        found: dict[str, tuple[dict[str, Any], Any]] = {}
+        ending = [refs[ref] for ref in silent]
+        for ref in ready:
+            try:
+                info = ray.get(ref)
+            except ray.exceptions.RayActorError:
+                continue
+            rival = found.get(info["name"])
+            of_use = info["loaded"] and info["name"] in self._specs
+            if not of_use or (rival is not None and rival[0]["epoch"] >= info["epoch"]):
+                ending.append(refs[ref])
+                continue
+            if rival:
+                ending.append(rival[1])
+            found[info["name"]] = (info, refs[ref])
+        for actor in ending:
+            ray.kill(actor, no_restart=True)
+        self._actors = {name: _Seated(actor, Seat(*info["seat"])) for name, (info, actor) in found.items()}
+        return {name: info for name, (info, _) in found.items()}
+
+    def _create_all(self) -> dict[str, dict[str, Any]]:
+        groups, seats = place(self._service, self.layout, self.engine)
+        for group in groups.values():
+            ray.get(group.ready(), timeout=PLACE_TIMEOUT_S)
+        for name, seat in seats.items():
+            self._actors[name] = _Seated(self._create(name, groups[seat.domain], seat), seat)
+        refs = [seated.actor.ready.remote() for seated in self._actors.values()]
+        return dict(zip(self._actors, ray.get(refs, timeout=LOAD_TIMEOUT_S)))
+
+    def _start(self, name: str, seat: Seat | None) -> dict[str, Any]:
+        """A worker in a former one's seat, or in one that is free; waits until it has loaded."""
+        groups, seats = place(self._service, self.layout, self.engine)
+        if seat is None:
+            taken = {seated.seat for seated in list(self._actors.values())}
+            own = seats[name]
+            seat = own if own not in taken else next(seat for seat in seats.values() if seat not in taken)
+        actor = self._create(name, groups[seat.domain], seat)
+        self._actors[name] = _Seated(actor, seat)
+        info: dict[str, Any] = ray.get(actor.ready.remote(), timeout=LOAD_TIMEOUT_S)
+        return info
+
+    def _member(self, info: dict[str, Any], epoch: int, start_s: float = 0.0) -> Member:
+        link = connect(info["endpoint"], Hello(ENGINE, self.engine, epoch, "control"), self._secret)
+        link.peer = info["name"]  # a spare that took another's place listens under its first name
+        return Member(link, info["endpoint"], info["incarnation"], start_s)
+
+    def _create(self, name: str, group: Any, seat: Seat) -> Any:
         resources = worker_resources(self._service)
-        options = ray.remote(actor_class(worker)).options(
-            name=ray_name,
+        incarnation = secrets.token_hex(4)
+        options = ray.remote(actor_class(self._specs[name])).options(
+            name=actor_name(self.engine, name, incarnation),
             namespace=NAMESPACE,
             lifetime="detached",
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
             max_restarts=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),
+            max_concurrency=4,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, seat.bundle),
         )
-        return options.remote(self._boot(name))
+        return options.remote(self._boot(name, incarnation), tuple(seat))
 
-    def _boot(self, name: str) -> WorkerBoot:
+    def _boot(self, name: str, incarnation: str) -> WorkerBoot:
         service = self._service
         device = service.layout.device
         deterministic = service.engine.deterministic
         return WorkerBoot(
             name=name,
-            incarnation=secrets.token_hex(8),
+            incarnation=incarnation,
             workers=self.layout.workers,
             checkpoint=service.model.path,
             dtype=service.dtype,

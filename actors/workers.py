@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import ray
@@ -13,45 +14,79 @@ import ray
 from r1_cluster.engine.boot import WorkerBoot
 from r1_cluster.planning.layout import WorkerSpec
 
+if TYPE_CHECKING:
+    from r1_cluster.engine.worker import Worker
+
 logger = logging.getLogger("r1_cluster.worker")
 
 
 class _Shell:
-    """Loads the roles in its constructor and runs the resident loop in a thread.
+    """Loads the roles and runs the resident loop in a thread, so that Ray's own can answer meanwhile.
 
     When the loop ends, for whatever reason, the process ends: a worker without a loop is of no use, and
     its memory belongs to its successor.
     """
 
-    def __init__(self, boot: WorkerBoot) -> None:
-        # The engine imports this module for the class alone; only the worker itself loads torch.
-        from r1_cluster.engine.worker import Worker
-
-        started = time.monotonic()
+    def __init__(self, boot: WorkerBoot, seat: tuple[str, int]) -> None:
         self._boot = boot
-        host = ray.util.get_node_ip_address()
-        self._worker = Worker(msgspec.structs.replace(boot, host=host))
-        self._load_s = time.monotonic() - started
+        self._seat = seat
+        self._started = time.time()
+        self._worker: Worker | None = None
+        self._failure: Exception | None = None
+        self._loaded = threading.Event()
         threading.Thread(target=self._run, name="resident-loop", daemon=True).start()
 
-    def describe(self) -> dict[str, object]:
-        """Where this worker listens, what it hosts, and where it runs."""
-        return {
-            "endpoint": self._worker.listener.address,
+    def ready(self) -> dict[str, Any]:
+        """`describe`, once the weights are there; raises what the load raised."""
+        self._loaded.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self.describe()
+
+    def describe(self) -> dict[str, Any]:
+        """Which place this worker has, whether it has loaded, where it listens and where it runs."""
+        worker = self._worker
+        info: dict[str, Any] = {
+            "name": self._boot.name,
+            "loaded": worker is not None,
             "incarnation": self._boot.incarnation,
-            "epoch": max(self._worker.epoch, self._worker.office),
-            "roles": list(self._worker.spec.roles),
+            "seat": self._seat,
+            "started": self._started,
             "node": ray.get_runtime_context().get_node_id(),
             "host": os.uname().nodename,
             "pid": os.getpid(),
-            "load_s": self._load_s,
-            "num_steps": self._worker.num_steps,
+            "epoch": 0,
         }
+        if worker is not None:
+            info |= {
+                "name": worker.spec.name,
+                "roles": list(worker.spec.roles),
+                "endpoint": worker.listener.address,
+                "epoch": max(worker.epoch, worker.office),
+                "load_s": worker.load_s,
+                "num_steps": worker.num_steps,
+                "stale_dropped": worker.stale_dropped,
+            }
+        return info
 
     def _run(self) -> None:
         code = 1
         try:
-            self._worker.run()
+            # The engine imports this module for the class alone; only the worker itself loads torch.
+            from r1_cluster.engine.worker import Worker
+
+            host = ray.util.get_node_ip_address()
+            worker = Worker(msgspec.structs.replace(self._boot, host=host))
+        except Exception as error:
+            logger.exception("%s could not load", self._boot.name)
+            self._failure = error
+            self._loaded.set()
+            threading.Event().wait(self._boot.lease_s)  # for whoever asks why
+            os._exit(code)
+        try:
+            self._worker = worker
+            self._loaded.set()
+            worker.run()
             code = 0
             logger.info("%s ends: its engine's lease is over", self._boot.name)
         except BaseException:
@@ -73,8 +108,14 @@ class ExpertActor(_Shell):
     """Hosts a shard of the routed experts."""
 
 
+class SpareActor(_Shell):
+    """Hosts nothing yet: takes the place of whoever dies."""
+
+
 def actor_class(worker: WorkerSpec) -> type[_Shell]:
     """The shell for a worker."""
+    if not worker.roles:
+        return SpareActor
     if worker.stage is not None:
         return StageActor
     return RouterActor if worker.router is not None else ExpertActor

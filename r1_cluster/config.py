@@ -41,21 +41,30 @@ class Layout(_Section):
     """Which roles share a process.
 
     `stages` and `expert_shards` are a count (split evenly) or a list of inclusive ranges such as
-    ["0-1", "2-3"]. `spread` puts every stage, and every expert shard, on a node of its own.
+    ["0-1", "2-3"]. `redundant_experts` is how many further workers hold each expert shard; `spares` how many
+    loaded-but-idle workers stand by for whoever dies. `spread` puts every stage, and every expert shard, on a
+    node of its own.
     """
 
     kind: Literal["colocated", "disaggregated"] = "colocated"
     stages: Annotated[int, Field(ge=1)] | list[str] = 1
     expert_shards: Annotated[int, Field(ge=1)] | list[str] = 1
+    redundant_experts: Annotated[int, Field(ge=0)] = 0
+    spares: Annotated[int, Field(ge=0)] = 0
     spread: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
 
 
 class Engine(_Section):
-    """The scheduler's limits. `page_size` counts tokens, `num_pages` pages per stage and layer."""
+    """The scheduler's limits. `page_size` counts tokens, `num_pages` pages per stage and layer.
+
+    `standby` keeps one more engine process that takes over within a second when one dies. Workers leave
+    `lease_s` after the last word of an engine; a worker that is silent for `step_timeout_s` is replaced.
+    """
 
     replicas: Annotated[int, Field(ge=1)] = 1
+    standby: bool = False
     deterministic: bool | None = None
     threads: Annotated[int, Field(ge=1)] = 1
     page_size: Annotated[int, Field(ge=1)] = 16

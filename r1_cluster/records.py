@@ -18,6 +18,10 @@ FinishReason = Literal["stop", "length", "error", "abort"]
 Int32Array = npt.NDArray[np.int32]
 
 
+ENGINE_LOST = "the engine was lost"
+"""The error of a request whose engine ended: it goes on at another one."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     """How a sequence's next token is chosen. Filled by the ingress from the chat request.
 

@@ -7,7 +7,7 @@ import os
 import sys
 
 from r1_cluster import __version__
-from r1_cluster.cli import chat, serve, status, stop
+from r1_cluster.cli import chat, drain, serve, status, stop
 from r1_cluster.config import ConfigError
 
 _DESCRIPTION = """\
@@ -16,6 +16,7 @@ Serves DeepSeek-R1 models on a Ray cluster, behind an OpenAI-compatible endpoint
   r1-cluster serve cluster_configs/services/nano.yaml    start a service, stop it with Ctrl-C
   r1-cluster chat                                        talk to it from another terminal
   r1-cluster status                                      who runs where, and how busy it is
+  r1-cluster drain                                       stop it once its answers have ended
   r1-cluster stop                                        stop it from another terminal
 """
 
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"r1-cluster {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (serve, chat, status, stop):
+    for module in (serve, chat, status, drain, stop):
         module.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:

@@ -28,8 +28,8 @@ def add_parser(commands: Any) -> None:
         "serve",
         help="start a service",
         description="Starts the service that a YAML file describes and stays until Ctrl-C, which stops all "
-        "that it started. Without cluster.address (and without --address) it starts a Ray cluster on this "
-        "machine; with one it deploys there.",
+        "that it started; SIGTERM does so once the answers under way have ended. Without cluster.address "
+        "(and without --address) it starts a Ray cluster on this machine; with one it deploys there.",
     )
     parser.add_argument(
         "service", type=Path, help="the service file, such as cluster_configs/services/nano.yaml"
@@ -46,18 +46,27 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     service = _overridden(load_service(arguments.service), arguments)
     layout, model = _check(service)
-    stop = threading.Event()
-    _on_signals(lambda *_: stop.set())
+    stop, hurry = threading.Event(), threading.Event()
+
+    def on_signal(number: int, _: object) -> None:
+        if number == signal.SIGINT or stop.is_set():
+            hurry.set()
+        stop.set()
+
+    _on_signals(on_signal)
     print(f"{service.name}: {_describe(service, layout, model)}")
     with _cluster(service, layout):
-        _on_signals(lambda *_: stop.set())  # again: ray.init has put its own in their place
+        _on_signals(on_signal)  # again: ray.init has put its own in their place
         from actors.app import build_app
-        from actors.cluster import remove_service
+        from actors.cluster import drain, remove_service
 
         try:
             failure = _deploy(service, build_app(service), started)
             if failure is None and not stop.is_set():
                 _wait(service, stop, started)
+                if not hurry.is_set():
+                    _say("draining: no new requests; answers under way may end (Ctrl-C: stop at once)")
+                    drain(service.name, service.serve.drain_s, hurry)
         finally:
             _on_signals(signal.SIG_IGN)
             _say("stopping")
@@ -144,6 +153,8 @@ def _cluster(service: Service, layout: Layout) -> Iterator[None]:
     # Ray's own defaults report usage and warn about things that a person who types `serve` cannot change.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # How long Ray asks an actor to end before its process is killed: one that hangs does not listen.
+    os.environ.setdefault("RAY_kill_worker_timeout_milliseconds", "1000")
     if service.cluster.address is None:
         require_token()
     import ray
@@ -166,6 +177,10 @@ def _cluster(service: Service, layout: Layout) -> Iterator[None]:
             logging_level="ERROR",
             configure_logging=True,
         )
+    except Exception as error:  # Ray's own words are a traceback
+        ray.shutdown()
+        raise ConfigError(f"Ray could not be started on this machine: {str(error).splitlines()[0]}") from None
+    try:
         check_capacity(service, layout)
         yield
     finally:

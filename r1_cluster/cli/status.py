@@ -36,8 +36,25 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(f"{running.name}: {running.url}/v1, model {running.model!r}")
     for engine in engines:
-        _show(engine)
+        if engine["standby"]:
+            print(f"\nstandby, process {engine['pid']} on {engine['host']}")
+        else:
+            _show(engine)
     return 0
+
+
+def _words(health: dict[str, Any]) -> str:
+    words = str(health["status"])
+    if health.get("missing"):
+        words += f", missing {', '.join(health['missing'])}"
+    return words + (f": {health['reason']}" if "reason" in health else "")
+
+
+def _last(log: list[dict[str, Any]]) -> str:
+    if not log:
+        return ""
+    last = log[-1]
+    return f", the last of {', '.join(last['lost'])} in {last['took_s']:.2f} s"
 
 
 def _show(engine: dict[str, Any]) -> None:
@@ -47,8 +64,7 @@ def _show(engine: dict[str, Any]) -> None:
         f"{engine['pages_used']}/{engine['pages']} pages, "
         f"{engine['tokens']} tokens in {engine['steps']} steps"
     )
-    if engine["failure"]:
-        print(f"  failed: {engine['failure']}")
+    print(f"  {_words(engine['health'])}; {engine['recoveries']} recoveries{_last(engine['recovery_log'])}")
     if engine["step_ms"] is not None:
         step_ms, overhead_ms = engine["step_ms"], engine["overhead_ms"]
         print(f"  one sequence: {step_ms:.2f} ms a step, {overhead_ms:.2f} ms of it overhead")

@@ -6,9 +6,12 @@ import argparse
 import os
 import signal
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from r1_cluster.config import ConfigError
+
+if TYPE_CHECKING:
+    from r1_cluster.cli.running import Running
 
 
 def add_parser(commands: Any) -> None:
@@ -26,7 +29,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Asks the `serve` command to stop, or takes the service off a shared cluster."""
-    from r1_cluster.cli.running import find, forget, services
+    from r1_cluster.cli.running import find, forget
 
     running = find(arguments.service)
     if not running.local:
@@ -38,12 +41,19 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{running.name} is stopped.")
         return 0
     os.kill(running.pid, signal.SIGINT)
-    deadline = time.monotonic() + arguments.timeout
-    while time.monotonic() < deadline:
-        if not any(other.name == running.name for other in services()):
-            print(f"{running.name} is stopped.")
-            return 0
+    wait_until_stopped(running, arguments.timeout)
+    print(f"{running.name} is stopped.")
+    return 0
+
+
+def wait_until_stopped(running: Running, timeout_s: float) -> None:
+    """Returns when its `serve` command has ended; raises ConfigError if it has not in time."""
+    from r1_cluster.cli.running import services
+
+    deadline = time.monotonic() + timeout_s
+    while any(other.name == running.name for other in services()):
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{running.name} (process {running.pid}) has not stopped within {timeout_s:g} s"
+            )
         time.sleep(0.1)
-    raise ConfigError(
-        f"{running.name} (process {running.pid}) has not stopped within {arguments.timeout:g} s"
-    )

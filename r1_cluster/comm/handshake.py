@@ -29,7 +29,7 @@ MAX_FRAME_BYTES = 4096
 NONCE_BYTES = 32
 _LENGTH = struct.Struct("<I")
 
-Purpose = Literal["control", "tensor", "tokens"]
+Purpose = Literal["control", "tensor", "tokens", "watch"]
 R = TypeVar("R")
 
 

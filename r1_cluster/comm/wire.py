@@ -97,6 +97,8 @@ class Kind(IntEnum):
     TOKENS = 9
     HEARTBEAT = 10
     GROUP = 11
+    ASSIGN = 12
+    DEPOSED = 13
 
 
 class Flags:

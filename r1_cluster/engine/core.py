@@ -7,23 +7,39 @@ wake it; nothing else is shared.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from r1_cluster.comm.links import TcpLink, wait_any
 from r1_cluster.comm.wakeup import Wakeup
-from r1_cluster.engine.pipeline import Member, Pipeline, WorkerLost
-from r1_cluster.engine.recovery import EngineFailed, Recovery
+from r1_cluster.engine.pipeline import Deposed, Member, Pipeline, WorkerLost
+from r1_cluster.engine.recovery import EngineFailed, Recovery, Replace
 from r1_cluster.engine.scheduler import Finished, Scheduler
-from r1_cluster.engine.streams import TokenFan
-from r1_cluster.records import Request, StepPlan, StepResult, TokenDelta
+from r1_cluster.engine.streams import NOBODY, TokenFan
+from r1_cluster.records import ENGINE_LOST, Request, SamplingParams, StepPlan, StepResult, TokenDelta
 
 HELD_S = 30.0
 """How long the KV that a former engine left waits for its requests to come again."""
 DEADLINE_SLACK_S = 1.0
 """How much longer the engine waits for a step than the workers in it wait for each other."""
+HEARTBEAT_S = 0.5
+"""How often every worker is asked whether it lives; a third of the lease where that is less."""
+CANARY_S = 5.0
+"""An engine that was idle for so long computes one token, so that `/health` tells the truth."""
+MAX_RECOVERY_S = 600.0
+"""A recovery that takes longer no longer counts as health."""
+
+
+logger = logging.getLogger(__name__)
+
+
+def _canary(request_id: str) -> Request:
+    """One token for nobody."""
+    return Request(request_id, [0], SamplingParams(0.0, 1.0, 0, 0), 1, [], NOBODY)
 
 
 class StepTimes:
@@ -58,10 +74,12 @@ class EngineCore:
         lease_s: float,
         step_timeout_s: float,
         on_end: Callable[[str, str | None], None],
-        replace: Callable[[str], None],
+        replace: Replace,
+        on_recovery: Callable[[list[str], float], None] = lambda lost, took_s: None,
     ) -> None:
         """`on_end(request_id, error)` is called from the loop's thread once for every request.
-        `replace(name)` starts a lost worker anew in the background, for `arrived` to bring."""
+        `replace` starts a lost worker anew in the background, for `arrived` to bring; `on_recovery` is told
+        who was lost and for how long nothing was computed."""
         self.scheduler = scheduler
         self.pipeline = pipeline
         self.fan = fan
@@ -69,12 +87,14 @@ class EngineCore:
         self.num_steps = 0
         self.num_tokens = 0
         self.failure: str | None = None
+        self.deposed = False
+        self.pulse = self.stepped_at = time.monotonic()
         self._on_end = on_end
-        self._heartbeat_s = lease_s / 3
+        self._heartbeat_s = min(HEARTBEAT_S, lease_s / 3)
         self._step_timeout_s = step_timeout_s + DEADLINE_SLACK_S
         self._commands: deque[Request | str] = deque()
         self._wakeup = Wakeup()
-        self.recovery = Recovery(scheduler, pipeline, replace, self._wakeup.set)
+        self.recovery = Recovery(scheduler, pipeline, replace, self._wakeup.set, on_recovery)
         self._stopping = False
         self._sinks: dict[str, str] = {}
         self._sent_at: dict[int, float] = {}
@@ -83,16 +103,53 @@ class EngineCore:
         self._release_at = time.monotonic() + HELD_S
         self._thread = threading.Thread(target=self._run, name="engine-core", daemon=True)
 
+    @property
+    def ended(self) -> bool:
+        """Whether the loop is over, for whatever reason."""
+        return self._thread.ident is not None and not self._thread.is_alive()
+
+    @property
+    def end_reason(self) -> str:
+        """What becomes of requests when the loop has ended: they go on elsewhere, or the engine has failed
+        for good."""
+        return self.failure or ENGINE_LOST
+
+    @property
+    def well(self) -> bool:
+        """Whether the loop runs and has lately shown that it does not hang."""
+        if self._thread.ident is None:
+            return True
+        # A worker may keep the loop waiting for a step's deadline and for the answer to a topology.
+        patience_s = self._step_timeout_s + self.pipeline.answer_timeout_s
+        return self._thread.is_alive() and time.monotonic() - self.pulse < patience_s
+
+    def health(self) -> dict[str, Any]:
+        """ready: a token passed through every stage lately; recovering: it will again; else why not."""
+        if self.ended:
+            return {"status": "unavailable", "reason": self.end_reason}
+        missing = sorted(self.recovery.missing)
+        idle_s = time.monotonic() - self.stepped_at
+        state: dict[str, Any] = {"missing": missing, "last_step_s": round(idle_s, 3)}
+        if idle_s < 2 * CANARY_S + self._step_timeout_s:
+            return {"status": "recovering" if self.recovery.blocked else "ready"} | state
+        if self.recovery.under_way and idle_s < MAX_RECOVERY_S:
+            return {"status": "recovering"} | state
+        return {"status": "unavailable", "reason": f"no step was computed for {idle_s:.0f} s"} | state
+
     def start(self) -> None:
         """Starts the loop's thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the loop and closes the links; what still runs ends with an error."""
+        """Ends the loop and closes the links; what still runs goes on at the next engine."""
         self._stopping = True
         if self._thread.is_alive():
             self._wakeup.set()
             self._thread.join()
+
+    def join(self) -> None:
+        """Waits for the loop's end."""
+        self._thread.join()
 
     def submit(self, request: Request) -> None:
         """Queues a request whose sink is attached to the fan."""
@@ -111,25 +168,29 @@ class EngineCore:
     def _run(self) -> None:
         try:
             self._loop()
+        except Deposed as error:
+            self.deposed = True
+            logger.warning("this engine is deposed: %s", error)
         except EngineFailed as error:
             self.failure = str(error)
-        except Exception as error:
-            self.failure = f"the engine's loop failed: {type(error).__name__}: {error}"
-            raise
+        except Exception:
+            # The next engine may do better; its workers and their KV are as they were.
+            logger.exception("the engine's loop failed")
         finally:
-            self._end_all(self.failure or "the engine was stopped")
+            self._end_all(self.end_reason)
             self.pipeline.close()
             self.fan.close()
 
     def _loop(self) -> None:
         heartbeat_at = 0.0
+        self.recovery.fill()
         while not self._stopping:
             try:
                 if self.recovery.under_way:
                     self._recover()
                 else:
                     self._send_plans()
-                now = time.monotonic()
+                now = self.pulse = time.monotonic()
                 if now >= heartbeat_at:
                     heartbeat_at = now + self._heartbeat_s
                     self.pipeline.heartbeat()
@@ -149,21 +210,28 @@ class EngineCore:
                 self._finish(result)
 
     def _look_after(self, now: float) -> None:
-        """What is overdue: a step (who hangs in it is lost), sequences that nobody asked for again; and, on
-        an idle engine, that no page is lost."""
+        """What is overdue: a step (who hangs in it is lost), a worker's sign of life, sequences that nobody
+        asked for again; and, on an idle engine, that no page is lost and that a token can be computed."""
         if self.scheduler.idle:
             self.scheduler.check()
+            if now - self.stepped_at > CANARY_S:
+                self.scheduler.add(_canary(f"canary-{self.num_steps}"))
         if now > self._release_at:
             self.scheduler.release_held()
             self._release_at = float("inf")
+        silent = self.pipeline.silent(2 + int(self._step_timeout_s / self._heartbeat_s))
+        if silent:
+            raise WorkerLost(silent, "silent")
         if self._sent_at and not self.recovery.under_way:
             oldest = min(self._sent_at.values())
             if time.perf_counter() - oldest > self._step_timeout_s:
-                names = self.pipeline.silent(DEADLINE_SLACK_S)
+                names = self.pipeline.probe(self.pipeline.members, DEADLINE_SLACK_S)
                 raise WorkerLost(names or self.pipeline.members, "a step did not end in time")
 
     def _lose(self, error: WorkerLost) -> None:
-        for request_id in self.recovery.lose(error.names):
+        logger.warning("%s: %s", ", ".join(error.names), error)
+        guilty = self.recovery.accuse(error.names) if error.accused else self.recovery.lose(error.names)
+        for request_id in guilty:
             sink = self._sinks.get(request_id)
             if sink is None:
                 continue
@@ -173,7 +241,7 @@ class EngineCore:
             self._end(request_id, words)
 
     def _recover(self) -> None:
-        plans = self.recovery.advance()
+        plans = self.recovery.advance(idle=not self._sent_at)
         if plans is None:
             return
         self.fan.epoch = self.pipeline.epoch
@@ -186,7 +254,11 @@ class EngineCore:
             command = self._commands.popleft()
             if isinstance(command, Request):
                 self._sinks[command.request_id] = command.sink
-                self.scheduler.add(command)
+                missed = self.scheduler.catch_up(command)
+                if missed is None:
+                    self.scheduler.add(command)
+                else:
+                    self._emit([missed])
             elif command in self._sinks:
                 self.scheduler.abort(command)
                 self._end(command, None)
@@ -214,10 +286,11 @@ class EngineCore:
         del self._sent_at[result.step]
         began_at = self._began_at.pop(result.step, None)
         if result.lost:
-            raise WorkerLost(result.lost, "lost in a step")
+            raise WorkerLost(result.lost, "lost by their peers in a step", accused=True)
         arrived = time.perf_counter()
         finished = self.scheduler.commit(result)
         self.num_steps += 1
+        self.stepped_at = time.monotonic()
         self.num_tokens += len(finished)
         if began_at is not None:
             self.times.samples.append((arrived - began_at, result.compute_s))
@@ -235,7 +308,7 @@ class EngineCore:
         for sink in self.fan.emit(finished):
             for request_id in [name for name, where in self._sinks.items() if where == sink]:
                 self.scheduler.abort(request_id)
-                self._end(request_id, "the link to the ingress broke")
+                self._end(request_id, ENGINE_LOST)  # if the ingress lives, it asks again
         for item in finished:
             if item.delta.finish_reason is not None and item.delta.request_id in self._sinks:
                 self._end(item.delta.request_id, None)
@@ -247,9 +320,10 @@ class EngineCore:
     def _end_all(self, error: str) -> None:
         self._take_commands()
         ending = dict(self._sinks)
-        self.fan.emit(
-            Finished(sink, TokenDelta(request_id, 0, [], "error", error))
-            for request_id, sink in ending.items()
-        )
+        if not self.deposed:  # else its streams are another's
+            self.fan.emit(
+                Finished(sink, TokenDelta(request_id, 0, [], "error", error))
+                for request_id, sink in ending.items()
+            )
         for request_id in ending:
             self._end(request_id, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,30 +11,38 @@ import msgspec
 
 from r1_cluster.comm.links import TcpLink, wait_any
 from r1_cluster.comm.listener import Endpoint
-from r1_cluster.comm.wire import Header, Kind, LinkError, pack, unpack
+from r1_cluster.comm.wire import Header, Kind, LinkError, Message, pack, unpack
 from r1_cluster.engine.boot import Ready, Topology
 from r1_cluster.planning.layout import Layout
 from r1_cluster.records import HeldSequence, StepPlan, StepResult
 
-LINK_TIMEOUT_S = 30.0
-"""How long a worker may take to answer a topology: the longest step and the handshakes."""
+RENEW_S = 0.5
+LINK_SLACK_S = 2.0
+"""How much longer than a step may last a worker may take to answer a topology: the handshakes."""
 
 
 class WorkerLost(Exception):
-    """Workers are gone; `names` are theirs."""
+    """Workers are gone, or (`accused`) so say their peers; `names` are theirs."""
 
-    def __init__(self, names: Iterable[str], why: str) -> None:
+    def __init__(self, names: Iterable[str], why: str, *, accused: bool = False) -> None:
         super().__init__(why)
         self.names = tuple(names)
+        self.accused = accused
+
+
+class Deposed(Exception):
+    """Another engine is in charge of the workers."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A worker as its engine knows it: the control link, where it listens, which incarnation it is."""
+    """A worker as its engine knows it: the control link, where it listens, which incarnation it is, how long
+    its process took to start and load."""
 
     link: TcpLink
     endpoint: Endpoint
     incarnation: str
+    start_s: float = 0.0
 
 
 class Pipeline:
@@ -43,36 +52,49 @@ class Pipeline:
     `epoch` grows with every change among the workers; what comes under an older one is dropped.
     """
 
-    def __init__(self, layout: Layout, members: dict[str, Member], epoch: int) -> None:
+    def __init__(self, layout: Layout, members: dict[str, Member], epoch: int, step_timeout_s: float) -> None:
+        """`members` are all workers of the layout that live, and the spares."""
         self.layout = layout
         self.members = members
         self.epoch = epoch
         self.stale_dropped = 0
+        self.assigned: set[str] = set()  # spares that are loading what a lost worker hosted
+        self.answer_timeout_s = step_timeout_s + LINK_SLACK_S
+        self._unanswered: dict[str, int] = {}
         self._first = layout.stages[0].name
         self._results = msgspec.msgpack.Decoder(StepResult)
+
+    @property
+    def spares(self) -> list[str]:
+        """Members that wait for a role."""
+        return [spare.name for spare in self.layout.spares if spare.name in self.members]
 
     def link(self, epoch: int, *, read_back: bool = False) -> dict[str, HeldSequence]:
         """Tells every worker where the others are, under a new epoch; returns what the first stage holds.
 
         Stages first, then routers, then experts: a stage answers when it is between steps, so that when
-        routers and experts come to the new epoch, nobody waits for them under the old one. Raises WorkerLost.
+        routers and experts come to the new epoch, nobody waits for them under the old one. Workers that are
+        missing, or still loading, are left out. Raises WorkerLost.
         """
         self.epoch = epoch
+        there = {name: member for name, member in self.members.items() if name not in self.assigned}
         topology = Topology(
             epoch,
-            {name: member.endpoint for name, member in self.members.items()},
-            {name: member.incarnation for name, member in self.members.items()},
+            {name: member.endpoint for name, member in there.items()},
+            {name: member.incarnation for name, member in there.items()},
             read_back,
         )
         held: dict[str, HeldSequence] = {}
         for role in ("stage", "router", "experts"):
-            names = [worker.name for worker in self.layout.workers if worker.roles[0] == role]
+            workers = [worker for worker in self.layout.workers if worker.roles[0] == role]
+            names = [worker.name for worker in workers if worker.name in there]
             for name in names:
                 self._send(name, Header(Kind.CONTROL, epoch), pack(topology))
             for name in names:
                 ready = self._await_ready(name)
                 if ready.unreachable:
-                    raise WorkerLost(ready.unreachable, f"{name} cannot reach {', '.join(ready.unreachable)}")
+                    peers = ", ".join(ready.unreachable)
+                    raise WorkerLost(ready.unreachable, f"{name} cannot reach {peers}", accused=True)
                 held |= ready.held
         return held
 
@@ -82,30 +104,61 @@ class Pipeline:
 
     def heartbeat(self) -> None:
         """Renews every worker's lease; raises WorkerLost."""
-        for name in self.members:
+        for name in list(self.members):
+            self._unanswered[name] = self._unanswered.get(name, 0) + 1
             self._send(name, Header(Kind.HEARTBEAT, self.epoch), b"")
 
-    def silent(self, timeout_s: float) -> list[str]:
-        """The workers that do not answer a heartbeat in time, be it that they hang in a step."""
-        self.heartbeat()
+    def silent(self, num_heartbeats: int) -> list[str]:
+        """Members from which nothing came for so many heartbeats, but for those that are loading. Counted,
+        not timed, so that an engine that slept itself does not take its workers for dead."""
+        members = self.members.keys() - self.assigned
+        return sorted(name for name in members if self._unanswered.get(name, 0) > num_heartbeats)
+
+    def probe(self, names: Iterable[str], timeout_s: float) -> list[str]:
+        """Those of `names` that are gone or do not answer a heartbeat in time, be it that they hang in a
+        step. Results that come meanwhile are dropped: whoever probes has given up the step."""
+        asked = [name for name in names if name in self.members]
+        silent = set(asked)
+        waiting = {}
+        for name in asked:
+            try:
+                self._send(name, Header(Kind.HEARTBEAT, self.epoch), b"")
+                waiting[self.members[name].link] = name
+            except WorkerLost:
+                continue
         deadline = time.monotonic() + timeout_s
-        waiting = {member.link: name for name, member in self.members.items()}
         while waiting and (left_s := deadline - time.monotonic()) > 0:
             for link in wait_any(list(waiting), left_s):
                 try:
-                    answered = link.recv(1.0).header.kind == Kind.HEARTBEAT
+                    message = link.recv(1.0)
                 except LinkError:
-                    continue  # gone: it stays among the silent
-                if answered:
                     del waiting[link]
-        return list(waiting.values())
+                    continue
+                self._take_note(link, message)
+                if message.header.kind == Kind.HEARTBEAT:
+                    silent.discard(waiting.pop(link))
+        return sorted(silent)
+
+    def assign(self, spare: str, name: str) -> None:
+        """Gives a lost worker's place to a spare, which is `assigned` until `receive` says that it has
+        loaded. Raises WorkerLost, of `name`, if the spare is gone as well."""
+        member = self.members.pop(spare)
+        member.link.peer = name
+        self.members[name] = member
+        self._unanswered.pop(name, None)
+        self.assigned.add(name)
+        self._send(name, Header(Kind.ASSIGN, self.epoch), name.encode())
 
     def receive(self, link: TcpLink) -> StepResult | None:
-        """What a worker sent; None for an answered heartbeat or what is out of date. Raises WorkerLost."""
+        """What a worker sent; None but for a result that is up to date. Raises WorkerLost, Deposed."""
+        member = self.members.get(link.peer)
+        if member is None or member.link is not link:
+            return None  # lost meanwhile
         try:
             message = link.recv(1.0)
         except LinkError as error:
             raise WorkerLost([link.peer], str(error)) from None
+        self._take_note(link, message)
         if message.header.kind != Kind.RESULT:
             return None
         if message.header.epoch != self.epoch:
@@ -113,9 +166,19 @@ class Pipeline:
             return None
         return self._results.decode(message.body)
 
+    def _take_note(self, link: TcpLink, message: Message) -> None:
+        self._unanswered.pop(link.peer, None)
+        kind = message.header.kind
+        if kind == Kind.DEPOSED:
+            raise Deposed(f"an engine of epoch {message.header.epoch} has taken over")
+        if kind == Kind.ASSIGN:
+            self.assigned.discard(link.peer)
+
     def drop(self, name: str) -> None:
         """Closes the link to a worker that is lost."""
         member = self.members.pop(name, None)
+        self._unanswered.pop(name, None)
+        self.assigned.discard(name)
         if member is not None:
             member.link.close()
 
@@ -125,13 +188,24 @@ class Pipeline:
             member.link.close()
 
     def _await_ready(self, name: str) -> Ready:
+        deadline = time.monotonic() + self.answer_timeout_s
         try:
             while True:
-                message = self.members[name].link.recv(LINK_TIMEOUT_S)
+                if not wait_any([self.members[name].link], RENEW_S) and time.monotonic() < deadline:
+                    self._renew_leases()
+                    continue
+                message = self.members[name].link.recv(0)
+                self._take_note(self.members[name].link, message)
                 if message.header.kind == Kind.CONTROL and message.header.epoch == self.epoch:
                     return unpack(message.body, Ready)
         except LinkError as error:
             raise WorkerLost([name], str(error)) from None
+
+    def _renew_leases(self) -> None:
+        """While one worker is waited for, the others must not take their engine for dead."""
+        for member in self.members.values():
+            with contextlib.suppress(LinkError):  # noticed when its turn comes
+                member.link.send(Header(Kind.HEARTBEAT, self.epoch))
 
     def _send(self, name: str, header: Header, body: bytes) -> None:
         try:

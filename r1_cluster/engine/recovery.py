@@ -1,8 +1,11 @@
 """What an engine does when a worker is lost: who is missing, who has come back, what must be done again.
 
-States: all there → (a loss) → waiting for replacements → (all there again, linked under a new epoch) → all
-there. Replacements are made elsewhere (`replace` starts them and returns; they arrive by `arrived`). How
-often a worker is replaced is bounded; beyond that the engine fails, for good and with a reason.
+The links are right when all who are present are linked under one epoch. A loss spoils the steps in flight:
+as soon as those who are left can compute (the missing are expert shards with another host) or all are there
+again, they are linked under a new epoch and the steps are done again. Whoever comes back later joins
+between two steps. Replacements are made elsewhere: a spare takes the place at once, or `replace` starts a
+worker and it arrives by `arrived`. How often a worker is replaced is bounded; beyond that the engine fails,
+for good and with a reason.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
-from r1_cluster.engine.pipeline import Member, Pipeline
+from r1_cluster.engine.pipeline import Member, Pipeline, WorkerLost
 from r1_cluster.engine.scheduler import Scheduler
 from r1_cluster.records import StepPlan
 
@@ -20,10 +24,22 @@ logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 10
 RESTART_WINDOW_S = 60.0
+MAX_FAILED_STARTS = 5
+MAX_ACCUSATIONS = 3
+ACCUSATION_WINDOW_S = 30.0
+PROBE_S = 0.5
+"""How soon a worker that others call lost must answer, to keep its place."""
 
 
 class EngineFailed(Exception):
     """The engine cannot go on; the text is why."""
+
+
+class Replace(Protocol):
+    """Ends what is left of worker `name` and, in the background, starts another: in its place or, where a
+    spare has taken that, as a new spare. `delay_s` is to be waited first."""
+
+    def __call__(self, name: str, spare: str | None, delay_s: float) -> None: ...
 
 
 class Recovery:
@@ -33,43 +49,93 @@ class Recovery:
         self,
         scheduler: Scheduler,
         pipeline: Pipeline,
-        replace: Callable[[str], None],
+        replace: Replace,
         wake: Callable[[], None],
+        on_recovery: Callable[[list[str], float], None],
     ) -> None:
-        """`replace(name)` starts a worker anew in the background; `wake` ends the loop's wait."""
-        self.missing: set[str] = set()
+        """For a pipeline whose members are linked. `wake` ends the loop's wait."""
         self.num_recoveries = 0
-        self.last_recovery_s = 0.0
+        self.log: deque[dict[str, Any]] = deque(maxlen=256)
         self._scheduler = scheduler
         self._pipeline = pipeline
         self._replace = replace
         self._wake = wake
+        self._on_recovery = on_recovery
+        self._roles = frozenset(worker.name for worker in pipeline.layout.workers)
+        self._stages = frozenset(stage.name for stage in pipeline.layout.stages)
+        self._linked = self._present()
         self._arrivals: deque[tuple[str, Member | Exception]] = deque()
+        self._spoiled = False
         self._kv_lost = False
         self._began = 0.0
+        self._lost: list[str] = []
         self._losses: dict[str, list[float]] = {}
+        self._accusations: dict[str, list[float]] = {}
+        self._failed_starts: dict[str, int] = {}
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """Workers that are gone, or still loading."""
+        return self._roles - self._present()
+
+    @property
+    def blocked(self) -> bool:
+        """Whether no step can be computed until somebody comes back."""
+        return not self._pipeline.layout.can_do_without(self.missing)
 
     @property
     def under_way(self) -> bool:
-        return bool(self.missing)
+        """Whether `advance` must be called before the next step."""
+        return self._spoiled or bool(self._arrivals) or self._present() != self._linked
+
+    def fill(self) -> None:
+        """Whoever a former engine left missing is replaced."""
+        spares = [spare.name for spare in self._pipeline.layout.spares]
+        absent = [spare for spare in spares if spare not in self._pipeline.members]
+        for name in sorted(self.missing):
+            self._spoil(name)
+            self._kv_lost |= name in self._stages
+            self._replace(name, self._take_spare(name), 0.0)
+        for spare in absent:
+            self._replace(spare, None, 0.0)
+
+    def accuse(self, names: Iterable[str]) -> list[str]:
+        """Peers of these workers lost them. Those that answer us have lost a link, which is made anew; the
+        others, and those that are accused again and again, are lost (see `lose`)."""
+        names = list(dict.fromkeys(names))
+        convicted = set(self._pipeline.probe(names, PROBE_S)) | (set(names) - self._pipeline.members.keys())
+        for name in names:
+            if _count(self._accusations, name, ACCUSATION_WINDOW_S) >= MAX_ACCUSATIONS:
+                self._accusations.pop(name)
+                convicted.add(name)
+        guilty = self.lose(convicted)
+        for name in sorted(set(names) - convicted):
+            logger.warning("the link to %s broke; linking anew", name)
+            self._spoil(name)
+        if not self._spoiled:  # whoever is accused was lost before; the step must be done again all the same
+            self._spoil(names[0])
+        return guilty
 
     def lose(self, names: Iterable[str]) -> list[str]:
         """Workers are gone: their replacement begins. Returns the requests that must be failed because
         workers died whenever they ran."""
-        new = [name for name in dict.fromkeys(names) if name not in self.missing]
-        if not new:
-            return []
-        if not self.missing:
-            self._began = time.monotonic()
-        guilty = self._scheduler.suspect() if not self.missing else []
-        stages = {stage.name for stage in self._pipeline.layout.stages}
-        for name in new:
-            self._count(name)
-            self.missing.add(name)
-            self._kv_lost |= name in stages
+        # Whoever is no member any more was lost before.
+        lost = [name for name in dict.fromkeys(names) if name in self._pipeline.members]
+        needed = [name for name in lost if name in self._roles]
+        guilty = self._scheduler.suspect() if needed and not self._spoiled else []
+        for name in lost:
             self._pipeline.drop(name)
+        for name in lost:
             logger.warning("lost %s; replacing it", name)
-            self._replace(name)
+            if name not in self._roles:
+                self._replace(name, None, 0.0)
+                continue
+            if _count(self._losses, name, RESTART_WINDOW_S) > MAX_RESTARTS:
+                times = len(self._losses[name])
+                raise EngineFailed(f"{name} was lost {times} times within {RESTART_WINDOW_S:.0f} s")
+            self._spoil(name)
+            self._kv_lost |= name in self._stages
+            self._replace(name, self._take_spare(name), 0.0)
         return guilty
 
     def arrived(self, name: str, member: Member | Exception) -> None:
@@ -77,29 +143,67 @@ class Recovery:
         self._arrivals.append((name, member))
         self._wake()
 
-    def advance(self) -> list[StepPlan] | None:
-        """Takes in what arrived. Once nobody is missing: links all under a new epoch and returns the plans
-        that must be sent again; None while somebody is missing. Raises WorkerLost, EngineFailed."""
+    def advance(self, *, idle: bool) -> list[StepPlan] | None:
+        """Takes in what arrived. Once all who are needed are there (and, where nothing was spoiled, the
+        pipeline is `idle`): links them under a new epoch and returns the plans that must be sent again;
+        None before. Raises WorkerLost, EngineFailed."""
         while self._arrivals:
-            name, member = self._arrivals.popleft()
-            if isinstance(member, Exception):
-                raise EngineFailed(f"{name} could not be replaced: {member}")
-            self._pipeline.members[name] = member
-            self.missing.discard(name)
-        if self.missing:
+            self._take_in(*self._arrivals.popleft())
+        present = self._present()
+        if self.blocked or not (self._spoiled or (idle and present != self._linked)):
             return None
         self._pipeline.link(self._pipeline.epoch + 1)
+        self._linked = present
         if self._kv_lost:
             self._scheduler.forget_kv()
             self._kv_lost = False
-        self.num_recoveries += 1
-        self.last_recovery_s = time.monotonic() - self._began
-        logger.warning("all workers are there again, %.2f s after the loss", self.last_recovery_s)
+        if self._spoiled:
+            self._note()
+        self._spoiled = False
         return self._scheduler.replan(self._pipeline.epoch)
 
-    def _count(self, name: str) -> None:
-        now = time.monotonic()
-        losses = [at for at in self._losses.get(name, []) if now - at < RESTART_WINDOW_S] + [now]
-        self._losses[name] = losses
-        if len(losses) > MAX_RESTARTS:
-            raise EngineFailed(f"{name} was lost {len(losses)} times within {RESTART_WINDOW_S:.0f} s")
+    def _present(self) -> frozenset[str]:
+        return self._roles & self._pipeline.members.keys() - self._pipeline.assigned
+
+    def _spoil(self, name: str) -> None:
+        if not self._spoiled:
+            self._began = time.monotonic()
+            self._lost = []
+        self._spoiled = True
+        self._lost.append(name)
+
+    def _take_spare(self, name: str) -> str | None:
+        for spare in self._pipeline.spares:
+            try:
+                self._pipeline.assign(spare, name)
+                return spare
+            except WorkerLost:  # it died, too
+                self._pipeline.drop(name)
+                self._replace(spare, None, 0.0)
+        return None
+
+    def _take_in(self, name: str, member: Member | Exception) -> None:
+        if isinstance(member, Exception):
+            failures = self._failed_starts[name] = self._failed_starts.get(name, 0) + 1
+            if failures >= MAX_FAILED_STARTS:
+                raise EngineFailed(f"{name} could not be started {failures} times; the last time: {member}")
+            self._replace(name, None, 0.5 * 2**failures)
+            return
+        self._failed_starts.pop(name, None)
+        self._pipeline.members[name] = member
+
+    def _note(self) -> None:
+        self.num_recoveries += 1
+        took_s = time.monotonic() - self._began
+        starts = [m.start_s for name, m in self._pipeline.members.items() if name in self._lost]
+        start_s = max(starts, default=0.0)
+        self.log.append({"lost": self._lost, "at": time.time(), "took_s": took_s, "start_s": start_s})
+        self._on_recovery(self._lost, took_s)
+        logger.warning("computing again, %.2f s after the loss of %s", took_s, ", ".join(self._lost))
+
+
+def _count(table: dict[str, list[float]], name: str, window_s: float) -> int:
+    """Notes one more event of `name` now; how many there were within the window."""
+    now = time.monotonic()
+    table[name] = [at for at in table.get(name, []) if now - at < window_s] + [now]
+    return len(table[name])

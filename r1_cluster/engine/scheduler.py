@@ -99,10 +99,7 @@ class Scheduler:
         return not self._by_request
 
     def add(self, request: Request) -> None:
-        """Queues a request; one that is here already goes on as it is. The ingress has checked its length
-        against `max_model_len` and the pages."""
-        if request.request_id in self._by_request:
-            return
+        """Queues a new request. The ingress has checked its length against `max_model_len` and the pages."""
         stop_ids = frozenset(request.stop_token_ids)
         if not request.ignore_eos:
             stop_ids |= self._eos_ids
@@ -112,6 +109,17 @@ class Scheduler:
         self._by_request[request.request_id] = sequence
         if not self._take_over(sequence):
             self.waiting.append(sequence)
+
+    def catch_up(self, request: Request) -> Finished | None:
+        """For a request that is here already, asked for again by an ingress that missed some tokens: those
+        tokens. None for a new one."""
+        sequence = self._by_request.get(request.request_id)
+        if sequence is None:
+            return None
+        sequence.aborted = False  # its step may not have ended since
+        known = len(request.generated)
+        missed = sequence.tokens[len(request.prompt) + known :].tolist()
+        return Finished(request.sink, TokenDelta(request.request_id, known, missed))
 
     def abort(self, request_id: str) -> None:
         """Ends a request without a further token. One in flight gives up its pages when its step ends."""

@@ -6,7 +6,9 @@ ingress that gave it a request.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 from r1_cluster.comm.handshake import Hello
@@ -14,30 +16,37 @@ from r1_cluster.comm.links import TcpLink, wait_any
 from r1_cluster.comm.listener import Endpoint, Listener, connect
 from r1_cluster.comm.wakeup import Wakeup
 from r1_cluster.comm.wire import Header, Kind, LinkError, pack, unpack
+from r1_cluster.engine.pulse import SILENCE_S
 from r1_cluster.engine.scheduler import Finished
 from r1_cluster.records import TokenBatch, TokenDelta
 
+NOBODY = ""
+"""The sink of a request whose tokens nobody waits for."""
+
 
 class TokenSink:
-    """Receives token batches in a thread of its own and hands their deltas to `deliver`, in that thread.
+    """Receives token batches in a thread of its own and hands their deltas to `deliver`, in that thread, with
+    the engine's incarnation; `lost` gets the incarnation of an engine whose link closed or fell silent.
 
     Batches of an epoch older than the newest seen from an engine's name are dropped and counted.
     """
 
     def __init__(
         self,
-        name: str,
-        host: str,
-        ports: tuple[int, int],
-        secret: bytes,
-        deliver: Callable[[list[TokenDelta]], None],
+        listener: Listener,
+        deliver: Callable[[str, list[TokenDelta]], None],
+        lost: Callable[[str], None],
     ) -> None:
-        self.name = name
+        """Takes the listener over; its name is the sink's."""
+        self.name = listener.name
         self.stale_dropped = 0
         self._deliver = deliver
-        self._listener = Listener(name, secret, host, ports)
+        self._lost = lost
+        self._listener = listener
         self._wakeup = Wakeup()
         self._epochs: dict[str, int] = {}
+        self._engines: dict[TcpLink, str] = {}
+        self._heard: dict[TcpLink, float] = {}
         self._thread = threading.Thread(target=self._run, name="token-sink", daemon=True)
         self._thread.start()
 
@@ -51,40 +60,54 @@ class TokenSink:
         self._thread.join()
 
     def _run(self) -> None:
-        links: list[TcpLink] = []
         while True:
-            sources: list[Listener | TcpLink | Wakeup] = [self._wakeup, self._listener, *links]
-            for source in wait_any(sources, None):
+            sources: list[Listener | TcpLink | Wakeup] = [self._wakeup, self._listener, *self._engines]
+            for source in wait_any(sources, SILENCE_S / 2 if self._engines else None):
                 if isinstance(source, Wakeup):
                     self._listener.close()
-                    for link in links:
+                    for link in self._engines:
                         link.close()
                     return
                 if isinstance(source, Listener):
-                    links.append(source.accept(0)[1])
-                elif not self._receive(source):
-                    links.remove(source)
+                    hello, link = source.accept(0)
+                    self._engines[link] = hello.incarnation
+                    self._heard[link] = time.monotonic()
+                else:
+                    self._receive(source)
+            now = time.monotonic()
+            for link in [link for link, at in self._heard.items() if now - at > SILENCE_S]:
+                self._drop(link)
 
-    def _receive(self, link: TcpLink) -> bool:
+    def _receive(self, link: TcpLink) -> None:
         try:
-            batch = unpack(link.recv(10.0).body, TokenBatch)
+            message = link.recv(10.0)
+            self._heard[link] = time.monotonic()
+            if message.header.kind != Kind.TOKENS:
+                return
+            batch = unpack(message.body, TokenBatch)
         except LinkError:
-            link.close()
-            return False
+            self._drop(link)
+            return
         if batch.epoch < self._epochs.get(batch.engine, 0):
             self.stale_dropped += 1
-            return True
+            return
         self._epochs[batch.engine] = batch.epoch
-        self._deliver(batch.deltas)
-        return True
+        self._deliver(self._engines[link], batch.deltas)
+
+    def _drop(self, link: TcpLink) -> None:
+        link.close()
+        del self._heard[link]
+        self._lost(self._engines.pop(link))
 
 
 class TokenFan:
-    """An engine's links to its ingresses. `attach` may be called from any thread, `emit` from one."""
+    """An engine's links to its ingresses. Any thread may call any method. `incarnation` tells this engine's
+    process from others under its name."""
 
-    def __init__(self, engine: str, secret: bytes) -> None:
+    def __init__(self, engine: str, secret: bytes, incarnation: str = "") -> None:
         self.engine = engine
         self.epoch = 0
+        self._incarnation = incarnation
         self._secret = secret
         self._links: dict[str, TcpLink] = {}
         self._lock = threading.Lock()
@@ -95,7 +118,7 @@ class TokenFan:
             link = self._links.get(sink)
             if link is not None and not link.closed:
                 return
-            hello = Hello(self.engine, self.engine, self.epoch, "tokens")
+            hello = Hello(self.engine, self._incarnation, self.epoch, "tokens")
             self._links[sink] = connect(endpoint, hello, self._secret)
 
     def attached(self, sink: str) -> bool:
@@ -103,11 +126,22 @@ class TokenFan:
         link = self._links.get(sink)
         return link is not None and not link.closed
 
+    def accept(self, sink: str, request_id: str) -> None:
+        """Tells an ingress that its request is here, before there is a token."""
+        self.emit([Finished(sink, TokenDelta(request_id, 0, []))])
+
+    def beat(self) -> None:
+        """Tells all ingresses that this engine lives."""
+        for link in list(self._links.values()):
+            with contextlib.suppress(LinkError):
+                link.send(Header(Kind.HEARTBEAT, self.epoch))
+
     def emit(self, finished: Iterable[Finished]) -> list[str]:
         """Sends each ingress all its deltas in one message; returns the ingresses that are gone."""
         by_sink: dict[str, list[TokenDelta]] = {}
         for item in finished:
-            by_sink.setdefault(item.sink, []).append(item.delta)
+            if item.sink != NOBODY:
+                by_sink.setdefault(item.sink, []).append(item.delta)
         gone = []
         header = Header(Kind.TOKENS, self.epoch)
         for sink, deltas in by_sink.items():

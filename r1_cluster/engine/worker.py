@@ -3,7 +3,8 @@
 The loop waits for whatever comes first: a plan from the engine, hidden states from the stage before, a
 MoE request from a stage, dispatched rows from a router, a new link. It computes, passes on, and waits
 again; Ray has no part in it. A worker holds a lease on its engine: it ends by itself when no engine has
-spoken to it for `lease_s`.
+spoken to it for `lease_s`. A spare is a worker without a role that waits in the same loop until it is
+assigned one.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole, local_d
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.fitting import check_fits
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
-from r1_cluster.planning.layout import Layout
+from r1_cluster.planning.layout import Layout, WorkerSpec
 from r1_cluster.planning.memory import check_room, stage_bytes
 from r1_cluster.records import StepPlan, StepResult
 from r1_cluster.weights.checkpoint import Checkpoint
 
+FIRST_LEASE_S = 3600.0
+"""How long a worker waits for its first engine, which links nobody before all have loaded their weights."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,12 +46,11 @@ class Hidden(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Worker:
-    """Hosts the roles that `boot.workers` gives to `boot.name`."""
+    """Hosts the roles that `boot.workers` gives to `boot.name`; none, for now, if it is not among them."""
 
     def __init__(self, boot: WorkerBoot) -> None:
         torch.set_num_threads(boot.threads)
         self.boot = boot
-        self.spec = next(worker for worker in boot.workers if worker.name == boot.name)
         self.epoch = 0
         self.office = 0  # the epoch under which the engine in charge introduced itself
         self.held = HeldSequences()
@@ -59,9 +61,21 @@ class Worker:
         self._links: dict[str, TcpLink] = {}
         self._incarnations: dict[str, str] = {}
         self._plans = msgspec.msgpack.Decoder(StepPlan)
-        self._load()
+        self.assign(boot.name)
         self._wakeup = Wakeup()
         self.listener = Listener(boot.name, boot.secret, boot.host, boot.link_ports)
+
+    def assign(self, name: str) -> None:
+        """Takes the place called `name` and loads what belongs to it."""
+        self.spec = next((w for w in self.boot.workers if w.name == name), WorkerSpec(name))
+        self.experts: ExpertModel | None = None
+        self.router: RouterRole | None = None
+        self.stage: StageRole | None = None
+        self._remote: RemoteRouter | None = None
+        started = time.monotonic()
+        if self.spec.roles:
+            self._load()
+        self.load_s = time.monotonic() - started
 
     def _load(self) -> None:
         boot, spec = self.boot, self.spec
@@ -72,10 +86,6 @@ class Worker:
         dtype, device = _DTYPES[boot.dtype], torch.device(boot.device)
         check_fits(config, for_device(device), dtype, boot.page_size)
         moe_layers = range(config.first_k_dense_replace, config.num_hidden_layers)
-        self.experts: ExpertModel | None = None
-        self.router: RouterRole | None = None
-        self.stage: StageRole | None = None
-        self._remote: RemoteRouter | None = None
         if spec.experts is not None:
             self.experts = ExpertModel.load(
                 config,
@@ -139,22 +149,30 @@ class Worker:
         check_room(parts, torch.cuda.mem_get_info()[0])
 
     def _link_experts(self) -> None:
-        """Gives the router its dispatcher, once the links to all expert shards stand."""
+        """Gives the router a dispatcher over the expert shards to which links stand."""
         assert self.router is not None
-        shards = self.layout.shards
-        links: list[Link] = [
-            LocalLink(shard.name, self._answer_experts) if shard is self.spec else self._links[shard.name]
-            for shard in shards
-        ]
-        spans = [range(*shard.experts) for shard in shards if shard.experts is not None]
-        self.router.dispatcher = LinkDispatcher(links, spans, self.boot.step_timeout_s)
+        links: list[Link] = []
+        spans: list[range] = []
+        for shard in self.layout.shards:
+            if shard is self.spec:
+                links.append(LocalLink(shard.name, self._answer_experts))
+            elif shard.name in self._links:
+                links.append(self._links[shard.name])
+            else:
+                continue
+            assert shard.experts is not None
+            spans.append(range(*shard.experts))
+        try:
+            self.router.dispatcher = LinkDispatcher(links, spans, self.boot.step_timeout_s)
+        except ValueError:  # somebody is missing; there will be another topology before the next step
+            self.router.dispatcher = None
 
     @torch.inference_mode()
     def run(self) -> None:
         """The resident loop; returns when the worker was stopped or its lease ended.
 
-        A living engine sends heartbeats, so a worker to which nobody spoke for `lease_s` has none. Time
-        spent in a step does not count: what came meanwhile is read before the lease is judged.
+        A living engine sends heartbeats, so a worker to which nobody spoke for `lease_s` has none, once it
+        had one. Time spent in a step does not count: what came meanwhile is read before the lease is judged.
         """
         try:
             while not self._stopping:
@@ -165,7 +183,7 @@ class Worker:
                 ]
                 if self._control is not None:
                     sources.append(self._control)
-                ready = wait_any(sources, self.boot.lease_s)
+                ready = wait_any(sources, self.boot.lease_s if self.office else FIRST_LEASE_S)
                 if not ready:
                     return
                 for source in ready:
@@ -196,6 +214,8 @@ class Worker:
             link.close()  # an engine that was deposed, or that does not know yet who is in office
         else:
             if self._control is not None:
+                # Should the former engine only have slept, it must not take this for our death.
+                self._reply(self._control, Header(Kind.DEPOSED, hello.epoch), [], b"")
                 self._control.close()
             self._control = link
             self.office = hello.epoch
@@ -208,10 +228,6 @@ class Worker:
         self._incarnations[peer] = incarnation
         if self._remote is not None and peer == self._remote.name:
             self._remote.link = link
-        if self.router is not None and isinstance(self.router.dispatcher, LinkDispatcher):
-            names = [shard.name for shard in self.layout.shards]
-            if peer in names:
-                self.router.dispatcher.replace_link(names.index(peer), link)
 
     def _receive(self, link: TcpLink) -> None:
         try:
@@ -223,10 +239,12 @@ class Worker:
             else:
                 self._links.pop(link.peer, None)
             return
-        if message.header.epoch < self.epoch:
+        if message.header.kind == Kind.HEARTBEAT:
+            self._reply(link, message.header, [], b"")  # of any epoch: it is the engine's life that counts
+        elif message.header.epoch < self.epoch:
             self.stale_dropped += 1
-            return
-        self._handle(link, message)
+        else:
+            self._handle(link, message)
 
     def _handle(self, link: TcpLink, message: Message) -> None:
         kind = message.header.kind
@@ -243,7 +261,8 @@ class Worker:
         elif kind == Kind.DISPATCH and self.experts is not None:
             reply = self._answer_experts(message)
             self._reply(link, reply.header, list(reply.tensors), reply.body)
-        elif kind == Kind.HEARTBEAT:
+        elif kind == Kind.ASSIGN:
+            self.assign(message.body.decode())
             self._reply(link, message.header, [], b"")
         elif kind == Kind.CONTROL:
             topology = unpack(message.body, Topology)
@@ -261,23 +280,27 @@ class Worker:
             link.close()  # the next wait finds it closed and drops it
 
     def _connect(self, topology: Topology) -> list[str]:
-        """Opens the links that this worker opens, but for those that stand already; returns the peers that
-        could not be reached."""
+        """Opens the links that this worker opens, but for those that stand already, and closes those to
+        peers that are not there now; returns the peers that could not be reached."""
         unreachable = []
         for peer in self.layout.connects_to(self.spec):
             standing = self._links.get(peer)
-            if standing is not None and not standing.closed:
-                if self._incarnations[peer] == topology.incarnations[peer]:
+            if standing is not None:
+                if not standing.closed and self._incarnations[peer] == topology.incarnations.get(peer):
                     continue
                 standing.close()
-            hello = Hello(self.boot.name, self.boot.incarnation, topology.epoch, "tensor")
+                del self._links[peer]
+            if peer not in topology.endpoints:
+                continue
+            hello = Hello(self.spec.name, self.boot.incarnation, topology.epoch, "tensor")
             try:
                 link = connect(topology.endpoints[peer], hello, self.boot.secret)
             except LinkError:
                 unreachable.append(peer)
                 continue
+            link.peer = peer  # a spare still listens under the name that it had
             self._keep(peer, topology.incarnations[peer], link)
-        if self.router is not None and self.router.dispatcher is None and not unreachable:
+        if self.router is not None and self.layout.shards != (self.spec,) and not unreachable:
             self._link_experts()
         return unreachable
 

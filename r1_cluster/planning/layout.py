@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ Span = tuple[int, int]
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
-    """One worker process. `stage` and `router` are layer spans, `experts` a span of routed experts."""
+    """One worker process. `stage` and `router` are layer spans, `experts` a span of routed experts; a spare
+    has none of them."""
 
     name: str
     stage: Span | None = None
@@ -43,6 +45,7 @@ class Layout:
     workers: tuple[WorkerSpec, ...]
     num_layers: int
     first_moe_layer: int
+    spares: tuple[WorkerSpec, ...] = ()
 
     @property
     def stages(self) -> tuple[WorkerSpec, ...]:
@@ -51,6 +54,12 @@ class Layout:
     @property
     def shards(self) -> tuple[WorkerSpec, ...]:
         return tuple(worker for worker in self.workers if worker.experts is not None)
+
+    def can_do_without(self, missing: Collection[str]) -> bool:
+        """Whether a step needs none of the workers named: each is an expert shard with another host."""
+        spans = {worker.experts for worker in self.shards if worker.name not in missing}
+        lost = [worker for worker in self.workers if worker.name in missing]
+        return all(worker.roles == ("experts",) and worker.experts in spans for worker in lost)
 
     def router_of(self, stage: WorkerSpec) -> WorkerSpec | None:
         """The worker whose router serves `stage`; None where the stage has dense layers only."""
@@ -78,6 +87,7 @@ def build_layout(config: LayoutConfig, model: ModelConfig) -> Layout:
     first_moe = model.first_k_dense_replace
     stages = _spans(config.stages, num_layers, "layout.stages", "layers")
     shards = _spans(config.expert_shards, num_experts, "layout.expert_shards", "experts")
+    spares = tuple(WorkerSpec(f"spare-{i}") for i in range(config.spares))
     if config.kind == "colocated":
         if len(stages) > 1 or len(shards) > 1:
             raise ConfigError(
@@ -88,11 +98,17 @@ def build_layout(config: LayoutConfig, model: ModelConfig) -> Layout:
         only = WorkerSpec(
             "stage-0", stages[0], stages[0] if has_moe else None, shards[0] if has_moe else None
         )
-        return Layout((only,), num_layers, first_moe)
+        if config.redundant_experts:
+            raise ConfigError(
+                "layout.redundant_experts: expert shards have further hosts in kind: disaggregated alone"
+            )
+        return Layout((only,), num_layers, first_moe, spares)
     workers = [WorkerSpec(f"stage-{i}", stage=span) for i, span in enumerate(stages)]
     workers += [WorkerSpec(f"router-{i}", router=s) for i, s in enumerate(stages) if s[1] > first_moe]
     workers += [WorkerSpec(f"experts-{i}", experts=span) for i, span in enumerate(shards)]
-    return Layout(tuple(workers), num_layers, first_moe)
+    for copy in range(1, config.redundant_experts + 1):
+        workers += [WorkerSpec(f"experts-{i}-copy-{copy}", experts=span) for i, span in enumerate(shards)]
+    return Layout(tuple(workers), num_layers, first_moe, spares)
 
 
 def _spans(wanted: int | list[str], total: int, key: str, what: str) -> list[Span]:

@@ -212,3 +212,22 @@ def test_after_a_stage_lost_its_kv_everything_is_computed_again():
     sched.check()
     collect(sched, workers, texts)
     assert texts == {"a": expected([5, 6, 7], 8), "b": expected(list(range(2, 12)), 8)}
+
+
+def test_a_request_that_is_asked_for_again_catches_up():
+    sched, workers, texts = scheduler(), FakeWorkers(4), {}
+    asked = request("a", [5, 6, 7], max_tokens=6, ignore_eos=True)
+    assert sched.catch_up(asked) is None
+    sched.add(asked)
+    for _ in range(3):
+        sched.commit(workers.run(sched.schedule(epoch=1)))
+    whole = expected([5, 6, 7], 6)
+    plan = sched.schedule(epoch=1)
+    sched.abort("a")  # the ingress gave it up, and asks again before the step has ended
+    missed = sched.catch_up(request("a", [5, 6, 7], max_tokens=6, ignore_eos=True, generated=whole[:1]))
+    assert (missed.delta.position, missed.delta.tokens) == (1, whole[1:3])
+    (item,) = sched.commit(workers.run(plan))
+    texts["a"] = whole[:3] + item.delta.tokens
+    collect(sched, workers, texts)
+    assert texts["a"] == whole
+    assert sched.idle

@@ -3,18 +3,20 @@
 import queue
 import random
 import threading
+import time
 
 import msgspec
 import pytest
 
 from r1_cluster.comm.handshake import Hello
-from r1_cluster.comm.listener import connect
+from r1_cluster.comm.listener import Listener, connect
 from r1_cluster.comm.wire import LinkError
 from r1_cluster.config import Layout as LayoutConfig
 from r1_cluster.engine.boot import ENGINE, WorkerBoot
 from r1_cluster.engine.core import EngineCore
 from r1_cluster.engine.pages import PageAllocator
 from r1_cluster.engine.pipeline import Member, Pipeline
+from r1_cluster.engine.pulse import Pulse
 from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.engine.streams import TokenFan, TokenSink
 from r1_cluster.engine.worker import Worker
@@ -38,17 +40,19 @@ class Cluster:
     def __init__(self, checkpoint, layout, num_pages=256, lease_s=5.0, step_timeout_s=2.0, **limits):
         config = ModelConfig.from_folder(checkpoint)
         self.layout = build_layout(LayoutConfig(**layout), config)
-        names = [spec.name for spec in self.layout.workers]
+        names = [spec.name for spec in (*self.layout.workers, *self.layout.spares)]
         self.boots = {name: self.boot(checkpoint, name, num_pages, lease_s, step_timeout_s) for name in names}
         self.workers, self.threads = {}, []
         for name in names:
             self.begin(name, "first")
-        self.pipeline = Pipeline(self.layout, {name: self.member(name, 1) for name in names}, 1)
+        self.pipeline = Pipeline(self.layout, {name: self.member(name, 1) for name in names}, 1, 2.0)
         self.pipeline.link(1)
         self.deltas = queue.Queue()
         self.ends = queue.Queue()
         self.sink = TokenSink(
-            "sink", "127.0.0.1", PORTS, SECRET, lambda deltas: [self.deltas.put(d) for d in deltas]
+            Listener("sink", SECRET, "127.0.0.1", PORTS),
+            lambda engine, deltas: [self.deltas.put(delta) for delta in deltas],
+            lambda engine: None,
         )
         fan = TokenFan("engine-0", SECRET)
         fan.epoch = 1
@@ -66,6 +70,8 @@ class Cluster:
             on_end=lambda *end: self.ends.put(end),
             replace=self.replace,
         )
+        pulse = Listener("pulse", SECRET, "127.0.0.1", PORTS)
+        self.pulse = Pulse(pulse, lambda: self.core.well, fan.beat)
         self.core.start()
 
     def boot(self, checkpoint, name, num_pages, lease_s, step_timeout_s):
@@ -91,6 +97,7 @@ class Cluster:
         worker = self.workers[name]
         address = worker.listener.address
         link = connect(address, Hello(ENGINE, "engine-0", epoch, "control"), SECRET)
+        link.peer = name
         return Member(link, address, worker.boot.incarnation)
 
     def begin(self, name, incarnation):
@@ -99,13 +106,17 @@ class Cluster:
         self.threads.append(threading.Thread(target=worker.run))
         self.threads[-1].start()
 
-    def replace(self, name):
+    def replace(self, name, spare, delay_s):
         """What the supervisor does with Ray: ends what is left of a worker, starts another in its place."""
+        former = self.workers.pop(name)
+        if spare:
+            self.workers[name] = self.workers.pop(spare)
+        successor = spare or name
 
         def work():
-            self.workers[name].stop()
-            self.begin(name, f"again-{len(self.threads)}")
-            self.core.arrived(name, self.member(name, self.pipeline.epoch + 1))
+            former.stop()
+            self.begin(successor, f"again-{len(self.threads)}")
+            self.core.arrived(successor, self.member(successor, self.pipeline.epoch + 1))
 
         threading.Thread(target=work).start()
 
@@ -131,6 +142,7 @@ class Cluster:
 
     def close(self):
         self.core.stop()
+        self.pulse.close()
         self.sink.close()
         for worker in self.workers.values():
             worker.stop()
@@ -233,19 +245,39 @@ def test_an_engine_of_an_old_epoch_is_refused(cluster):
 
 
 def test_workers_leave_when_their_lease_ends(checkpoint):
-    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"], lease_s=0.5)
+    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"], lease_s=2.0)
     cluster.run(requests(2))
     cluster.core.stop()
     for thread in cluster.threads:
         thread.join(10)
         assert not thread.is_alive()
+    cluster.pulse.close()
     cluster.sink.close()
 
 
+def test_workers_wait_longer_for_their_first_engine(checkpoint):
+    class SlowToLoad(Cluster):
+        def begin(self, name, incarnation):
+            super().begin(name, incarnation)
+            time.sleep(0.2)  # seven of them: by far longer than the lease
+
+    cluster = SlowToLoad(checkpoint, LAYOUTS["disaggregated"], lease_s=0.5)
+    cluster.run(requests(1))
+    cluster.core.stop()
+    for thread in cluster.threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    cluster.pulse.close()
+    cluster.sink.close()
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"spares": 1}, {"redundant_experts": 1}], ids=["cold", "spare", "copies"]
+)
 @pytest.mark.parametrize("name", ["stage-0", "stage-1", "router-0", "router-1", "experts-1"])
-def test_texts_go_on_when_a_worker_dies(checkpoint, name):
+def test_texts_go_on_when_a_worker_dies(checkpoint, name, more):
     asked = requests(8, ignore_eos=True)
-    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"])
+    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"] | more)
     try:
         undisturbed = cluster.run(asked)
         steps = cluster.core.num_steps
@@ -281,7 +313,7 @@ def test_an_engine_that_takes_over_reads_back_what_the_workers_hold(checkpoint):
     # The next engine, over the same workers.
     epoch = 1 + max(max(worker.epoch, worker.office) for worker in cluster.workers.values())
     members = {name: cluster.member(name, epoch) for name in cluster.workers}
-    pipeline = Pipeline(cluster.layout, members, epoch)
+    pipeline = Pipeline(cluster.layout, members, epoch, 2.0)
     held = pipeline.link(epoch, read_back=True)
     num_known = len(request.prompt) + 30
     assert held[request.request_id].committed >= num_known - 2

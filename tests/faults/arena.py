@@ -1,0 +1,219 @@
+"""A service that is hurt again and again, and one fault in it from beginning to end."""
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import signal
+import struct
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from faults.inflict import Targets
+from faults.leaks import Observer
+from faults.load import Load, quantile, streams
+from running_service import Service, alive, descendants
+
+INJECTED = Path(__file__).with_name("injected")
+DISAGGREGATED = {"kind": "disaggregated", "stages": 2, "expert_shards": 3, "cpus_per_worker": 0.15}
+LAYOUTS = {
+    "colocated": {"kind": "colocated", "cpus_per_worker": 0.5},
+    "disaggregated": DISAGGREGATED,
+    "guarded": DISAGGREGATED | {"spares": 1},
+    "copies": DISAGGREGATED | {"redundant_experts": 1},
+}
+ENGINES = {"guarded": {"standby": True}}
+# Chunks so small that 16 prompts take many steps; a deadline that a slow machine keeps.
+ENGINE = {"lease_s": 20.0, "step_timeout_s": 3.0, "max_batch_tokens": 64}
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Which part dies, how (kill, stop, cut, exception), and when (prefill, decode, recovery)."""
+
+    part: str
+    how: str
+    when: str
+
+    @property
+    def first(self):
+        """Who dies before, where the death is to fall into a recovery."""
+        return "stage-0" if self.part != "stage-0" else "engine"
+
+
+def injecting(folder, poison=()):
+    """The environment of a service whose faults are asked for in `folder`; `poison`: tokens that kill."""
+    (folder / "tokens").mkdir(parents=True)
+    if poison:
+        (folder / "poison").write_bytes(struct.pack(f"<{len(poison)}i", *poison))
+    path = os.pathsep.join([str(INJECTED), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": path, "R1_FAULTS": str(folder)}
+
+
+class Arena:
+    """A running service with its observer. Whatever was stopped here and is still there at the end is ended."""
+
+    def __init__(self, folder, checkpoint, layout, requests=None, poison=(), **engine):
+        self.folder = folder / "faults"
+        self.requests = streams() if requests is None else requests
+        environment = injecting(self.folder, poison)
+        sections = {"engine": {**ENGINE, **engine}}
+        name = f"faults-{secrets.token_hex(3)}"  # several may run on one machine
+        for attempt in ("first", "second"):
+            self.service = Service(folder, name, checkpoint, layout, environment, **sections)
+            try:
+                self.service.wait_ready(240)
+                break
+            except AssertionError as error:
+                self._end()
+                # Ray gives its own processes 30 s, which a machine that does much else can miss.
+                if "timed out during startup" not in str(error) or attempt == "second":
+                    raise
+        self.observer = Observer(self.service)
+        self._hurt = {}
+
+    def load(self, requests=None):
+        """Streams that run now."""
+        return Load(self.service.url, self.folder, self.requests if requests is None else requests)
+
+    def targets(self, seen=None):
+        """Who is who: by an answer of the observer, else once the service is whole and idle."""
+        return Targets(self.observer.pids(seen), self.folder)
+
+    def inflict(self, targets, part, how):
+        """Hurts a part; returns when."""
+        pid = targets.pids[part]
+        self._hurt[os.pidfd_open(pid)] = pid  # a number alone may be another's by the end
+        now = time.monotonic()
+        targets.inflict(part, how)
+        return now
+
+    def noticed(self, since, part):
+        """Seconds until an engine knew of the part's loss, or, for the engine, until another one started;
+        None if that did not happen."""
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.folder / "events").read_text().splitlines():
+                at, what, who = json.loads(line)
+                if at >= since and (what == "engine" if part == "engine" else part in who.split(",")):
+                    return round(at - since, 3)
+        return None
+
+    def starts(self, since):
+        """Seconds that the processes which took a lost worker's place needed to start and load, the longest
+        since a time (time.time()); None where a spare, a copy or nobody did."""
+        engines = self.observer.ask().get("engines", [])
+        log = [entry for engine in engines for entry in engine.get("recovery_log", [])]
+        return max((e["start_s"] for e in log if e["at"] >= since and e["start_s"]), default=None)
+
+    def close(self):
+        """Ctrl-C, unless it came before; AssertionError if the service does not end well or leaves a process
+        behind."""
+        if self.service.process.poll() is not None:
+            return
+        self.observer.close()
+        hurt = []
+        for pidfd, pid in self._hurt.items():
+            if not select.select([pidfd], [], [], 0)[0]:  # it has not ended
+                hurt.append(pid)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
+        self._hurt.clear()
+        code, pids = self._end()
+        assert code == 0, self.service.log.read_text()
+        assert not hurt, f"hurt, and still there at the end: {hurt}"
+        left = [pid for pid in pids if alive(pid)]
+        assert not left, f"processes left behind: {left}"
+        assert self.service.log.read_text().rstrip().endswith("stopped")
+
+    def _end(self):
+        """Ctrl-C; what does not heed it is killed."""
+        try:
+            return self.service.interrupt(120)
+        except subprocess.TimeoutExpired:
+            for pid in reversed(descendants(self.service.process.pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            raise
+
+
+class Ring:
+    """The service under test: one layout's after the other's, and a new one after a test that failed."""
+
+    def __init__(self, begin):
+        """`begin(layout)` → an Arena."""
+        self._spoiled = False
+        self._begin = begin
+        self._layout = None
+        self._arena = None
+        self._undisturbed = {}
+
+    def enter(self, layout):
+        """(the arena of a layout, the answers of its undisturbed load, what it holds when idle); a test that
+        does not come to `leave` has spoiled it."""
+        if self._spoiled or layout != self._layout:
+            self.close()
+            self._arena = self._begin(layout)
+            self._layout = layout
+            # Also because the link from an engine to an ingress is opened by the first request.
+            ended = self._arena.load().join()
+            assert [stream.error for stream in ended if stream.error is not None] == []
+            answers = [stream.answer for stream in ended]
+            assert self._undisturbed.setdefault(layout, answers) == answers
+        self._spoiled = True
+        return self._arena, self._undisturbed[layout], self._arena.observer.holdings()
+
+    def leave(self):
+        """The test has passed: its successor may use the same service."""
+        self._spoiled = False
+
+    def close(self):
+        """Ends the service; one that was spoiled need not end well."""
+        arena, self._arena = self._arena, None
+        spoiled, self._spoiled = self._spoiled, False
+        if arena is not None:
+            with contextlib.suppress(*[AssertionError, subprocess.TimeoutExpired] * spoiled):
+                arena.close()
+
+
+def undergo(arena, kill):
+    """One fault under load. Returns the streams and a record of what happened; see `record`."""
+    targets = arena.targets()
+    began = time.time()
+    load = arena.load()
+    if kill.when == "prefill":
+        in_time = load.wait(lambda: load.num_started >= 1)
+        in_time &= load.num_started < len(load.streams)
+    else:
+        in_time = load.wait(lambda: load.decoding)
+    since = time.monotonic()
+    if kill.when == "recovery":
+        arena.inflict(targets, kill.first, "kill")
+        load.wait(lambda: load.quiet_for(0.2), timeout_s=5.0)
+    at = arena.inflict(targets, kill.part, kill.how)
+    in_time &= load.mostly_open
+    results = load.join()
+    return results, {
+        "layout": arena.service.data["layout"]["kind"],
+        "part": kill.part,
+        "how": kill.how,
+        "when": kill.when,
+        "in_time": in_time,
+        "streams": len(results),
+        "detection_s": arena.noticed(at, kill.part),
+        "start_s": arena.starts(began),
+        "stalls": [stream.stalls(since) for stream in results],
+    }
+
+
+def summary(record):
+    """One line for a reader."""
+    longest = [max(stalls, default=0.0) for stalls in record["stalls"]]
+    words = (
+        f"{record['layout']} {record['part']} {record['how']} during {record['when']}: lost {record['lost']}, "
+        f"noticed after {record['detection_s']} s, stall p50 {quantile(longest, 0.5):.2f} s, "
+        f"p99 {quantile(longest, 0.99):.2f} s"
+    )
+    return words if record["in_time"] else f"{words} (came too late or early)"

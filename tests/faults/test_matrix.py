@@ -1,0 +1,81 @@
+"""Every kind of part × every kind of death × every time for it, under 16 streams, in each layout:
+every answer is as if nobody had died, and what the service holds afterwards is what it held before.
+
+A few of them run always; `make test-faults` runs all.
+"""
+
+import itertools
+import json
+
+import pytest
+from faults.arena import ENGINES, LAYOUTS, Arena, Kill, Ring, summary, undergo
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+ALL = ["experts-1", "router-0", "stage-0", "stage-1", "engine"]
+PARTS = {"disaggregated": ALL, "guarded": ALL, "colocated": ["stage-0", "engine"], "copies": ["experts-1"]}
+FAST = {
+    "disaggregated": {
+        ("experts-1", "kill", "decode"),
+        ("router-0", "cut", "decode"),
+        ("stage-0", "exception", "prefill"),
+        ("engine", "kill", "prefill"),
+    },
+    "guarded": {
+        ("experts-1", "stop", "decode"),
+        ("router-0", "kill", "recovery"),
+        ("stage-0", "kill", "decode"),
+        ("stage-1", "stop", "decode"),
+        ("engine", "kill", "decode"),
+        ("engine", "stop", "decode"),
+    },
+    "copies": {("experts-1", "kill", "decode")},
+    "colocated": {("stage-0", "kill", "decode")},
+}
+
+
+def cases():
+    for layout, parts in PARTS.items():
+        for case in itertools.product(
+            parts, ("kill", "stop", "cut", "exception"), ("prefill", "decode", "recovery")
+        ):
+            if layout == "colocated" and case == ("stage-0", "cut", "recovery"):
+                continue  # its one link is the engine's, which is dead then
+            marks = [] if case in FAST[layout] else [pytest.mark.matrix]
+            yield pytest.param(layout, Kill(*case), marks=marks, id="-".join((layout, *case)))
+
+
+@pytest.fixture(scope="module")
+def ring(checkpoint, tmp_path_factory):
+    ring = Ring(
+        lambda layout: Arena(
+            tmp_path_factory.mktemp(layout), checkpoint, LAYOUTS[layout], **ENGINES.get(layout, {})
+        )
+    )
+    yield ring
+    ring.close()
+
+
+@pytest.mark.parametrize(("layout", "kill"), cases())
+def test_no_death_ends_or_changes_a_stream(ring, layout, kill, request):
+    arena, undisturbed, before = ring.enter(layout)
+    results, record = undergo(arena, kill)
+    changed = [i for i, stream in enumerate(results) if stream.answer != undisturbed[i]]
+    record["lost"] = len(changed)
+    print(summary(record))
+    if file := request.config.getoption("--stalls"):
+        with open(file, "a") as lines:
+            lines.write(json.dumps(record) + "\n")
+    assert not changed, {
+        i: results[i].error or _difference(results[i].answer, undisturbed[i]) for i in changed
+    }
+    arena.observer.wait_equal(before)
+    assert record["in_time"], "the streams were too fast for this death"
+    ring.leave()
+
+
+def _difference(answer, wanted):
+    """How an answer that came to an end differs."""
+    (tokens, *_, reason, _), (expected, *_, wanted_reason, _) = answer, wanted
+    common = next((i for i, pair in enumerate(zip(tokens or [], expected)) if pair[0] != pair[1]), None)
+    return f"{reason} after {len(tokens or [])} tokens, not {wanted_reason} after {len(expected)}; first other: {common}"

@@ -1,0 +1,131 @@
+"""What an operator does, or a request, or an engine that was given up: under load, and no stream suffers."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from faults.arena import ENGINE, LAYOUTS, Arena, Ring
+from faults.load import streams
+from running_service import alive
+
+from r1_cluster.text.tokenizer import Tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+SKULLS = "☠☠☠☠☠☠"
+both_layouts = pytest.mark.parametrize(
+    "layout", ["colocated", pytest.param("disaggregated", marks=pytest.mark.matrix)]
+)
+
+
+@pytest.fixture(scope="module")
+def poison(checkpoint):
+    """Tokens that only a poison request has."""
+    return Tokenizer.from_folder(checkpoint).encode(SKULLS)[4:12]
+
+
+@pytest.fixture(scope="module")
+def ring(checkpoint, poison, tmp_path_factory):
+    ring = Ring(
+        lambda layout: Arena(tmp_path_factory.mktemp(layout), checkpoint, LAYOUTS[layout], poison=poison)
+    )
+    yield ring
+    ring.close()
+
+
+def decoding(load):
+    """Waits until the streams are in the midst of their answers."""
+    assert load.wait(lambda: load.decoding)
+    assert load.mostly_open
+
+
+def redeploy(arena):
+    """Deploys the service file as it stands now; returns once the application runs."""
+    script = Path(__file__).with_name("redeploy.py")
+    done = subprocess.run(
+        [sys.executable, script, arena.observer.address, arena.service.file],
+        env=arena.service.environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@both_layouts
+def test_a_poison_request_fails_alone(ring, layout):
+    service, undisturbed, before = ring.enter(layout)
+    load = service.load()
+    decoding(load)
+    (request,) = streams(1)
+    poisonous = service.load([request | {"messages": [{"role": "user", "content": f"a {SKULLS} b"}]}])
+    (victim,) = poisonous.join()
+    assert victim.error is not None
+    assert not victim.arrivals
+    assert [stream.answer for stream in load.join()] == undisturbed
+    service.observer.wait_equal(before)
+    ring.leave()
+
+
+@both_layouts
+def test_an_engine_that_wakes_up_deposed_changes_nothing(ring, layout):
+    service, undisturbed, before = ring.enter(layout)
+    targets = service.targets()
+    load = service.load()
+    decoding(load)
+    at = service.inflict(targets, "engine", "stop")
+    assert load.wait(lambda: service.noticed(at, "engine") is not None, timeout_s=100)
+    print(f"another engine began {service.noticed(at, 'engine')} s after the stop")
+    if alive(targets.pids["engine"]):  # else it was not only deposed
+        os.kill(targets.pids["engine"], signal.SIGCONT)
+    assert [stream.answer for stream in load.join()] == undisturbed
+    service.observer.wait_equal(before)
+    ring.leave()
+
+
+def test_a_redeploy_under_load(ring):
+    service, undisturbed, before = ring.enter("colocated")
+    load = service.load()
+    decoding(load)
+    redeploy(service)
+    late = service.load()
+    assert [stream.answer for stream in load.join()] == undisturbed
+    assert [stream.answer for stream in late.join()] == undisturbed
+    service.observer.wait_equal(before, timeout_s=90)
+    ring.leave()
+
+
+def test_a_scale_down_under_load(ring):
+    service, undisturbed, before = ring.enter("colocated")
+    service.service.write(engine={**ENGINE, "replicas": 2})
+    redeploy(service)
+    service.observer.wait_for(
+        lambda held: held["processes"] == {"Engine": 2, "Ingress": 1, "Worker": 2}, timeout_s=90
+    )
+    load = service.load()
+    decoding(load)
+    service.service.write(engine=ENGINE)
+    redeploy(service)
+    late = service.load()
+    assert [stream.answer for stream in load.join()] == undisturbed
+    assert [stream.answer for stream in late.join()] == undisturbed
+    service.observer.wait_for(lambda held: held["processes"] == before["processes"], timeout_s=90)
+    held = service.observer.holdings()
+    assert (held["actors"], len(held["groups"]), held["links"]) == (1, 1, before["links"])
+    ring.leave()
+
+
+@both_layouts
+def test_ctrl_c_during_a_recovery(ring, layout):
+    service, _, _ = ring.enter(layout)
+    targets = service.targets()
+    service.observer.close()  # takes longer than a recovery
+    load = service.load()
+    decoding(load)
+    service.inflict(targets, "stage-0", "kill")
+    assert load.wait(lambda: load.quiet_for(0.2))
+    service.close()  # checks the exit code, and that nothing is left
+    # None ends without a word.
+    assert all(stream.error is not None or stream.tokens is not None for stream in load.join())
