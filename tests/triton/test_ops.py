@@ -113,8 +113,9 @@ def fp8_plain():
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_fp8_weights_stay_fp8(monkeypatch, tmp_path, deterministic):
-    """A value within float32's rounding of the edge between two FP8 values may fall to the other side: 2^-4 of
-    one of 128 or more terms, or 0.6 % of a product, and a few of them in a model of eight products."""
+    """Rounded to FP8 in the same places, both agree to float32. But a value within float32's rounding of the
+    edge between two FP8 values may fall to the other side, which moves it by 2^-4, and its sequence after it:
+    seldom, and by a few per cent."""
     write_checkpoint(tmp_path, config_values(**FP8_SHAPE))
     to_fp8(tmp_path)
     monkeypatch.setitem(sys.modules, "fp8_plain", fp8_plain())
@@ -123,8 +124,10 @@ def test_fp8_weights_stay_fp8(monkeypatch, tmp_path, deterministic):
     weight = triton.shards[0]._weights[1][0]
     assert isinstance(weight, ops.BlockScaled)
     assert weight.values.element_size() == 1
-    errors = [relative(got, expected) for expected, got in zip(run(plain), run(triton), strict=True)]
-    assert max(errors) < 0.02, errors
+    pairs = zip(torch.cat(run(triton)), torch.cat(run(plain)), strict=True)
+    errors = sorted(relative(got, expected) for got, expected in pairs)
+    assert errors[len(errors) // 2] < 1e-5, errors
+    assert errors[-1] < 0.1, errors
 
 
 def test_deterministic_logits_do_not_depend_on_the_batch(triton_ops, tmp_path):
