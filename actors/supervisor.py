@@ -19,7 +19,7 @@ from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.listener import connect
 from r1_cluster.comm.wire import LinkError
 from r1_cluster.config import Service
-from r1_cluster.engine.boot import ENGINE, WorkerBoot
+from r1_cluster.engine.boot import ENGINE, StepLimits, WorkerBoot
 from r1_cluster.engine.pipeline import Member, Pipeline, WorkerLost
 from r1_cluster.planning.layout import Layout
 from r1_cluster.records import HeldSequence
@@ -208,7 +208,7 @@ class Supervisor:
             incarnation=incarnation,
             workers=self.layout.workers,
             checkpoint=service.model.path,
-            dtype=service.model.dtype,
+            dtype=service.dtype,
             device=device,
             deterministic=device == "cpu" if deterministic is None else deterministic,
             threads=service.engine.threads,
@@ -219,4 +219,9 @@ class Supervisor:
             host="",
             link_ports=service.cluster.link_ports,
             secret=self._secret,
+            limits=StepLimits(
+                service.engine.max_num_seqs,
+                service.engine.max_batch_tokens,
+                service.engine.max_model_len or service.engine.num_pages * service.engine.page_size,
+            ),
         )

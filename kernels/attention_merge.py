@@ -79,8 +79,12 @@ def merge_splits(
 def choose_split(
     max_context_len: int, programs_per_split: int, processors: int, granule: int, least: int
 ) -> int:
-    """Tokens of a split, a multiple of `granule`: splits for two programs a processor, none too short."""
+    """Tokens of a split, a multiple of `granule`: splits for two programs a processor, none too short.
+
+    The number of splits is a power of two: kernels are tuned for each length, and batches should share them.
+    """
     splits = max(2 * processors // max(programs_per_split, 1), 1)
+    splits = 1 << (splits.bit_length() - 1)
     tokens = max(triton.cdiv(max_context_len, splits), min(least, max_context_len))
     return int(triton.cdiv(tokens, granule)) * granule
 

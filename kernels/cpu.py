@@ -1,4 +1,4 @@
-"""The operations of `kernels.ops` on the CPU, in plain torch.
+"""The operations of `kernels.ops` in plain torch: the CPU's, and those of devices without own kernels.
 
 What keeps a row's bits free of its neighbours, beside the tiles: elementwise functions that have a vector
 body and a scalar tail (exp2, silu, sigmoid) see at most `_GRAIN` elements a call, in whole vectors or row by
@@ -20,7 +20,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ops import ATTENTION_SPLIT, ROW_TILE, AttentionPlan, Routing
+from kernels.cpu_sampler import sample
+from kernels.ops import (
+    ATTENTION_SPLIT,
+    ROW_TILE,
+    AttentionPlan,
+    BlockScaled,
+    ModelShape,
+    Rotation,
+    Routing,
+    Weight,
+)
+
+__all__ = ["sample"]  # of another file, and an operation like those below
+
+KEEPS_FP8 = False
+HAS_MOE = False
 
 _GRAIN = 32768  # torch's own grain: fewer elements are never split over threads
 _VECTOR = 32  # elements that the vector body takes at a time
@@ -31,8 +46,19 @@ _QUERY_BLOCK = 64  # queries of one sequence attended at once
 _MAX_SCORES = 1 << 22  # scores held at once
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, *, tiled: bool) -> Tensor:
+def faults(shape: ModelShape) -> list[str]:
+    """See `Ops.faults`: plain torch serves every shape."""
+    return []
+
+
+def block_scaled(values: Tensor, scale: Tensor, device: torch.device) -> BlockScaled:
+    """See `Ops.block_scaled`."""
+    raise NotImplementedError("plain torch has no block-scaled products: weights are dequantized when read")
+
+
+def linear(x_TI: Tensor, weight_OI: Weight, *, tiled: bool) -> Tensor:
     """See `Ops.linear`."""
+    assert isinstance(weight_OI, Tensor)
     num_columns = len(weight_OI)
     if tiled and num_columns < _MIN_COLUMNS:
         weight_OI = F.pad(weight_OI, (0, 0, 0, _MIN_COLUMNS - num_columns))
@@ -68,8 +94,22 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return normed
 
 
+def add_rms_norm(
+    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `Ops.add_rms_norm`."""
+    if delta_TD is not None:
+        x_TD += delta_TD
+    return rms_norm(x_TD, weight_D, eps), x_TD
+
+
+def mlp(x_TD: Tensor, gate_up_2FD: Weight, down_DF: Weight, *, tiled: bool) -> Tensor:
+    """See `Ops.mlp`."""
+    return linear(silu_mul(linear(x_TD, gate_up_2FD, tiled=tiled)), down_DF, tiled=tiled)
+
+
 def silu_mul(x_T2F: Tensor) -> Tensor:
-    """See `Ops.silu_mul`."""
+    """SiLU of the first half of the columns times the second half, [T, F]."""
     gate, up = x_T2F.chunk(2, -1)
     rows = max(1, _GRAIN // gate.shape[1])
     if len(gate) <= rows:
@@ -95,9 +135,15 @@ def _as_pairs(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
 
 
-def rope_(x_THR: Tensor, cos_sin_TR: Tensor) -> None:
+def rotation(table_PR: Tensor, positions_T: Tensor) -> Tensor:
+    """See `Ops.rotation`: the rows of cos and sin, [T, R]."""
+    return table_PR.index_select(0, positions_T)
+
+
+def rope_(x_THR: Tensor, rotation: Rotation) -> None:
     """See `Ops.rope_`."""
-    turn = _as_pairs(cos_sin_TR).unsqueeze(1)
+    assert isinstance(rotation, Tensor)
+    turn = _as_pairs(rotation).unsqueeze(1)
     if x_THR.dtype == torch.float32:
         _as_pairs(x_THR).mul_(turn)
     else:
@@ -105,9 +151,20 @@ def rope_(x_THR: Tensor, cos_sin_TR: Tensor) -> None:
         x_THR.copy_(torch.view_as_real(turned).flatten(-2))
 
 
-def store_latents(cache_PSL: Tensor, slots_T: Tensor, latents_TL: Tensor) -> None:
+def store_latents(
+    cache_PSL: Tensor,
+    slots_T: Tensor,
+    latent_TL: Tensor,
+    norm_weight_C: Tensor,
+    eps: float,
+    rotation: Rotation,
+) -> None:
     """See `Ops.store_latents`."""
-    cache_PSL.flatten(0, 1).index_copy_(0, slots_T, latents_TL)
+    num_latent = len(norm_weight_C)
+    latent_TC = latent_TL[:, :num_latent]
+    rope_(latent_TL[:, None, num_latent:], rotation)
+    latent_TC.copy_(rms_norm(latent_TC, norm_weight_C, eps))
+    cache_PSL.flatten(0, 1).index_copy_(0, slots_T, latent_TL[: len(slots_T)])
 
 
 @dataclass(frozen=True)
@@ -137,7 +194,7 @@ class _Span:
 
 
 @dataclass(frozen=True)
-class CpuAttentionPlan:
+class PlainAttentionPlan:
     """See `AttentionPlan`: tokens that are attended singly, and spans that share a context."""
 
     absorbed_rows: Tensor | None
@@ -162,8 +219,9 @@ def plan_attention(
     page_size: int,
     *,
     absorb_all: bool,
+    along: Sequence[Tensor],
     device: torch.device,
-) -> CpuAttentionPlan:
+) -> tuple[PlainAttentionPlan, list[Tensor]]:
     """See `Ops.plan_attention`."""
     singles: list[tuple[int, int, int]] = []  # (context length, row, sequence)
     spans: list[_Span] = []
@@ -174,15 +232,16 @@ def plan_attention(
                 (context_len - num_new + 1 + offset, row + offset, sequence) for offset in range(num_new)
             ]
         else:
-            slots = _context_slots(page_table_SP[sequence], page_size, context_len)
+            slots = _context_slots(page_table_SP[sequence], page_size, context_len).to(device)
             spans.append(_Span(row, row + num_new, context_len - num_new, slots))
         row += num_new
     absorbed = None
     if spans and not absorb_all:
-        absorbed = torch.tensor([row for _, row, _ in singles], dtype=torch.int64)
+        absorbed = torch.tensor([row for _, row, _ in singles], dtype=torch.int64, device=device)
         singles = [(length, i, sequence) for i, (length, _, sequence) in enumerate(singles)]
-    packed = [_pack(group, page_table_SP, page_size) for group in _groups(singles)]
-    return CpuAttentionPlan(absorbed, bool(spans) and not absorb_all, packed, spans)
+    packed = [_pack(group, page_table_SP, page_size, device) for group in _groups(singles)]
+    plan = PlainAttentionPlan(absorbed, bool(spans) and not absorb_all, packed, spans)
+    return plan, [part.to(device) for part in along]
 
 
 def _num_splits(length: int) -> int:
@@ -202,7 +261,9 @@ def _groups(singles: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int
         yield group
 
 
-def _pack(group: list[tuple[int, int, int]], page_table_SP: Tensor, page_size: int) -> _Packed:
+def _pack(
+    group: list[tuple[int, int, int]], page_table_SP: Tensor, page_size: int, device: torch.device
+) -> _Packed:
     lengths, rows, sequences = torch.tensor(group, dtype=torch.int64).t()
     positions = torch.arange(_num_splits(group[0][0]) * ATTENTION_SPLIT)
     hidden_nL = positions >= lengths[:, None]
@@ -211,15 +272,17 @@ def _pack(group: list[tuple[int, int, int]], page_table_SP: Tensor, page_size: i
     slots_nsB = (pages_nL * page_size + positions_nL % page_size).view(len(group), -1, ATTENTION_SPLIT)
     mask_nL = torch.zeros(hidden_nL.shape).masked_fill_(hidden_nL, -math.inf)
     mask_snB = mask_nL.view(len(group), -1, ATTENTION_SPLIT).transpose(0, 1)
-    return _Packed(rows, slots_nsB.transpose(0, 1).reshape(-1), mask_snB.reshape(-1, 1, ATTENTION_SPLIT))
+    slots, mask = slots_nsB.transpose(0, 1).reshape(-1), mask_snB.reshape(-1, 1, ATTENTION_SPLIT)
+    return _Packed(rows.to(device), slots.to(device), mask.to(device))
 
 
 def mla_absorbed(
-    q_AHL: Tensor, cache_PSL: Tensor, plan: AttentionPlan, *, num_latent: int, scale: float
+    q_latent_AHC: Tensor, q_rope_AHR: Tensor, cache_PSL: Tensor, plan: AttentionPlan, *, scale: float
 ) -> Tensor:
     """See `Ops.mla_absorbed`: DeepSeek-V2 report (arXiv:2405.04434), section 2.1.2, by splits."""
-    assert isinstance(plan, CpuAttentionPlan)
-    num_heads = q_AHL.shape[1]
+    assert isinstance(plan, PlainAttentionPlan)
+    num_heads, num_latent = q_latent_AHC.shape[1:]
+    q_AHL = torch.cat((q_latent_AHC, q_rope_AHR), -1)
     if spare := -num_heads % (4 if num_heads <= 4 else ROW_TILE):
         q_AHL = F.pad(q_AHL, (0, 0, 0, spare))
     out = q_AHL.new_zeros(*q_AHL.shape[:2], num_latent)
@@ -259,11 +322,11 @@ def _attend_span(q_AHL: Tensor, cache: Tensor, span: _Span, out_AHC: Tensor, sca
         position = span.position + row - span.first_row
         num_splits = _num_splits(position + num_tokens)
         q_nHL = q_AHL[row : row + num_tokens].float()
-        ends_n1 = torch.arange(position, position + num_tokens)[:, None]
+        ends_n1 = torch.arange(position, position + num_tokens, device=q_nHL.device)[:, None]
         scores = q_nHL.new_empty(num_splits, num_tokens, num_heads, ATTENTION_SPLIT)
         for split in range(num_splits):
-            columns = torch.arange(split * ATTENTION_SPLIT, (split + 1) * ATTENTION_SPLIT)
-            mask = torch.zeros(num_tokens, ATTENTION_SPLIT).masked_fill_(columns > ends_n1, -math.inf)
+            columns = torch.arange(ATTENTION_SPLIT, device=q_nHL.device) + split * ATTENTION_SPLIT
+            mask = q_nHL.new_zeros(num_tokens, ATTENTION_SPLIT).masked_fill_(columns > ends_n1, -math.inf)
             keys = latents[split].t().expand(num_tokens, -1, -1)
             torch.baddbmm(mask.unsqueeze(1), q_nHL, keys, alpha=scale, out=scores[split])
         weights, total_nH1 = _weights_(scores)
@@ -295,7 +358,7 @@ def mla_expanded(
     scale: float,
 ) -> None:
     """See `Ops.mla_expanded`."""
-    assert isinstance(plan, CpuAttentionPlan)
+    assert isinstance(plan, PlainAttentionPlan)
     num_heads, _, num_latent = weight_HOC.shape
     num_values = out_THV.shape[2]
     num_keys = weight_HOC.shape[1] - num_values
@@ -313,7 +376,8 @@ def mla_expanded(
         for row in range(span.first_row, span.last_row, block):
             end = min(row + block, span.last_row)
             first, last = span.position + row - span.first_row, span.position + end - span.first_row
-            mask = torch.full((end - row, last), -math.inf).triu_(first + 1).to(q_THQ.dtype)
+            mask = torch.full((end - row, last), -math.inf, device=q_THQ.device)
+            mask = mask.triu_(first + 1).to(q_THQ.dtype)
             scores = torch.baddbmm(mask, q_THQ[row:end].transpose(0, 1), keys_HQL[:, :, :last], alpha=scale)
             weights = scores.softmax(-1, dtype=torch.float32).to(q_THQ.dtype)
             out_THV[row:end] = torch.bmm(weights, values_HLV[:, :last]).transpose(0, 1)
@@ -343,9 +407,11 @@ def gate(
 
 
 def experts(
-    x_ND: Tensor, counts: Sequence[int], gate_up_e2FD: Tensor, down_eDF: Tensor, *, tiled: bool
+    x_ND: Tensor, counts: Sequence[int], gate_up_e2FD: Weight, down_eDF: Weight, *, tiled: bool
 ) -> Tensor:
     """See `Ops.experts`."""
+    assert isinstance(gate_up_e2FD, Tensor)
+    assert isinstance(down_eDF, Tensor)
     if tiled:
         return _tiled_experts(x_ND, counts, gate_up_e2FD, down_eDF)
     parts = []
@@ -373,7 +439,7 @@ def _tiled_experts(x_ND: Tensor, counts: Sequence[int], gate_up_e2FD: Tensor, do
         else:
             runs.append((tiles, expert, 1, num_tiles))
         tiles += num_tiles
-    index_N = torch.tensor(rows, dtype=torch.int64)
+    index_N = torch.tensor(rows, dtype=torch.int64, device=x_ND.device)
     x_tRD = x_ND.new_zeros(tiles * ROW_TILE, x_ND.shape[1]).index_copy_(0, index_N, x_ND)
     x_tRD = x_tRD.view(tiles, ROW_TILE, -1)
     hidden = silu_mul(_run_products(x_tRD, gate_up_e2FD, runs).flatten(0, 1))
@@ -393,7 +459,7 @@ def _run_products(x_tRI: Tensor, weight_eOI: Tensor, runs: list[tuple[int, int, 
 def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """See `Ops.dequantize`."""
     num_rows, num_columns = weight.shape
-    out = torch.empty(num_rows, num_columns, dtype=dtype)
+    out = torch.empty(num_rows, num_columns, dtype=dtype, device=weight.device)
     for i, scale_row in enumerate(scale.float()):
         rows = slice(i * block[0], (i + 1) * block[0])
         out[rows] = weight[rows].float() * scale_row.repeat_interleave(block[1])[:num_columns]

@@ -157,6 +157,17 @@ def unpack_rows(
     return q, scale
 
 
+def spread_rows(q_TD: Tensor, scale_TG: Tensor, row_of_slot_M: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """`(q_MD, scale_MG)`: slot m takes token `row_of_slot[m] // top_k`; zeros for -1. What `pack_rows` and
+    `unpack_rows` do together, for experts that are in this process."""
+    num_slots, device = row_of_slot_M.numel(), q_TD.device
+    q = torch.empty(num_slots, q_TD.shape[1], dtype=q_TD.dtype, device=device)
+    scale = torch.empty(num_slots, scale_TG.shape[1], dtype=torch.float32, device=device)
+    sources = [q_TD.view(torch.int32), scale_TG.view(torch.int32)]
+    _copy(row_of_slot_M, sources, [q.view(torch.int32), scale.view(torch.int32)], top_k)
+    return q, scale
+
+
 def gather_rows(rows_MD: Tensor, slot_of_row_N: Tensor) -> Tensor:
     """[N, D]: row n is `rows_MD[slot_of_row[n]]`, zeros for -1; rows are whole 32-bit words."""
     out_ND = torch.empty(slot_of_row_N.numel(), rows_MD.shape[1], dtype=rows_MD.dtype, device=rows_MD.device)

@@ -18,24 +18,35 @@ _FILL_SLOTS = 2048
 
 @triton.jit
 def _load_chunk(
-    id_ptr: tl.tensor, chunk: tl.tensor, num_rows: tl.tensor, num_experts: tl.tensor, CHUNK: tl.constexpr
+    id_ptr: tl.tensor,
+    limit_ptr: tl.tensor,
+    chunk: tl.tensor,
+    num_rows: tl.tensor,
+    num_experts: tl.tensor,
+    TOP_K: tl.constexpr,
+    CHUNK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     row = chunk * CHUNK + tl.arange(0, CHUNK)
-    expert = tl.load(id_ptr + row, mask=row < num_rows, other=-1).to(tl.int32)
+    end = num_rows
+    if TOP_K > 0:
+        end = tl.minimum(num_rows, tl.load(limit_ptr).to(tl.int32) * TOP_K)
+    expert = tl.load(id_ptr + row, mask=row < end, other=-1).to(tl.int32)
     return expert, (expert >= 0) & (expert < num_experts)
 
 
 @triton.jit
 def _count_kernel(
     id_ptr: tl.tensor,
+    limit_ptr: tl.tensor,
     chunk_count_ptr: tl.tensor,
     num_rows: int,
     num_experts: int,
+    TOP_K: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ) -> None:
     chunk = tl.program_id(0)
-    expert, local = _load_chunk(id_ptr, chunk, num_rows, num_experts, CHUNK)
+    expert, local = _load_chunk(id_ptr, limit_ptr, chunk, num_rows, num_experts, TOP_K, CHUNK)
     counts = tl.histogram(tl.where(local, expert, 0), BLOCK_E, mask=local)
     tl.store(chunk_count_ptr + chunk * BLOCK_E + tl.arange(0, BLOCK_E), counts)
 
@@ -63,6 +74,7 @@ def _scan_kernel(
 @triton.jit
 def _place_kernel(
     id_ptr: tl.tensor,
+    limit_ptr: tl.tensor,
     chunk_count_ptr: tl.tensor,
     count_ptr: tl.tensor,
     row_of_slot_ptr: tl.tensor,
@@ -72,6 +84,7 @@ def _place_kernel(
     num_experts: int,
     num_chunks: int,
     num_blocks: int,
+    TOP_K: tl.constexpr,
     SINGLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -82,7 +95,7 @@ def _place_kernel(
     program = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
     if SINGLE:
-        first, first_local = _load_chunk(id_ptr, 0, num_rows, num_experts, CHUNK)
+        first, first_local = _load_chunk(id_ptr, limit_ptr, 0, num_rows, num_experts, TOP_K, CHUNK)
         count = tl.histogram(tl.where(first_local, first, 0), BLOCK_E, mask=first_local)
         if program == 0:
             tl.store(count_ptr + experts, count, mask=experts < num_experts)
@@ -92,7 +105,7 @@ def _place_kernel(
     end = tl.cumsum(padded, 0)
     start = end - padded
     if program < num_chunks:
-        expert, local = _load_chunk(id_ptr, program, num_rows, num_experts, CHUNK)
+        expert, local = _load_chunk(id_ptr, limit_ptr, program, num_rows, num_experts, TOP_K, CHUNK)
         here = tl.histogram(tl.where(local, expert, 0), BLOCK_E, mask=local)
         base = start - (tl.cumsum(here, 0) - here)
         if not SINGLE:
@@ -118,11 +131,14 @@ def _place_kernel(
         tl.store(row_of_slot_ptr + slot, tl.full([FILL_BLOCKS, BLOCK_ROWS], -1, tl.int32), mask=padding)
 
 
-def sort_rows(expert_ids_TK: Tensor, num_experts: int, block: int) -> SortedRows:
+def sort_rows(
+    expert_ids_TK: Tensor, num_experts: int, block: int, num_tokens: Tensor | None = None
+) -> SortedRows:
     """Rows n = t · K + k of int [T, K] in expert order, stable; ids outside [0, num_experts) are left out.
 
-    `block` is a power of two; all results have static shapes, so that a CUDA graph holds for any routing.
-    See `reference.sort_rows`.
+    `num_tokens` (one integer on the device, so that a captured graph serves any number) leaves the rows of
+    later tokens out as well: they pad a batch, and no expert is read for them. `block` is a power of two; all
+    results have static shapes, so that a CUDA graph holds for any routing. See `reference.sort_rows`.
     """
     assert expert_ids_TK.is_contiguous()
     assert block & (block - 1) == 0, f"blocks of {block} rows: not a power of two"
@@ -143,9 +159,19 @@ def sort_rows(expert_ids_TK: Tensor, num_experts: int, block: int) -> SortedRows
     num_chunks = triton.cdiv(num_rows, chunk)
     block_e = max(triton.next_power_of_2(num_experts), 16)
     chunk_count = integers(num_chunks * block_e)
+    limit = expert_ids_TK if num_tokens is None else num_tokens
+    top_k = 0 if num_tokens is None else expert_ids_TK.shape[1]
     if num_chunks > 1:
         _count_kernel[(num_chunks,)](
-            expert_ids_TK, chunk_count, num_rows, num_experts, CHUNK=chunk, BLOCK_E=block_e, num_warps=4
+            expert_ids_TK,
+            limit,
+            chunk_count,
+            num_rows,
+            num_experts,
+            TOP_K=top_k,
+            CHUNK=chunk,
+            BLOCK_E=block_e,
+            num_warps=4,
         )
         _scan_kernel[(num_experts,)](
             chunk_count, rows.counts, num_chunks, BLOCK_E=block_e, BLOCK_CHUNKS=128, num_warps=1
@@ -154,6 +180,7 @@ def sort_rows(expert_ids_TK: Tensor, num_experts: int, block: int) -> SortedRows
     fills = triton.cdiv(num_slots // block, fill_blocks)
     _place_kernel[(num_chunks + fills,)](
         expert_ids_TK,
+        limit,
         chunk_count,
         rows.counts,
         rows.row_of_slot,
@@ -163,6 +190,7 @@ def sort_rows(expert_ids_TK: Tensor, num_experts: int, block: int) -> SortedRows
         num_experts,
         num_chunks,
         num_slots // block,
+        TOP_K=top_k,
         SINGLE=num_chunks == 1,
         BLOCK_ROWS=block,
         CHUNK=chunk,

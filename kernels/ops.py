@@ -1,7 +1,8 @@
 """The operations that the models are made of, chosen by device.
 
-`for_device` answers with the implementation for a device: `kernels.cpu` in plain torch, other devices by one
-entry in `_MODULES` each. Models hold the answer and never ask what they run on. Shape letters: T tokens ·
+`for_device` answers with the implementation for a device: `kernels.triton_ops` for CUDA (which is what torch
+calls AMD's devices as well), `kernels.cpu` in plain torch for the CPU and every other device, Ascend's npu
+among them. Models hold the answer and never ask what they run on. Shape letters: T tokens ·
 D model width · I, O inner and outer width of a product · H heads · C latent · R rope dims · L = C + R ·
 E experts · e local experts · K top-k · N dispatched rows · F expert width · P pages · S sequences.
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +38,51 @@ class Routing:
     scaling: float
 
 
+@dataclass(frozen=True)
+class BlockScaled:
+    """An FP8 weight [..., N, K] with the float32 scales [..., ⌈N/128⌉, ⌈K/128⌉] of its 128×128 blocks."""
+
+    values: Tensor
+    scale: Tensor
+
+
+Weight: TypeAlias = "Tensor | BlockScaled"
+
+Rotation: TypeAlias = object
+"""What an implementation turns a step's queries and keys by; made by `Ops.rotation`, once per step."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model decides whether an implementation can serve it; None where the model has none.
+
+    `inner_widths` are the inner widths of its block-scaled products and `stacked_rows` the rows of weights
+    that have another one below them; both empty where no weight is FP8.
+    """
+
+    dtype: torch.dtype
+    page_size: int
+    num_latent: int
+    num_rotated: int
+    num_nope: int
+    num_values: int
+    fp8_block: tuple[int, int] | None = None
+    inner_widths: tuple[int, ...] = ()
+    stacked_rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How each of S rows of logits becomes a token: one list entry a row. `top_k` 0 keeps all tokens;
+    temperature 0 is greedy; the random number is a function of (seed, position)."""
+
+    temperatures: Sequence[float]
+    top_ks: Sequence[int]
+    top_ps: Sequence[float]
+    seeds: Sequence[int]
+    positions: Sequence[int]
+
+
 class AttentionPlan(Protocol):
     """What an implementation works out once per step from lengths and page tables, for all layers."""
 
@@ -52,23 +98,49 @@ class AttentionPlan(Protocol):
 class Ops(Protocol):
     """One device's implementation; a module fulfils it."""
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor, *, tiled: bool) -> Tensor:
+    KEEPS_FP8: bool
+    """Whether products take FP8 weights as they are in the checkpoint, as `BlockScaled`."""
+
+    HAS_MOE: bool
+    """Whether it is `DeviceOps`: a mixture of experts is one call that the host need not follow."""
+
+    def faults(self, shape: ModelShape) -> list[str]:
+        """Why a model cannot be served, one clause each; nothing where it can."""
+
+    def linear(self, x_TI: Tensor, weight_OI: Weight, *, tiled: bool) -> Tensor:
         """x Wᵀ, [T, O]."""
 
     def head_linear(self, x_THI: Tensor, weight_HIO: Tensor, *, tiled: bool) -> Tensor:
         """Each head's own product, [T, H, O]; the weight may be a strided view."""
 
+    def mlp(self, x_TD: Tensor, gate_up_2FD: Weight, down_DF: Weight, *, tiled: bool) -> Tensor:
+        """down(SiLU(gate x) · up x), [T, D]; the first weight has the rows of the gate, then those of up."""
+
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """Root mean square norm of each row, in float32, times the weight; rows may be strided."""
 
-    def silu_mul(self, x_T2F: Tensor) -> Tensor:
-        """SiLU of the first half of the columns times the second half, [T, F]."""
+    def add_rms_norm(
+        self, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(norm of x + delta, x + delta); x may be overwritten. None adds nothing."""
 
-    def rope_(self, x_THR: Tensor, cos_sin_TR: Tensor) -> None:
-        """Rotates the pairs (2i, 2i+1) in place by (cos, sin) of the same columns; x may be a view."""
+    def rotation(self, table_PR: Tensor, positions_T: Tensor) -> Rotation:
+        """Cos and sin, alternating in the table's rows, at each token's position."""
 
-    def store_latents(self, cache_PSL: Tensor, slots_T: Tensor, latents_TL: Tensor) -> None:
-        """Writes rows to slots (page · page_size + offset)."""
+    def rope_(self, x_THR: Tensor, rotation: Rotation) -> None:
+        """Rotates the pairs (2i, 2i+1) in place by each token's angles; x may be a view."""
+
+    def store_latents(
+        self,
+        cache_PSL: Tensor,
+        slots_T: Tensor,
+        latent_TL: Tensor,
+        norm_weight_C: Tensor,
+        eps: float,
+        rotation: Rotation,
+    ) -> None:
+        """Norms the first C columns, rotates the rest, and writes each row to its slot (page · page_size +
+        offset); rows past the slots are padding. `latent_TL` may be overwritten."""
 
     def plan_attention(
         self,
@@ -78,13 +150,22 @@ class Ops(Protocol):
         page_size: int,
         *,
         absorb_all: bool,
+        along: Sequence[Tensor],
         device: torch.device,
-    ) -> AttentionPlan:
+    ) -> tuple[AttentionPlan, list[Tensor]]:
         """For sequences whose queries are their last positions; contexts include them. The page table
-        (int64, on the host) holds each sequence's pages, anything after its last one."""
+        (int64, on the host) holds each sequence's pages, anything after its last one. `along` are further
+        integers of the step on the host, which go to the device in the same copy: they come back as the
+        second result."""
 
     def mla_absorbed(
-        self, q_AHL: Tensor, cache_PSL: Tensor, plan: AttentionPlan, *, num_latent: int, scale: float
+        self,
+        q_latent_AHC: Tensor,
+        q_rope_AHR: Tensor,
+        cache_PSL: Tensor,
+        plan: AttentionPlan,
+        *,
+        scale: float,
     ) -> Tensor:
         """Attention in the latent space, [A, H, C], for the plan's absorbed rows; rows past the real tokens
         are zero. A row's bits depend on its own query and context alone."""
@@ -105,25 +186,50 @@ class Ops(Protocol):
     def gate(
         self, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, routing: Routing, *, tiled: bool
     ) -> tuple[Tensor, Tensor]:
-        """(weights_TK float32, expert_ids_TK int64), best first; weight and bias are float32."""
+        """(weights_TK float32, expert_ids_TK int64 or int32), best first; weight and bias are float32."""
 
     def experts(
-        self, x_ND: Tensor, counts: Sequence[int], gate_up_e2FD: Tensor, down_eDF: Tensor, *, tiled: bool
+        self, x_ND: Tensor, counts: Sequence[int], gate_up_e2FD: Weight, down_eDF: Weight, *, tiled: bool
     ) -> Tensor:
         """Expert i's MLP on its counts[i] rows, [N, D]; rows are sorted by expert."""
+
+    def block_scaled(self, values: Tensor, scale: Tensor, device: torch.device) -> BlockScaled:
+        """An FP8 weight (E4M3FN) and its scales, as read from a checkpoint, in the device's own format.
+        Only where KEEPS_FP8."""
 
     def dequantize(self, weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """FP8 weight [N, K] times its scales [ceil(N / rows), ceil(K / columns)] of each block."""
 
+    def sample(self, logits_SV: Tensor, draws: Draws) -> list[int]:
+        """One token per row of float32 logits, by inverse CDF over the kept tokens in the order of ids."""
 
-_MODULES = {"cpu": "kernels.cpu"}
+
+class DeviceOps(Ops, Protocol):
+    """An implementation whose mixture of experts never waits for the host: it may be captured in a graph."""
+
+    def moe(
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        expert_ids_TK: Tensor,
+        gate_up_e2FD: Weight,
+        down_eDF: Weight,
+        *,
+        num_tokens: Tensor | None,
+        tiled: bool,
+    ) -> Tensor:
+        """y[t] = Σ_k weights[t, k] · expert_k(x[t]), added in the order of k, [T, D]. Rows past `num_tokens`
+        (one integer on the device; None: all are real) are zero."""
+
+    def refill_(self, plan: AttentionPlan, other: AttentionPlan) -> None:
+        """Copies a decode step's contexts and pages into a plan of more sequences and longer contexts, over
+        whose tensors a graph was recorded. What is left over sees one token of any page."""
+
+
+_MODULES = {"cuda": "kernels.triton_ops"}
+_PLAIN = "kernels.cpu"
 
 
 def for_device(device: torch.device) -> Ops:
-    """The implementation for a device. Raises NotImplementedError, naming those that there are."""
-    name = _MODULES.get(device.type)
-    if name is None:
-        raise NotImplementedError(
-            f"no operations for device {device.type!r}; there are: {', '.join(_MODULES)}"
-        )
-    return cast(Ops, importlib.import_module(name))
+    """The implementation for a device."""
+    return cast(Ops, importlib.import_module(_MODULES.get(device.type, _PLAIN)))

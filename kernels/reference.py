@@ -159,6 +159,16 @@ def grouped_gemm(
     return out.flatten(0, 1)
 
 
+def grouped_plain(a_MK: Tensor, b_ENK: Tensor, expert_of_block_B: Tensor) -> Tensor:
+    """As `grouped_gemm`, of weights and rows that are not quantized."""
+    a = a_MK.reshape(expert_of_block_B.numel(), -1, a_MK.shape[1])
+    out = a.new_zeros(*a.shape[:2], b_ENK.shape[1])
+    for block, expert in enumerate(expert_of_block_B.tolist()):
+        if expert >= 0:
+            out[block] = a[block] @ b_ENK[expert].mT
+    return out.flatten(0, 1)
+
+
 def combine(
     rows_MD: Tensor, slot_of_row_N: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None
 ) -> Tensor:

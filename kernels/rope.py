@@ -25,6 +25,8 @@ def _rope_kernel(
     out_ptr: tl.tensor,
     x_stride_t: int,
     x_stride_h: int,
+    out_stride_t: int,
+    out_stride_h: int,
     num_heads: int,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -46,13 +48,22 @@ def _rope_kernel(
     first = tl.load(rows + low[None, :], mask=inside, other=0.0).to(tl.float32)
     second = tl.load(rows + high[None, :], mask=inside, other=0.0).to(tl.float32)
     turned_first, turned_second = rotate(first, second, cos[None, :], sin[None, :])
-    out = out_ptr + (token * num_heads + heads[:, None]) * (2 * HALF)
+    out = out_ptr + token * out_stride_t + heads[:, None] * out_stride_h
     tl.store(out + low[None, :], turned_first.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(out + high[None, :], turned_second.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def rope(x_THR: Tensor, cos_PR: Tensor, sin_PR: Tensor, positions_T: Tensor, *, interleaved: bool) -> Tensor:
-    """Rotates [T, H, R] (heads may be strided) by tables [positions, R/2]; returns it contiguous.
+def rope(
+    x_THR: Tensor,
+    cos_PR: Tensor,
+    sin_PR: Tensor,
+    positions_T: Tensor,
+    *,
+    interleaved: bool,
+    in_place: bool = False,
+) -> Tensor:
+    """Rotates [T, H, R] (heads may be strided) by tables [positions, R/2]; returns it contiguous, or writes
+    it back where it was: a program reads its heads before it writes them.
 
     See `reference.rope`, which takes the tables' rows at `positions_T`.
     """
@@ -64,7 +75,7 @@ def rope(x_THR: Tensor, cos_PR: Tensor, sin_PR: Tensor, positions_T: Tensor, *, 
     assert sin_PR.is_contiguous()
     assert positions_T.shape == (num_tokens,)
     assert positions_T.is_contiguous()
-    out_THR = torch.empty_like(x_THR, memory_format=torch.contiguous_format)
+    out_THR = x_THR if in_place else torch.empty_like(x_THR, memory_format=torch.contiguous_format)
     block_h = min(triton.next_power_of_2(num_heads), 32)
     if num_tokens:
         _rope_kernel[(num_tokens, triton.cdiv(num_heads, block_h))](
@@ -75,6 +86,8 @@ def rope(x_THR: Tensor, cos_PR: Tensor, sin_PR: Tensor, positions_T: Tensor, *, 
             out_THR,
             x_THR.stride(0),
             x_THR.stride(1),
+            out_THR.stride(0),
+            out_THR.stride(1),
             num_heads,
             HALF=width // 2,
             INTERLEAVED=interleaved,

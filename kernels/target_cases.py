@@ -17,10 +17,12 @@ from kernels import (
     moe_combine,
     moe_gate,
     moe_gemm,
+    moe_gemm_plain,
     moe_sort,
     norm,
     rope,
     sampler,
+    silu,
 )
 
 
@@ -82,7 +84,8 @@ _GATE = {
     "BLOCK_S": 32,
     "BLOCK_K": 8,
 }
-_PLACE = {"BLOCK_ROWS": 128, "CHUNK": 1024, "BLOCK_E": 256, "FILL_BLOCKS": 1}
+_COUNT = {"TOP_K": 8, "CHUNK": 1024, "BLOCK_E": 256}
+_PLACE = {"TOP_K": 8, "BLOCK_ROWS": 128, "CHUNK": 1024, "BLOCK_E": 256, "FILL_BLOCKS": 1}
 _COPY = {"ROWS_PER_SOURCE": 8, "HEAD": 1792, "TAIL": 56, "TO_STRIDE": 1848, "TO_TAIL_STRIDE": 1848}
 _PLAIN = "*fp8' *fp32' *fp8' *fp32' *bf16' i32 i32 i32' i32 i32 i32'"
 _GROUPED = "*fp8' *fp32' *fp8' *fp32' *i32' *bf16' i32' i32 i32' i32' i32' i32"
@@ -100,7 +103,7 @@ CASES = [
     Case(
         "rope",
         rope._rope_kernel,
-        "*bf16' *fp32' *fp32' *i32' *bf16' i32' i32' i32'",
+        "*bf16' *fp32' *fp32' *i32' *bf16' i32' i32' i32' i32' i32'",
         {"HALF": 32, "INTERLEAVED": True, "BLOCK_H": 32, "BLOCK_R": 32},
     ),
     Case(
@@ -129,19 +132,19 @@ CASES = [
         {"BLOCK_N": 64},
     ),
     Case("gate", moe_gate._gate_kernel, "*fp32' *fp32' *fp32' *i32' i32' fp32", _GATE, 1),
-    Case("sort count", moe_sort._count_kernel, "*i32' *i32' i32 i32'", {"CHUNK": 1024, "BLOCK_E": 256}),
+    Case("sort count", moe_sort._count_kernel, "*i32' *i32' *i32' i32 i32'", _COUNT),
     Case("sort scan", moe_sort._scan_kernel, "*i32' *i32' i32", {"BLOCK_E": 256, "BLOCK_CHUNKS": 128}, 1),
     Case(
         "sort place",
         moe_sort._place_kernel,
-        "*i32' *i32' *i32' *i32' *i32' *i32' i32 i32' i32 i32",
+        "*i32' *i32' *i32' *i32' *i32' *i32' *i32' i32 i32' i32 i32",
         _PLACE | {"SINGLE": False},
         8,
     ),
     Case(
         "sort place, one launch",
         moe_sort._place_kernel,
-        "*i32' *i32' *i32' *i32' *i32' *i32' i32 i32' i32 i32",
+        "*i32' *i32' *i32' *i32' *i32' *i32' *i32' i32 i32' i32 i32",
         _PLACE | {"SINGLE": True, "BLOCK_ROWS": 16, "FILL_BLOCKS": 8},
         8,
     ),
@@ -225,6 +228,26 @@ CASES = [
         True,
         {"num_stages": 2},
     ),
+    Case(
+        "grouped plain, decode",
+        moe_gemm_plain.grouped_plain_kernel,
+        "*bf16' *bf16' *i32' *i32' *bf16' i32' i32' i32' i32' i32'",
+        {"ROWS_PER_SOURCE": 8, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 1},
+        4,
+        3,
+        True,
+    ),
+    Case(
+        "grouped plain, prefill",
+        moe_gemm_plain.grouped_plain_kernel,
+        "*bf16' *bf16' *i32' *i32' *bf16' i32' i32' i32' i32' i32'",
+        {"ROWS_PER_SOURCE": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8},
+        8,
+        3,
+        True,
+        {"num_stages": 2},
+    ),
+    Case("silu_mul", silu.silu_mul_kernel, "*bf16' *bf16' i32'", {"F": 18432, "BLOCK": 1024}),
     Case(
         "combine",
         moe_combine._combine_kernel,

@@ -26,11 +26,15 @@ class _Section(pydantic.BaseModel):
 
 
 class Model(_Section):
-    """`path`: a folder in Hugging Face format, relative to the service file, or `builtin:NAME`."""
+    """`path`: a folder in Hugging Face format, relative to the service file, or `builtin:NAME`.
+
+    `dtype` is what is computed in where weights are not FP8: if nothing is said, float32 on the CPU and
+    bfloat16 on cuda, where nothing else is possible.
+    """
 
     path: str
     name: str = ""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] | None = None
 
 
 class Layout(_Section):
@@ -120,6 +124,17 @@ class Service(_Section):
     engine: Engine = Engine()
     serve: Serve = Serve()
     cluster: Cluster = Cluster()
+
+    @pydantic.model_validator(mode="after")
+    def _dtype_fits_device(self) -> Service:
+        if self.layout.device == "cuda" and self.model.dtype == "float32":
+            raise ValueError("model.dtype: float32 is the CPU's; layout.device: cuda computes in bfloat16")
+        return self
+
+    @property
+    def dtype(self) -> str:
+        """What is computed in: `model.dtype`, or the device's own."""
+        return self.model.dtype or ("bfloat16" if self.layout.device == "cuda" else "float32")
 
     @property
     def served_name(self) -> str:

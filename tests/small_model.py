@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from r1_cluster.models.batch import AttentionBatch
 from r1_cluster.models.config import ModelConfig
@@ -15,6 +15,7 @@ from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
 from r1_cluster.weights.checkpoint import Checkpoint
 from r1_cluster.weights.names import expected_shapes
 
+CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0)
 YARN = {
     "type": "yarn",
@@ -24,6 +25,28 @@ YARN = {
     "beta_slow": 1,
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
+}
+
+
+# The smallest shapes that the kernels take.
+KERNEL_SHAPE = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "q_lora_rank": 24,
+}
+# The smallest whose FP8 products divide into groups of 128.
+FP8_SHAPE = KERNEL_SHAPE | {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 128,
+    "q_lora_rank": 128,
+    "v_head_dim": 64,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }
 
 
@@ -94,6 +117,21 @@ def write_checkpoint(folder, values, seed=0):
     return config
 
 
+def to_fp8(folder):
+    """Rewrites a checkpoint's matrices but for gate, embedding and head in FP8 with block scales."""
+    tensors = load_file(Path(folder) / "model.safetensors")
+    for name, tensor in list(tensors.items()):
+        if "proj" in name and tensor.dim() == 2:
+            rows, columns = tensor.shape
+            grid = torch.nn.functional.pad(tensor, (0, -columns % 128, 0, -rows % 128))
+            blocks = grid.unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+            scale = blocks.abs().amax((1, 3)).clamp_min(1e-12) / 448
+            spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :columns]
+            tensors[name] = (tensor / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+            tensors[name + "_scale_inv"] = scale
+    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+
 class SmallModel:
     """Stages over `bounds` (layer numbers where a new one begins) and expert shards of equal size, in one
     process. Each sequence gets `pages_each` pages, spread over the cache."""
@@ -104,6 +142,7 @@ class SmallModel:
         *,
         deterministic,
         dtype=torch.float32,
+        device=CPU,
         bounds=(),
         num_shards=1,
         page_size=16,
@@ -111,7 +150,7 @@ class SmallModel:
         pages_each=24,
     ):
         self.config = config = ModelConfig.from_folder(folder)
-        options = {"dtype": dtype, "device": torch.device("cpu"), "deterministic": deterministic}
+        options = {"dtype": dtype, "device": device, "deterministic": deterministic}
         with Checkpoint(folder, config) as checkpoint:
             edges = [0, *bounds, config.num_hidden_layers]
             self.stages = [

@@ -105,15 +105,17 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
 
     from kernels.ops import for_device
     from r1_cluster.models.config import ModelConfig, ModelConfigError
+    from r1_cluster.models.fitting import check_fits
     from r1_cluster.planning.layout import build_layout
     from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError
 
-    try:
-        for_device(torch.device(service.layout.device))
-    except NotImplementedError as error:
-        raise ConfigError(f"layout.device: {error}") from None
+    device = torch.device(service.layout.device)
+    # A cluster that runs elsewhere may have GPUs that this machine has not: there, Ray's resources decide.
+    if device.type == "cuda" and service.cluster.address is None and not torch.cuda.is_available():
+        raise ConfigError("layout.device: cuda is asked for, but torch sees no CUDA or ROCm device here")
     try:
         model = ModelConfig.from_folder(service.model.path)
+        check_fits(model, for_device(device), getattr(torch, service.dtype), service.engine.page_size)
         Checkpoint(service.model.path, model).close()
     except (ModelConfigError, CheckpointError) as error:
         raise ConfigError(f"model.path: {error}") from None

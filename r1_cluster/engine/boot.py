@@ -12,6 +12,14 @@ ENGINE = "engine"
 """The engine's name in its handshakes with workers."""
 
 
+class StepLimits(msgspec.Struct, frozen=True):
+    """The largest steps to prepare for on a device: sequences, tokens, and tokens of one context."""
+
+    max_num_seqs: int
+    max_batch_tokens: int
+    max_context_len: int
+
+
 class WorkerBoot(msgspec.Struct, frozen=True):
     """All that a worker must know to start. Filled by the engine's supervisor."""
 
@@ -30,6 +38,7 @@ class WorkerBoot(msgspec.Struct, frozen=True):
     host: str
     link_ports: tuple[int, int]
     secret: bytes
+    limits: StepLimits | None = None
 
 
 class Topology(msgspec.Struct, frozen=True, array_like=True):

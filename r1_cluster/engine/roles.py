@@ -11,12 +11,15 @@ from typing import Protocol
 
 import torch
 
-from r1_cluster.comm.dispatch import Dispatcher, StepTag
+from r1_cluster.comm.device_dispatch import DeviceDispatcher
+from r1_cluster.comm.dispatch import Dispatcher, LocalDispatcher, StepTag
 from r1_cluster.comm.links import Link, recv_epoch
 from r1_cluster.comm.wire import Flags, Header, Kind, LinkError, Message
+from r1_cluster.engine.boot import StepLimits
+from r1_cluster.engine.graphs import DecodeGraphs, Recorder, cuda_recorder, dummy_plan
 from r1_cluster.engine.sampler import sample
 from r1_cluster.models.batch import AttentionBatch
-from r1_cluster.models.network import RouterModel, StageModel
+from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.records import StepPlan
 
 
@@ -40,9 +43,13 @@ class RouterRole:
     def forward(self, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
         assert self.dispatcher is not None, "a router is linked to its experts before it is asked"
         weights_TK, ids_TK = self.model.gate(tag.layer, x_TD)
-        self.dispatcher.dispatch(tag, x_TD, ids_TK, num_tokens)
+        if isinstance(self.dispatcher, DeviceDispatcher):
+            self.dispatcher.dispatch(tag, x_TD, ids_TK, num_tokens)
+        else:  # links carry host tensors, and which rows go where is the host's to know
+            self.dispatcher.dispatch(tag, x_TD.cpu(), ids_TK.cpu(), num_tokens)
+            weights_TK = weights_TK.cpu()
         shared_TD = self.model.shared(tag.layer, x_TD)  # while the experts work
-        y_TD = self.dispatcher.combine(weights_TK)
+        y_TD = self.dispatcher.combine(weights_TK).to(x_TD.device)
         if self.dispatcher.lost:
             self.lost.extend(self.dispatcher.lost)
             self.dispatcher.lost.clear()
@@ -52,11 +59,18 @@ class RouterRole:
         """Serves a stage in another process: its MOE message → header, tensors and body of the reply."""
         header = message.header
         tag = StepTag(header.epoch, header.step, header.layer, header.micro_batch)
-        y_TD = self.forward(tag, message.tensors[0], header.rows)
+        y_TD = self.forward(tag, message.tensors[0].to(self.model.device), header.rows).cpu()
         lost, self.lost = self.lost, []
         flags = int(Flags.TAINTED) if lost else 0
         body = "\n".join(dict.fromkeys(lost)).encode()
         return header._replace(kind=Kind.MOE_RESULT, flags=flags), [y_TD], body
+
+
+def local_dispatcher(experts: ExpertModel, num_experts: int) -> Dispatcher:
+    """For a router whose experts are all in its process: on the device where it can, else by the host."""
+    if experts.on_device:
+        return DeviceDispatcher(experts.mixture)
+    return LocalDispatcher(experts.forward, num_experts)
 
 
 class RemoteRouter:
@@ -74,7 +88,7 @@ class RemoteRouter:
             return torch.zeros_like(x_TD)
         header = Header(Kind.MOE, tag.epoch, tag.step, tag.layer, tag.micro_batch, num_tokens)
         try:
-            self.link.send(header, [x_TD])
+            self.link.send(header, [x_TD.cpu()])
             reply = recv_epoch(self.link, tag.epoch, self._timeout_s)
         except LinkError:
             # The step is finished with zeros, so that everybody stays in lock-step, and then done again.
@@ -83,7 +97,7 @@ class RemoteRouter:
             return torch.zeros_like(x_TD)
         if reply.header.flags & Flags.TAINTED:
             self.lost.extend(reply.body.decode().split("\n"))
-        return reply.tensors[0]
+        return reply.tensors[0].to(x_TD.device)
 
 
 class StageRole:
@@ -94,19 +108,61 @@ class StageRole:
         self.moe = moe
         self.page_size = page_size
         self.caches = model.new_cache(num_pages, page_size)
+        self.graphs: DecodeGraphs | None = None
 
     def forward(self, plan: StepPlan, x_TD: torch.Tensor | None) -> tuple[torch.Tensor, list[int] | None]:
         """Runs this stage's layers of a step: `x_TD` are the hidden states of the stage before, None on
-        the first. Returns the hidden states and, on the last stage, one token per `plan.samples`."""
+        the first. Returns the hidden states, on the host, and, on the last stage, one token per
+        `plan.samples`."""
         batch = AttentionBatch.from_plan(plan, self.page_size, self.model)
-        if x_TD is None:
-            x_TD = self.model.embed(batch.token_ids_T)
-        x_TD = self.model.forward(x_TD, batch, self.caches, self._moe_of(plan))
+        if x_TD is not None:
+            x_TD = x_TD.to(self.model.device)
+        graph = self.graphs.fitting(batch) if self.graphs is not None else None
+        if graph is not None:
+            out_TD = graph.replay(x_TD, batch, self._moe_of(plan))
+        else:
+            if x_TD is None:
+                x_TD = self.model.embed(batch.token_ids_T)
+            out_TD = self.model.forward(x_TD, batch, self.caches, self._moe_of(plan))
         if not self.model.is_last:
-            return x_TD, None
+            return out_TD.cpu(), None
         if not plan.samples:
-            return x_TD, []
-        return x_TD, sample(self.model.logits(x_TD, batch.sample_rows), plan.samples)
+            return out_TD, []
+        if graph is not None:
+            logits_SV = out_TD.index_select(0, batch.sample_rows)
+        else:
+            logits_SV = self.model.logits(out_TD, batch.sample_rows)
+        return out_TD, sample(self.model.ops, logits_SV, plan.samples)
+
+    def prepare(self, limits: StepLimits, record: Recorder | None = None) -> None:
+        """Compiles and tunes the kernels for every size of step, and records the decode steps. On a device
+        alone, and before the first step: it writes to page 0."""
+        router = self.moe if isinstance(self.moe, RouterRole) else None
+        dispatcher = router.dispatcher if router is not None else None
+        local = dispatcher if isinstance(dispatcher, DeviceDispatcher) else None
+        moe = self._moe_of(dummy_plan(1, 1, 1, self.page_size)) if local is not None else None
+        reach = min(limits.max_context_len, self.model.config.max_position_embeddings)
+        num_tokens = 1
+        while num_tokens <= min(limits.max_batch_tokens, reach):
+            plan = dummy_plan(1, num_tokens, num_tokens, self.page_size)
+            batch = AttentionBatch.from_plan(plan, self.page_size, self.model)
+            x_TD = self.model.hidden(batch.num_rows)
+            x_TD = self.model.forward(x_TD, batch, self.caches, moe or _no_experts)
+            num_tokens *= 2
+        self.graphs = DecodeGraphs(
+            self.model,
+            self.caches,
+            self.page_size,
+            max_num_seqs=limits.max_num_seqs,
+            max_context_len=reach,
+            local=moe,
+            record=record or cuda_recorder(),
+        )
+        if local is not None:
+            local.num_real = self.graphs.num_real
+        self.graphs.capture()
+        if local is not None:
+            local.num_real = None
 
     def _moe_of(self, plan: StepPlan) -> Callable[[int, torch.Tensor, int], torch.Tensor]:
         def forward(layer: int, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -122,3 +178,8 @@ class StageRole:
         lost = list(dict.fromkeys(self.moe.lost))
         self.moe.lost.clear()
         return lost
+
+
+def _no_experts(layer: int, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """In place of a router in another process, while a stage prepares by itself."""
+    return torch.zeros_like(x_TD)

@@ -14,18 +14,21 @@ import time
 import msgspec
 import torch
 
-from r1_cluster.comm.dispatch import LinkDispatcher, LocalDispatcher, handle
+from kernels.ops import for_device
+from r1_cluster.comm.dispatch import LinkDispatcher, handle
 from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.links import Link, LocalLink, TcpLink, wait_any
 from r1_cluster.comm.listener import Listener, connect
 from r1_cluster.comm.wakeup import Wakeup
 from r1_cluster.comm.wire import Header, Kind, LinkError, Message, pack, unpack
-from r1_cluster.engine.boot import Ready, Topology, WorkerBoot
+from r1_cluster.engine.boot import Ready, StepLimits, Topology, WorkerBoot
 from r1_cluster.engine.held import HeldSequences
-from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole
+from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.fitting import check_fits
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.planning.layout import Layout, WorkerSpec
+from r1_cluster.planning.memory import check_room, stage_bytes
 from r1_cluster.records import StepPlan, StepResult
 from r1_cluster.weights.checkpoint import Checkpoint
 
@@ -81,6 +84,7 @@ class Worker:
         checkpoint = Checkpoint(folder, config)
         self.layout = Layout(boot.workers, config.num_hidden_layers, config.first_k_dense_replace)
         dtype, device = _DTYPES[boot.dtype], torch.device(boot.device)
+        check_fits(config, for_device(device), dtype, boot.page_size)
         moe_layers = range(config.first_k_dense_replace, config.num_hidden_layers)
         if spec.experts is not None:
             self.experts = ExpertModel.load(
@@ -99,7 +103,7 @@ class Worker:
             )
             self.router = RouterRole(router)
             if self.experts is not None and self.layout.shards == (spec,):
-                self.router.dispatcher = LocalDispatcher(self.experts.forward, config.n_routed_experts)
+                self.router.dispatcher = local_dispatcher(self.experts, config.n_routed_experts)
         if spec.stage is not None:
             stage = StageModel.load(
                 config,
@@ -114,8 +118,35 @@ class Worker:
                 # Longer than the router waits for its experts, so that each blames the one that is silent.
                 self._remote = RemoteRouter(serving.name, boot.step_timeout_s + 0.5)
             moe = self._remote or self.router
+            if device.type == "cuda" and boot.limits is not None:
+                self._check_memory(config, boot.limits)
             self.stage = StageRole(stage, moe, num_pages=boot.num_pages, page_size=boot.page_size)
         checkpoint.close()
+        if device.type == "cuda" and boot.limits is not None:
+            self._prepare(boot.limits, config.num_experts_per_tok)
+
+    def _prepare(self, limits: StepLimits, top_k: int) -> None:
+        """Compiles, tunes and records before the first step, which has no time for it."""
+        if self.stage is not None:
+            self.stage.prepare(limits)
+        elif self.router is not None:
+            self.router.model.warm_up(limits.max_batch_tokens)
+        elif self.experts is not None:
+            self.experts.warm_up(limits.max_batch_tokens * top_k)
+
+    def _check_memory(self, config: ModelConfig, limits: StepLimits) -> None:
+        """Before the pages are taken: whether they and a step's workspace fit beside the weights."""
+        assert self.spec.stage is not None
+        parts = stage_bytes(
+            config,
+            self.spec.stage[1] - self.spec.stage[0],
+            num_pages=self.boot.num_pages,
+            page_size=self.boot.page_size,
+            max_num_seqs=limits.max_num_seqs,
+            max_batch_tokens=limits.max_batch_tokens,
+            max_context_len=min(limits.max_context_len, config.max_position_embeddings),
+        )
+        check_room(parts, torch.cuda.mem_get_info()[0])
 
     def _link_experts(self) -> None:
         """Gives the router a dispatcher over the expert shards to which links stand."""

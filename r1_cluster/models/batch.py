@@ -72,24 +72,27 @@ class AttentionBatch:
         sample_rows = np.asarray([starts[sample.index + 1] - 1 for sample in plan.samples], dtype=np.int64)
 
         context_lens = tuple(context.tolist())
-        device = model.device
+        host = [torch.from_numpy(array) for array in (token_ids, positions, slots, sample_rows)]
+        attention, there = model.ops.plan_attention(
+            plan.num_new,
+            context_lens,
+            torch.from_numpy(table),
+            page_size,
+            absorb_all=model.deterministic,
+            along=host,
+            device=model.device,
+        )
+        token_ids_T, positions_T, slots_T, sample_rows_S = there
         return cls(
-            token_ids_T=torch.from_numpy(token_ids).to(device),
-            positions_T=torch.from_numpy(positions).to(device),
-            slots_T=torch.from_numpy(slots).to(device),
+            token_ids_T=token_ids_T,
+            positions_T=positions_T,
+            slots_T=slots_T,
             query_starts=tuple(starts.tolist()),
             context_lens=context_lens,
             num_tokens=num_tokens,
             num_rows=num_rows,
-            sample_rows=torch.from_numpy(sample_rows).to(device),
-            attention=model.ops.plan_attention(
-                plan.num_new,
-                context_lens,
-                torch.from_numpy(table),
-                page_size,
-                absorb_all=model.deterministic,
-                device=device,
-            ),
+            sample_rows=sample_rows_S,
+            attention=attention,
         )
 
 

@@ -7,9 +7,9 @@ projected from the latents, which is cheaper where many queries share a context.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from kernels.ops import Rotation, Weight
 from r1_cluster.models.batch import AttentionBatch
 from r1_cluster.models.layers import Loader
 from r1_cluster.models.rope import softmax_scale
@@ -29,38 +29,35 @@ class Mla:
         self._num_latent = config.kv_lora_rank
         self._num_nope = config.qk_nope_head_dim
         query = "q" if config.q_lora_rank is None else "q_a"
-        self._down = loader.stack(layer_tensor(layer, query), layer_tensor(layer, "kv_a"))
-        self._query_width = self._down.shape[0] - config.latent_dim
+        self._down = loader.weight(layer_tensor(layer, query), layer_tensor(layer, "kv_a"))
+        self._query_width = loader.checkpoint.shape(layer_tensor(layer, query))[0]
         self._q_norm: Tensor | None = None
-        self._q_up: Tensor | None = None
+        self._q_up: Weight | None = None
         if config.q_lora_rank is not None:
             self._q_norm = loader.get(layer_tensor(layer, "q_a_norm"))
-            self._q_up = loader.get(layer_tensor(layer, "q_b"))
+            self._q_up = loader.weight(layer_tensor(layer, "q_b"))
         self._kv_norm = loader.get(layer_tensor(layer, "kv_a_norm"))
-        # Per head the rows of the keys, then those of the values.
+        # Per head the rows of the keys, then those of the values. Never in FP8: absorbed, it meets queries
+        # and attended latents head by head, in small products that published engines keep in BF16 too.
         self._kv_up_HOC = loader.get(layer_tensor(layer, "kv_b")).view(self._num_heads, -1, self._num_latent)
         self._key_up_HNC = self._kv_up_HOC[:, : self._num_nope]
         self._value_up_HCV = self._kv_up_HOC[:, self._num_nope :].transpose(1, 2)
-        self._out = loader.get(layer_tensor(layer, "o"))
+        self._out = loader.weight(layer_tensor(layer, "o"))
 
-    def forward(self, x_TD: Tensor, batch: AttentionBatch, cos_sin_TR: Tensor, cache_PSL: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: AttentionBatch, rotation: Rotation, cache_PSL: Tensor) -> Tensor:
         """Normed hidden states [T, D] → [T, D]; writes the new tokens' latents to their slots."""
         down = self._ops.linear(x_TD, self._down, tiled=self._tiled)
-        self._store(down[:, self._query_width :], batch, cos_sin_TR, cache_PSL)
+        self._ops.store_latents(
+            cache_PSL, batch.slots_T, down[:, self._query_width :], self._kv_norm, self._eps, rotation
+        )
         q = down[:, : self._query_width]
         if self._q_norm is not None and self._q_up is not None:
             q = self._ops.rms_norm(q, self._q_norm, self._eps)
             q = self._ops.linear(q, self._q_up, tiled=self._tiled)
         q_THQ = q.view(len(q), self._num_heads, -1)
-        self._ops.rope_(q_THQ[..., self._num_nope :], cos_sin_TR)
+        self._ops.rope_(q_THQ[..., self._num_nope :], rotation)
         attended_THV = self._attend(q_THQ, batch, cache_PSL)
         return self._ops.linear(attended_THV.flatten(1), self._out, tiled=self._tiled)
-
-    def _store(self, latent_TL: Tensor, batch: AttentionBatch, cos_sin_TR: Tensor, cache_PSL: Tensor) -> None:
-        latent_TC = latent_TL[:, : self._num_latent]
-        self._ops.rope_(latent_TL[:, None, self._num_latent :], cos_sin_TR)
-        latent_TC.copy_(self._ops.rms_norm(latent_TC, self._kv_norm, self._eps))
-        self._ops.store_latents(cache_PSL, batch.slots_T, latent_TL[: batch.num_tokens])
 
     def _attend(self, q_THQ: Tensor, batch: AttentionBatch, cache_PSL: Tensor) -> Tensor:
         plan = batch.attention
@@ -69,14 +66,14 @@ class Mla:
             return self._attend_absorbed(q_THQ, batch, cache_PSL)
         out_THV = q_THQ.new_empty(*q_THQ.shape[:2], self._value_up_HCV.shape[2])
         if len(rows):
-            out_THV[rows] = self._attend_absorbed(q_THQ[rows], batch, cache_PSL)
+            absorbed_AHV = self._attend_absorbed(q_THQ.index_select(0, rows), batch, cache_PSL)
+            out_THV.index_copy_(0, rows.long(), absorbed_AHV)
         self._ops.mla_expanded(q_THQ, cache_PSL, plan, self._kv_up_HOC, out_THV, scale=self._scale)
         return out_THV
 
     def _attend_absorbed(self, q_AHQ: Tensor, batch: AttentionBatch, cache_PSL: Tensor) -> Tensor:
         q_AHC = self._ops.head_linear(q_AHQ[..., : self._num_nope], self._key_up_HNC, tiled=self._tiled)
-        q_AHL = torch.cat((q_AHC, q_AHQ[..., self._num_nope :]), -1)
         latent_AHC = self._ops.mla_absorbed(
-            q_AHL, cache_PSL, batch.attention, num_latent=self._num_latent, scale=self._scale
+            q_AHC, q_AHQ[..., self._num_nope :], cache_PSL, batch.attention, scale=self._scale
         )
         return self._ops.head_linear(latent_AHC, self._value_up_HCV, tiled=self._tiled)

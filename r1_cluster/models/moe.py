@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from kernels.ops import Routing
+from kernels.ops import BlockScaled, DeviceOps, Routing, Weight
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.layers import Loader, Mlp
 from r1_cluster.weights.checkpoint import Checkpoint
@@ -20,6 +21,8 @@ class RouterModel:
 
     def __init__(self, loader: Loader, layers: Sequence[int]) -> None:
         config = loader.config
+        self.device = loader.device
+        self.dtype = loader.dtype
         self._ops = loader.ops
         self._tiled = loader.deterministic
         self._routing = Routing(
@@ -54,9 +57,18 @@ class RouterModel:
 
     @torch.inference_mode()
     def gate(self, layer: int, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed hidden states → (weights_TK float32, expert_ids_TK int64), best expert first."""
+        """Normed hidden states → (weights_TK float32, expert_ids_TK int64 or int32), best expert first."""
         weight_ED, bias_E = self._gates[layer]
         return self._ops.gate(x_TD, weight_ED, bias_E, self._routing, tiled=self._tiled)
+
+    def warm_up(self, max_tokens: int) -> None:
+        """Compiles and tunes a device's kernels for every power of two of tokens, so that no step waits for
+        that. All layers have the same shapes."""
+        layer, (weight_ED, _) = next(iter(self._gates.items()))
+        for num_tokens in _powers_of_two(max_tokens):
+            x_TD = torch.zeros(num_tokens, weight_ED.shape[1], dtype=self.dtype, device=self.device)
+            self.gate(layer, x_TD)
+            self.shared(layer, x_TD)
 
     @torch.inference_mode()
     def shared(self, layer: int, x_TD: Tensor) -> Tensor:
@@ -72,6 +84,9 @@ class ExpertModel:
         if not 0 <= experts.start < experts.stop <= config.n_routed_experts or experts.step != 1:
             raise ValueError(f"{experts} is no range of the {config.n_routed_experts} routed experts")
         self.experts = experts
+        self._device = loader.device
+        self._dtype = loader.dtype
+        self._width = config.hidden_size
         self._ops = loader.ops
         self._tiled = loader.deterministic
         self._weights = {layer: _load_experts(loader, layer, experts) for layer in layers}
@@ -93,7 +108,8 @@ class ExpertModel:
 
     @torch.inference_mode()
     def forward(self, layer: int, x_ND: Tensor, counts: Sequence[int]) -> Tensor:
-        """Rows sorted by expert, counts[i] of them for experts[i] → [N, D] in the same order.
+        """Rows sorted by expert, counts[i] of them for experts[i] → [N, D] in the same order, on the device
+        that they came from.
 
         Raises ValueError where counts do not fit the experts or the rows.
         """
@@ -105,11 +121,54 @@ class ExpertModel:
         if not len(x_ND):
             return torch.empty_like(x_ND)
         gate_up_e2FD, down_eDF = self._weights[layer]
-        return self._ops.experts(x_ND, counts, gate_up_e2FD, down_eDF, tiled=self._tiled)
+        x = x_ND.to(self._device)
+        return self._ops.experts(x, counts, gate_up_e2FD, down_eDF, tiled=self._tiled).to(x_ND.device)
+
+    def warm_up(self, max_rows: int) -> None:
+        """See `RouterModel.warm_up`; for rows that fall evenly on the experts."""
+        layer = next(iter(self._weights))
+        num_experts = len(self.experts)
+        for num_rows in _powers_of_two(max_rows):
+            counts = [(num_rows + i) // num_experts for i in range(num_experts)]
+            self.forward(layer, torch.zeros(num_rows, self._width, dtype=self._dtype), counts)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether `mixture` may be called."""
+        return self._ops.HAS_MOE
+
+    @torch.inference_mode()
+    def mixture(
+        self,
+        layer: int,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        expert_ids_TK: Tensor,
+        num_tokens: Tensor | None = None,
+    ) -> Tensor:
+        """The whole mixture, where this object has all experts: see `DeviceOps.moe`."""
+        gate_up_e2FD, down_eDF = self._weights[layer]
+        ops = cast(DeviceOps, self._ops)
+        return ops.moe(
+            x_TD,
+            weights_TK,
+            expert_ids_TK,
+            gate_up_e2FD,
+            down_eDF,
+            num_tokens=num_tokens,
+            tiled=self._tiled,
+        )
 
 
-def _load_experts(loader: Loader, layer: int, experts: range) -> tuple[Tensor, Tensor]:
+def _powers_of_two(most: int) -> list[int]:
+    return [1 << bit for bit in range(most.bit_length())]
+
+
+def _load_experts(loader: Loader, layer: int, experts: range) -> tuple[Weight, Weight]:
     """(gate and up [e, 2F, D], down [e, D, F]), filled tensor by tensor: no second copy at any time."""
+    names = [routed_expert(layer, expert, part) for expert in experts for part in ("gate", "up", "down")]
+    if loader.ops.KEEPS_FP8 and all(loader.checkpoint.is_fp8(name) for name in names):
+        return _load_scaled_experts(loader, layer, experts)
     width, hidden = loader.config.hidden_size, loader.config.moe_intermediate_size
     gate_up = torch.empty(len(experts), 2 * hidden, width, dtype=loader.dtype, device=loader.device)
     down = torch.empty(len(experts), width, hidden, dtype=loader.dtype, device=loader.device)
@@ -118,3 +177,25 @@ def _load_experts(loader: Loader, layer: int, experts: range) -> tuple[Tensor, T
         gate_up[i, hidden:] = loader.get(routed_expert(layer, expert, "up"))
         down[i] = loader.get(routed_expert(layer, expert, "down"))
     return gate_up, down
+
+
+def _load_scaled_experts(loader: Loader, layer: int, experts: range) -> tuple[BlockScaled, BlockScaled]:
+    """As `_load_experts`, in FP8 with block scales."""
+    stacks: list[BlockScaled] = []
+    for i, expert in enumerate(experts):
+        for j, parts in enumerate((("gate", "up"), ("down",))):
+            weight = loader.weight(*(routed_expert(layer, expert, part) for part in parts))
+            assert isinstance(weight, BlockScaled)
+            if i == 0:
+                stacks.append(_empty_stack(weight, len(experts)))
+            stacks[j].values[i].view(torch.uint8).copy_(weight.values.view(torch.uint8))
+            stacks[j].scale[i] = weight.scale
+    gate_up, down = stacks
+    return gate_up, down
+
+
+def _empty_stack(weight: BlockScaled, count: int) -> BlockScaled:
+    return BlockScaled(
+        weight.values.new_empty(count, *weight.values.shape),
+        weight.scale.new_empty(count, *weight.scale.shape),
+    )

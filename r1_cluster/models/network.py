@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 
 import torch
@@ -76,6 +76,14 @@ class StageModel:
         shape = (num_pages, page_size, self.config.latent_dim)
         return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self._layers]
 
+    def hidden(self, num_rows: int) -> Tensor:
+        """A buffer for hidden states, [num_rows, D], zeros."""
+        return torch.zeros(num_rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
+
+    def empty_logits(self, num_rows: int) -> Tensor:
+        """A buffer for logits, float32 [num_rows, V]."""
+        return torch.empty(num_rows, self.config.vocab_size, dtype=torch.float32, device=self.device)
+
     @torch.inference_mode()
     def embed(self, token_ids_T: Tensor) -> Tensor:
         """Token ids → [T, D]. On the first stage alone."""
@@ -94,17 +102,32 @@ class StageModel:
             raise ValueError(f"{len(x_TD)} rows of hidden states came for a step of {batch.num_rows}")
         if batch.num_rows > batch.num_tokens and self.is_first:
             x_TD[batch.num_tokens :] = 0
-        cos_sin_TR = self._rope_table.index_select(0, batch.positions_T)
+        segments = self.segments(x_TD, batch, caches)
+        try:
+            layer, normed_TD = next(segments)
+            while True:
+                layer, normed_TD = segments.send(moe(layer, normed_TD, batch.num_tokens))
+        except StopIteration as end:
+            hidden_TD: Tensor = end.value
+            return hidden_TD
+
+    def segments(
+        self, x_TD: Tensor, batch: AttentionBatch, caches: Sequence[Tensor]
+    ) -> Generator[tuple[int, Tensor], Tensor, Tensor]:
+        """`forward`, cut where a mixture of experts is asked: yields (layer, normed hidden states), is sent
+        the experts' output, returns the hidden states. Its caller sets inference mode."""
+        rotation = self.ops.rotation(self._rope_table, batch.positions_T)
         eps = self.config.rms_norm_eps
+        delta_TD: Tensor | None = None  # what is still to be added to the hidden states
         for layer, cache in zip(self._layers, caches):
-            normed = self.ops.rms_norm(x_TD, layer.attention_norm, eps)
-            x_TD += layer.attention.forward(normed, batch, cos_sin_TR, cache)
-            normed = self.ops.rms_norm(x_TD, layer.mlp_norm, eps)
+            normed, x_TD = self.ops.add_rms_norm(x_TD, delta_TD, layer.attention_norm, eps)
+            delta_TD = layer.attention.forward(normed, batch, rotation, cache)
+            normed, x_TD = self.ops.add_rms_norm(x_TD, delta_TD, layer.mlp_norm, eps)
             if layer.mlp is None:
-                x_TD += moe(layer.index, normed, batch.num_tokens)
+                delta_TD = yield layer.index, normed
             else:
-                x_TD += layer.mlp.forward(normed)
-        return x_TD
+                delta_TD = layer.mlp.forward(normed)
+        return x_TD.add_(delta_TD) if delta_TD is not None else x_TD
 
     @torch.inference_mode()
     def logits(self, x_TD: Tensor, rows: Tensor) -> Tensor:

@@ -192,9 +192,16 @@ class Checkpoint:
             return self._get_fp8(name, entry, dtype, slices).to(device)
         return self._read(name, entry, slices).to(device=device, dtype=dtype)
 
-    def _get_fp8(
-        self, name: str, entry: _Entry, dtype: torch.dtype, slices: tuple[slice, ...] | None
-    ) -> Tensor:
+    def is_fp8(self, name: str) -> bool:
+        """Whether a tensor is stored in FP8, with block scales beside it. Raises CheckpointError."""
+        return self._entry(name).dtype == "F8_E4M3"
+
+    def get_scaled(self, name: str) -> tuple[Tensor, Tensor]:
+        """An FP8 matrix as it is stored, and its float32 block scales. Raises CheckpointError as `get`."""
+        entry = self._entry(name)
+        return self._read(name, entry, None), self._scales(name, entry)
+
+    def _scales(self, name: str, entry: _Entry) -> Tensor:
         if len(entry.shape) != 2:
             raise CheckpointError(
                 self.path, [f"{entry.file}: tensor {name} is FP8, which only matrices may be"]
@@ -205,6 +212,12 @@ class Checkpoint:
             raise CheckpointError(
                 self.path, [f"{entry.file}: tensor {scale_name} has scales that are not positive and finite"]
             )
+        return scale
+
+    def _get_fp8(
+        self, name: str, entry: _Entry, dtype: torch.dtype, slices: tuple[slice, ...] | None
+    ) -> Tensor:
+        scale = self._scales(name, entry)
         wanted = slices or (slice(None), slice(None))
         bounds = [part.indices(size)[:2] for part, size in zip(wanted, entry.shape)]
         # Whole blocks are read, so that the scales fit, and then cut.

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from make_checkpoint import make_checkpoint
 
@@ -76,10 +77,14 @@ def test_a_checkpoint_that_is_not_there_or_not_supported(write, tmp_path):
     fails_with(run("serve", str(write(model={"path": "gpt"}))), "GPT2LMHeadModel", "DeepseekV3ForCausalLM")
 
 
-def test_a_device_that_the_engine_cannot_use_yet(write):
-    fails_with(
-        run("serve", str(write(layout={"device": "cuda"}))), "layout.device: no operations for device 'cuda'"
-    )
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_a_device_that_is_not_there(write):
+    fails_with(run("serve", str(write(layout={"device": "cuda"}))), "layout.device: cuda is asked for, but")
+
+
+def test_float32_is_refused_on_cuda(write):
+    file = write(layout={"device": "cuda"}, model={"path": "builtin:nano_r1", "dtype": "float32"})
+    fails_with(run("serve", str(file)), "model.dtype: float32 is the CPU's")
 
 
 def test_a_damaged_checkpoint(write, tmp_path):

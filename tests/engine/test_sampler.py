@@ -3,8 +3,14 @@ import collections
 import pytest
 import torch
 
-from r1_cluster.engine.sampler import counter_uniform, sample
+from kernels import cpu
+from kernels.cpu_sampler import counter_uniform
+from r1_cluster.engine import sampler
 from r1_cluster.records import SampleSpec, SamplingParams
+
+
+def sample(logits, specs):
+    return sampler.sample(cpu, logits, specs)
 
 
 def specs(count, position=0, **params):

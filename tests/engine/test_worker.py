@@ -37,11 +37,11 @@ LAYOUTS = {
 class Cluster:
     """An engine over the workers of a layout."""
 
-    def __init__(self, checkpoint, layout, num_pages=256, lease_s=5.0, **limits):
+    def __init__(self, checkpoint, layout, num_pages=256, lease_s=5.0, step_timeout_s=2.0, **limits):
         config = ModelConfig.from_folder(checkpoint)
         self.layout = build_layout(LayoutConfig(**layout), config)
         names = [spec.name for spec in (*self.layout.workers, *self.layout.spares)]
-        self.boots = {name: self.boot(checkpoint, name, num_pages, lease_s) for name in names}
+        self.boots = {name: self.boot(checkpoint, name, num_pages, lease_s, step_timeout_s) for name in names}
         self.workers, self.threads = {}, []
         for name in names:
             self.begin(name, "first")
@@ -66,7 +66,7 @@ class Cluster:
             self.pipeline,
             fan,
             lease_s=lease_s,
-            step_timeout_s=2.0,
+            step_timeout_s=step_timeout_s,
             on_end=lambda *end: self.ends.put(end),
             replace=self.replace,
         )
@@ -74,7 +74,7 @@ class Cluster:
         self.pulse = Pulse(pulse, lambda: self.core.well, fan.beat)
         self.core.start()
 
-    def boot(self, checkpoint, name, num_pages, lease_s):
+    def boot(self, checkpoint, name, num_pages, lease_s, step_timeout_s):
         return WorkerBoot(
             name=name,
             incarnation="first",
@@ -87,7 +87,7 @@ class Cluster:
             page_size=PAGE_SIZE,
             num_pages=num_pages,
             lease_s=lease_s,
-            step_timeout_s=2.0,
+            step_timeout_s=step_timeout_s,
             host="127.0.0.1",
             link_ports=PORTS,
             secret=SECRET,

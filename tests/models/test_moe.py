@@ -121,6 +121,21 @@ def test_experts_refuse_counts_that_do_not_fit(folder):
         load(folder, [1], range(4, 9))
 
 
-def test_a_device_without_operations_is_named():
-    with pytest.raises(NotImplementedError, match="no operations for device 'meta'; there are: cpu"):
-        for_device(torch.device("meta"))
+def test_experts_warm_up_with_every_power_of_two_of_rows(folder, monkeypatch):
+    model = load(folder, [1], range(2, 5))
+    sizes = []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda layer, x, counts: sizes.append(len(forward(layer, x, counts)))
+    )
+    model.warm_up(20)
+    assert sizes == [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize(("device", "name"), [("cuda", "kernels.triton_ops"), ("cpu", "kernels.cpu")])
+def test_operations_are_chosen_by_the_device(device, name):
+    assert for_device(torch.device(device)).__name__ == name
+
+
+def test_a_device_without_kernels_of_its_own_gets_plain_torch():
+    assert for_device(torch.device("meta")) is cpu

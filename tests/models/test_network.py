@@ -233,3 +233,19 @@ def test_the_shipped_checkpoint_has_transformers_logits(deterministic):
     with torch.no_grad():
         expected = oracle(torch.from_numpy(tokens)[None]).logits[0][149:]
     torch.testing.assert_close(torch.stack(got), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_plain_torch_asks_nothing_of_the_host_on_other_devices(tmp_path, deterministic):
+    """Torch's `meta` plays a device without kernels of its own, such as npu: it has shapes and no values."""
+    config = write_checkpoint(tmp_path, config_values())
+    device = torch.device("meta")
+    model = SmallModel(tmp_path, deterministic=deterministic, device=device)
+    model.moe = lambda layer, x_TD, num_tokens: torch.zeros_like(x_TD)
+    for chunks in ([(0, np.arange(40)), (1, np.arange(3))], [(0, [1]), (1, [2])]):
+        logits = model.step(chunks)
+        assert (logits.device, logits.shape) == (device, (2, config.vocab_size))
+    weights, ids = model.router.gate(1, torch.zeros(8, config.hidden_size, device=device))
+    assert weights.device == ids.device == device
+    rows = torch.zeros(6, config.hidden_size, device=device)
+    assert model.shards[0].forward(1, rows, [1, 0, 2, 0, 0, 0, 3, 0]).device == device

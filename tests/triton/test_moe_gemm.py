@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import moe_gemm, moe_sort, reference
+from kernels import moe_gemm, moe_gemm_plain, moe_sort, reference
 
 
 def weights(draw, num_experts, n, k):
@@ -93,3 +93,25 @@ def test_deterministic_rows_do_not_depend_on_the_batch(draw):
     out = moe_gemm.grouped_gemm(a, a_scale, b, b_scale, index, deterministic=True)
     mine = moe_gemm.grouped_gemm(first, first_scale, b, b_scale, index[1:2].clone(), deterministic=True)
     assert torch.equal(mine[0], out[16])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "n", "k"), [(1, 6, 72, 100), (40, 3, 128, 64)])
+def test_plain(draw, num_tokens, num_experts, n, k, deterministic):
+    """Each slot fetches its token; then slots in their order. BF16 rounds once, float32 sums add 2^-20."""
+    order = moe_sort.sort_rows(draw.integers(0, num_experts - 1, num_tokens, 2), num_experts, 16)
+    x = draw.normal(num_tokens, k, dtype=torch.bfloat16)
+    weight = draw.normal(num_experts, n, k, dtype=torch.bfloat16)
+    slots = order.row_of_slot.numel()
+    sorted_x = x[order.row_of_slot.clamp(min=0).long() // 2]
+    expected = reference.grouped_plain(sorted_x.double(), weight.double(), order.expert_of_block)
+    terms = reference.grouped_plain(sorted_x.double().abs(), weight.double().abs(), order.expert_of_block)
+    used = order.row_of_slot >= 0
+    kind = {"num_slots": slots, "deterministic": deterministic}
+    for out in (
+        moe_gemm_plain.grouped_plain(
+            x, weight, order.expert_of_block, order.row_of_slot, rows_per_source=2, **kind
+        ),
+        moe_gemm_plain.grouped_plain(sorted_x, weight, order.expert_of_block, **kind),
+    ):
+        assert ((out.double() - expected).abs() <= 2**-8 * expected.abs() + 2**-20 * terms)[used].all()

@@ -57,6 +57,17 @@ def test_sort_rows(draw, num_tokens, top_k, num_experts, block):
         assert torch.equal(mine.cpu(), theirs)
 
 
+@pytest.mark.parametrize(("num_tokens", "real"), [(8, 5), (8, 0), (600, 513)])
+def test_sort_rows_leaves_out_the_tokens_that_pad_a_batch(draw, num_tokens, real):
+    ids = draw.integers(0, 12, num_tokens, 3)
+    limit = torch.tensor([real], dtype=torch.int32, device=draw.device)
+    cut = ids.cpu().clone()
+    cut[real:] = -1
+    expected = reference.sort_rows(cut, 12, 16)
+    for mine, theirs in zip(moe_sort.sort_rows(ids, 12, 16, limit), expected, strict=True):
+        assert torch.equal(mine.cpu(), theirs)
+
+
 def test_sort_rows_without_a_local_row(draw):
     ids = torch.full((3, 2), 9, dtype=torch.int32, device=draw.device)
     rows = moe_sort.sort_rows(ids, 4, 16)
@@ -64,6 +75,17 @@ def test_sort_rows_without_a_local_row(draw):
     assert (rows.row_of_slot == -1).all()
     assert (rows.slot_of_row == -1).all()
     assert (rows.expert_of_block == -1).all()
+
+
+def test_rows_are_spread_as_if_packed_and_unpacked(draw):
+    q, scale = reference.quantize(draw.mixed(9, 256))
+    q, scale = q.to(draw.device), scale.to(draw.device)
+    order = moe_sort.sort_rows(draw.integers(0, 4, 9, 3), 4, 16)
+    message = moe_combine.pack_rows(q, scale, order.row_of_slot, 3)
+    index = torch.arange(len(message), dtype=torch.int32, device=draw.device)
+    expected = moe_combine.unpack_rows(message, index, 256, q.dtype)
+    for mine, theirs in zip(moe_combine.spread_rows(q, scale, order.row_of_slot, 3), expected):
+        assert torch.equal(mine.float(), theirs.float())
 
 
 @pytest.mark.parametrize(("num_tokens", "width"), [(1, 128), (63, 1152)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import fp8, norm, reference, rope
+from kernels import fp8, norm, reference, rope, silu
 
 # One rounding to BF16 moves a value by at most 2^-9 of itself; float32 work before it adds far less.
 BF16 = 2**-8
@@ -40,6 +40,10 @@ def test_rope(draw, interleaved, num_tokens, num_heads, width):
     expected = reference.rope(x.double(), angle.cos()[at].double(), angle.sin()[at].double(), interleaved)
     # A pair's two terms may cancel, so the bound is one rounding of the larger of them.
     assert ((out.double() - expected).abs() <= BF16 * x.double().abs().amax(-1, keepdim=True) * 2).all()
+    before = wide[..., :32].clone()
+    rope.rope(x, angle.cos(), angle.sin(), positions, interleaved=interleaved, in_place=True)
+    assert torch.equal(x, out)
+    assert torch.equal(wide[..., :32], before)
 
 
 def assert_quantized(q, scale, values, exact):
@@ -71,6 +75,13 @@ def test_silu_mul_quantize(draw):
     gate_up = draw.mixed(65, 512, dtype=torch.bfloat16)
     q, scale = fp8.silu_mul_quantize(gate_up)
     assert_quantized(q, scale, reference.silu_mul(gate_up.double()), 1e-4)
+
+
+@pytest.mark.parametrize(("num_tokens", "width"), [(1, 24), (9, 1100)])
+def test_silu_mul(draw, num_tokens, width):
+    gate_up = draw.normal(num_tokens, 2 * width + 8, dtype=torch.bfloat16)[:, : 2 * width]
+    expected = reference.silu_mul(gate_up.double())
+    torch.testing.assert_close(silu.silu_mul(gate_up).double(), expected, rtol=BF16, atol=1e-12)
 
 
 @pytest.mark.parametrize(("num_tokens", "width"), [(1, 384), (63, 128)])

@@ -1,0 +1,165 @@
+"""Times whole steps of an R1-shaped stage on one GPU: real layers, random FP8 weights, the engine's roles.
+
+    python -m benchmarks.layers [--layers 3] [--experts 256] [--batches 1 8 64] [--contexts 1024 4096]
+
+What is timed is `StageRole.forward` from plan to sampled tokens, in recorded graphs as in service: as many
+layers as are asked for, the first of them dense, with embedding and head. A layer's own time is the
+difference between two numbers of layers. It has never run on a GPU (see docs/kernels.md); its model is tested
+on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+
+from r1_cluster.engine.boot import StepLimits
+from r1_cluster.engine.roles import RouterRole, StageRole, local_dispatcher
+from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
+from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
+from r1_cluster.weights.checkpoint import Checkpoint
+from r1_cluster.weights.names import expected_shapes
+
+PAGE = 64
+STEPS = 20
+SAMPLING = SamplingParams(temperature=0.6, top_p=0.95, top_k=0, seed=1)
+
+
+class RandomCheckpoint:
+    """Answers for any tensor of a model with random values, made where they are needed.
+
+    FP8 wherever R1 has it: all matrices but embedding, head and gates.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.path = Path("random")
+        self._shapes = expected_shapes(config)
+        self._device = device
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def is_fp8(self, name: str) -> bool:
+        return "_proj" in name
+
+    def get(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        shape = self.shape(name)
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=dtype, device=device)
+        return torch.randn(shape, dtype=dtype, device=device).mul_(shape[1] ** -0.5)
+
+    def get_scaled(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, columns = self.shape(name)
+        values = torch.randn(rows, columns, device=self._device, dtype=torch.bfloat16)
+        blocks = (-(-rows // 128), -(-columns // 128))
+        scale = torch.full(blocks, columns**-0.5, dtype=torch.float32, device=self._device)
+        return values.to(torch.float8_e4m3fn), scale
+
+
+def r1_config(num_layers: int, num_experts: int) -> ModelConfig:
+    """DeepSeek-R1's published shape with fewer layers, one of them dense, and, if asked, fewer experts."""
+    values: dict[str, object] = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": num_experts,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "max_position_embeddings": 163840,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000,
+        "eos_token_id": 1,
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    }
+    return ModelConfig.from_dict(values)
+
+
+def build(config: ModelConfig, device: torch.device, dtype: torch.dtype, num_pages: int) -> StageRole:
+    """All layers of a model in one stage, with its router and experts beside it."""
+    # A checkpoint is asked for four things, and this one has them.
+    checkpoint = cast(Checkpoint, RandomCheckpoint(config, device))
+    layers = config.moe_layers
+    kind = {"dtype": dtype, "device": device, "deterministic": False}
+    router = RouterRole(RouterModel.load(config, checkpoint, layers, **kind))
+    experts = ExpertModel.load(config, checkpoint, layers, range(config.n_routed_experts), **kind)
+    router.dispatcher = local_dispatcher(experts, config.n_routed_experts)
+    stage = StageModel.load(config, checkpoint, range(config.num_hidden_layers), **kind)
+    return StageRole(stage, router, num_pages=num_pages, page_size=PAGE)
+
+
+def decode_plan(batch: int, context: int, vocab: int, seed: int) -> StepPlan:
+    """One new token for each of so many sequences of so long a context, which share no page."""
+    pages = -(-context // PAGE)
+    tokens = np.random.default_rng(seed).integers(0, vocab, batch).astype(np.int32)
+    return StepPlan(
+        epoch=0,
+        step=seed,
+        micro_batch=0,
+        seq_ids=[str(i) for i in range(batch)],
+        num_cached=[context - 1] * batch,
+        num_new=[1] * batch,
+        tokens=pack_int32(tokens),
+        num_pages=[pages] * batch,
+        pages=pack_int32(np.arange(batch * pages, dtype=np.int32)),
+        samples=[SampleSpec(i, context, SAMPLING) for i in range(batch)],
+    )
+
+
+def median_step_s(stage: StageRole, batch: int, context: int) -> float:
+    """Median of some steps; each ends when its tokens are on the host."""
+    times = []
+    for seed in range(STEPS + 3):
+        plan = decode_plan(batch, context, stage.model.config.vocab_size, seed)
+        started = time.perf_counter()
+        stage.forward(plan, None)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[3:])
+
+
+def main() -> int:
+    """Prints a row per batch and context."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks.layers needs a GPU, and torch sees none on this machine.", file=sys.stderr)
+        return 1
+    config = r1_config(options.layers, options.experts)
+    num_pages = max(options.batches) * -(-max(options.contexts) // PAGE)
+    stage = build(config, torch.device("cuda"), torch.bfloat16, num_pages)
+    stage.prepare(StepLimits(max(options.batches), 64, max(options.contexts)))
+    print(f"{torch.cuda.get_device_name()}: {options.layers} layers, {options.experts} experts")
+    print("| sequences | context | ms a step |\n| --- | --- | --- |")
+    for batch in options.batches:
+        for context in options.contexts:
+            print(f"| {batch} | {context} | {median_step_s(stage, batch, context) * 1e3:.3f} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""The operations of `kernels.ops` by our Triton kernels: NVIDIA, and AMD under torch's name cuda.
+
+FP8 weights stay FP8: activations are quantized per token and 128 columns, and products are block-scaled.
+Products of weights that are not FP8 (BF16 checkpoints, the head, the gate, and the two per-head products of
+absorbed attention) are cuBLAS's or hipBLASLt's, through torch; all else is ours. `tiled` gives those products
+one shape, a tile of rows at a time, because a library may choose another kernel for another number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import (
+    fp8,
+    gemm_fp8,
+    mla_cache,
+    moe_combine,
+    moe_gate,
+    moe_gemm,
+    moe_gemm_plain,
+    moe_sort,
+    norm,
+    sampler,
+    silu,
+)
+from kernels import rope as rope_kernel
+from kernels.launch import native_fp8
+from kernels.ops import ROW_TILE, BlockScaled, Draws, ModelShape, Rotation, Routing, Weight
+from kernels.reference import SortedRows
+from kernels.triton_attention import mla_absorbed, mla_expanded, plan_attention, refill_
+from kernels.upload import upload
+
+__all__ = ["mla_absorbed", "mla_expanded", "plan_attention", "refill_"]  # operations in a file of their own
+
+KEEPS_FP8 = True
+HAS_MOE = True
+
+_GROUP = 128
+_LEAST_WIDTH = 16  # of a matrix unit's operand
+_MANY_ROWS = 64  # rows of an expert from which blocks of 128 pay
+
+
+def faults(shape: ModelShape) -> list[str]:
+    """See `Ops.faults`: what the kernels' blocks ask of a model."""
+    found = []
+    if shape.page_size % 16:
+        found.append(f"engine.page_size {shape.page_size} is not a multiple of 16")
+    widths = {
+        "kv_lora_rank": shape.num_latent,
+        "qk_rope_head_dim": shape.num_rotated,
+        "qk_nope_head_dim": shape.num_nope,
+        "v_head_dim": shape.num_values,
+    }
+    for name, width in widths.items():
+        if width < _LEAST_WIDTH or width & (width - 1):
+            found.append(f"{name} {width} is not a power of two of {_LEAST_WIDTH} or more")
+    if shape.fp8_block not in (None, (_GROUP, _GROUP)):
+        found.append(f"weight_block_size {list(shape.fp8_block)} is not [128, 128]")
+    if odd := sorted({width for width in shape.inner_widths if width % _GROUP}):
+        found.append(f"FP8 products of inner widths {odd} do not divide into groups of {_GROUP}")
+    if odd := sorted({rows for rows in shape.stacked_rows if rows % _GROUP}):
+        found.append(f"FP8 weights of {odd} rows have another below them, but do not end with a block")
+    return found
+
+
+def block_scaled(values: Tensor, scale: Tensor, device: torch.device) -> BlockScaled:
+    """See `Ops.block_scaled`. FNUZ's exponents are biased by one more, so that the same bits mean half as
+    much, and minus zero's bits mean NaN."""
+    dtype = native_fp8(device)
+    values, scale = values.to(device), scale.to(device, torch.float32)
+    if dtype == torch.float8_e4m3fnuz:
+        bits = values.view(torch.uint8)
+        values, scale = torch.where(bits == 0x80, 0, bits).view(dtype), scale * 2
+    return BlockScaled(values.contiguous(), scale.contiguous())
+
+
+def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """See `Ops.dequantize`."""
+    assert block == (_GROUP, _GROUP)
+    return fp8.dequantize_weight(weight, scale.float().contiguous(), dtype)
+
+
+def linear(x_TI: Tensor, weight_OI: Weight, *, tiled: bool) -> Tensor:
+    """See `Ops.linear`."""
+    if isinstance(weight_OI, BlockScaled):
+        return _scaled_product(*fp8.quantize(x_TI, weight_OI.values.dtype), weight_OI, x_TI.dtype, tiled)
+    if not tiled or len(x_TI) == ROW_TILE:
+        return F.linear(x_TI, weight_OI)
+    return torch.cat([F.linear(tile, weight_OI) for tile in torch.split(x_TI, ROW_TILE)])
+
+
+def _scaled_product(
+    q: Tensor, scale: Tensor, weight: BlockScaled, dtype: torch.dtype, deterministic: bool
+) -> Tensor:
+    return gemm_fp8.gemm_fp8(
+        q, scale, weight.values, weight.scale, out_dtype=dtype, deterministic=deterministic
+    )
+
+
+def head_linear(x_THI: Tensor, weight_HIO: Tensor, *, tiled: bool) -> Tensor:
+    """See `Ops.head_linear`."""
+    num_rows, num_heads = x_THI.shape[:2]
+    out_THO = torch.empty(num_rows, num_heads, weight_HIO.shape[2], dtype=x_THI.dtype, device=x_THI.device)
+    size = ROW_TILE if tiled else max(num_rows, 1)
+    for x_tile, out_tile in zip(torch.split(x_THI, size), torch.split(out_THO, size)):
+        torch.bmm(x_tile.transpose(0, 1), weight_HIO, out=out_tile.transpose(0, 1))
+    return out_THO
+
+
+def mlp(x_TD: Tensor, gate_up_2FD: Weight, down_DF: Weight, *, tiled: bool) -> Tensor:
+    """See `Ops.mlp`."""
+    gate_up_T2F = linear(x_TD, gate_up_2FD, tiled=tiled)
+    if isinstance(down_DF, BlockScaled):
+        hidden = fp8.silu_mul_quantize(gate_up_T2F, down_DF.values.dtype)
+        return _scaled_product(*hidden, down_DF, x_TD.dtype, tiled)
+    return linear(silu.silu_mul(gate_up_T2F), down_DF, tiled=tiled)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """See `Ops.rms_norm`."""
+    return norm.rms_norm(x_TD, weight_D, eps)
+
+
+def add_rms_norm(
+    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `Ops.add_rms_norm`."""
+    if delta_TD is None:
+        return norm.rms_norm(x_TD, weight_D, eps), x_TD
+    return norm.add_rms_norm(delta_TD, x_TD, weight_D, eps)
+
+
+def rotation(table_PR: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Ops.rotation`: (cos, sin) [T, R/2] and the numbers of their rows."""
+    pairs = table_PR.index_select(0, positions_T).view(len(positions_T), -1, 2)
+    rows = torch.arange(len(pairs), dtype=torch.int32, device=pairs.device)
+    return pairs[..., 0].contiguous(), pairs[..., 1].contiguous(), rows
+
+
+def rope_(x_THR: Tensor, rotation: Rotation) -> None:
+    """See `Ops.rope_`."""
+    assert isinstance(rotation, tuple)
+    rope_kernel.rope(x_THR, *rotation, interleaved=True, in_place=True)
+
+
+def store_latents(
+    cache_PSL: Tensor,
+    slots_T: Tensor,
+    latent_TL: Tensor,
+    norm_weight_C: Tensor,
+    eps: float,
+    rotation: Rotation,
+) -> None:
+    """See `Ops.store_latents`."""
+    assert isinstance(rotation, tuple)
+    cos, sin, rows = rotation
+    num_rows = len(slots_T)
+    mla_cache.write_latent(
+        latent_TL[:num_rows], norm_weight_C, eps, cos, sin, rows[:num_rows], slots_T, cache_PSL
+    )
+
+
+def gate(
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, routing: Routing, *, tiled: bool
+) -> tuple[Tensor, Tensor]:
+    """See `Ops.gate`."""
+    return moe_gate.gate(
+        linear(x_TD.float(), weight_ED, tiled=tiled),
+        bias_E,
+        num_groups=routing.num_groups,
+        top_groups=routing.top_groups,
+        top_k=routing.top_k,
+        normalize=routing.normalize,
+        scaling=routing.scaling,
+    )
+
+
+def moe(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    expert_ids_TK: Tensor,
+    gate_up_e2FD: Weight,
+    down_eDF: Weight,
+    *,
+    num_tokens: Tensor | None,
+    tiled: bool,
+) -> Tensor:
+    """See `DeviceOps.moe`."""
+    num_rows, top_k = expert_ids_TK.shape
+    num_experts = len(gate_up_e2FD if isinstance(gate_up_e2FD, Tensor) else gate_up_e2FD.values)
+    # By the number of rows alone, which a captured graph fixes: whatever the routing, one launch shape.
+    block = 128 if not tiled and num_rows * top_k >= _MANY_ROWS * num_experts else 16
+    order = moe_sort.sort_rows(expert_ids_TK, num_experts, block, num_tokens)
+    if isinstance(gate_up_e2FD, Tensor):
+        assert isinstance(down_eDF, Tensor)
+        y_MD = _plain_experts(x_TD, order, top_k, gate_up_e2FD, down_eDF, tiled)
+    else:
+        assert isinstance(down_eDF, BlockScaled)
+        y_MD = _scaled_experts(x_TD, order, top_k, gate_up_e2FD, down_eDF, tiled)
+    return moe_combine.combine(y_MD, order.slot_of_row, weights_TK)
+
+
+def _plain_experts(
+    x_TD: Tensor, order: SortedRows, top_k: int, gate_up: Tensor, down: Tensor, tiled: bool
+) -> Tensor:
+    """The experts' outputs in the order of slots."""
+    index, num_slots = order.expert_of_block, order.row_of_slot.numel()
+    gate_up_M2F = moe_gemm_plain.grouped_plain(
+        x_TD,
+        gate_up,
+        index,
+        order.row_of_slot,
+        rows_per_source=top_k,
+        num_slots=num_slots,
+        deterministic=tiled,
+    )
+    hidden = silu.silu_mul(gate_up_M2F)
+    return moe_gemm_plain.grouped_plain(hidden, down, index, num_slots=num_slots, deterministic=tiled)
+
+
+def _scaled_experts(
+    x_TD: Tensor,
+    order: SortedRows,
+    top_k: int,
+    gate_up: BlockScaled,
+    down: BlockScaled,
+    tiled: bool,
+) -> Tensor:
+    """As `_plain_experts`; x is quantized once, not once for each of its experts."""
+    q, scale = fp8.quantize(x_TD, gate_up.values.dtype)
+    q, scale = moe_combine.spread_rows(q, scale, order.row_of_slot, top_k)
+    index = order.expert_of_block
+    hidden = moe_gemm.grouped_gate_up(q, scale, gate_up.values, gate_up.scale, index, deterministic=tiled)
+    return moe_gemm.grouped_gemm(
+        *hidden, down.values, down.scale, index, out_dtype=x_TD.dtype, deterministic=tiled
+    )
+
+
+def experts(
+    x_ND: Tensor, counts: Sequence[int], gate_up_e2FD: Weight, down_eDF: Weight, *, tiled: bool
+) -> Tensor:
+    """See `Ops.experts`: a mixture of one expert a row, of weight one."""
+    ids_N1 = torch.repeat_interleave(torch.tensor(counts))[:, None].to(torch.int32)
+    (ids_N1,) = upload([ids_N1], x_ND.device)
+    one_N1 = torch.ones(ids_N1.shape, dtype=torch.float32, device=x_ND.device)
+    return moe(x_ND, one_N1, ids_N1, gate_up_e2FD, down_eDF, num_tokens=None, tiled=tiled)
+
+
+def sample(logits_SV: Tensor, draws: Draws) -> list[int]:
+    """See `Ops.sample`. The one place of a step where the host waits for the device."""
+    columns = [
+        torch.tensor(draws.temperatures, dtype=torch.float32),
+        torch.tensor(draws.top_ks, dtype=torch.int32),
+        torch.tensor(draws.top_ps, dtype=torch.float32),
+        torch.zeros(len(draws.seeds), dtype=torch.float32),  # min-p, which keeps everything
+        torch.tensor(draws.seeds, dtype=torch.int64),
+        torch.tensor(draws.positions, dtype=torch.int64),
+    ]
+    tokens: list[int] = sampler.sample(logits_SV, *upload(columns, logits_SV.device)).tolist()
+    return tokens

@@ -1,0 +1,58 @@
+"""Worker, links and the engine's loop over the Triton operations, in the interpreter: the text of plain torch."""
+
+import importlib.util
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_model import KERNEL_SHAPE, config_values, write_checkpoint
+
+from kernels import ops
+from r1_cluster.records import Request, SamplingParams
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="float32 on a device is refused"),
+]
+
+# The cluster of threads that tests/engine drives; tests are no package to import from.
+_file = Path(__file__).parents[1] / "engine/test_worker.py"
+_spec = importlib.util.spec_from_file_location("engine_test_worker", _file)
+_worker = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_worker)
+
+
+@pytest.fixture(autouse=True)
+def _one_launch_at_a_time(monkeypatch):
+    """Workers are threads here, and the interpreter keeps the program's number in one place."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    lock, run = threading.Lock(), InterpretedFunction.run
+
+    def locked(self, *args, **kwargs):
+        with lock, np.errstate(all="ignore"):
+            return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", locked)
+
+
+@pytest.mark.parametrize("layout", ["colocated", "disaggregated"])
+def test_texts_are_those_of_plain_torch(monkeypatch, tmp_path, layout):
+    write_checkpoint(tmp_path, config_values(**KERNEL_SHAPE))
+    monkeypatch.setattr(_worker, "PAGE_SIZE", 16)
+    asked = [
+        Request("a", [5, 6, 7], SamplingParams(0.0, 1.0, 0, 0), 3, [], "sink", ignore_eos=True),
+        Request("b", list(range(2, 12)), SamplingParams(1.0, 0.9, 20, 3), 2, [], "sink", ignore_eos=True),
+    ]
+    texts = []
+    for name in ("kernels.cpu", "kernels.triton_ops"):
+        monkeypatch.setattr(ops, "_MODULES", {"cpu": name})
+        # An interpreted step takes seconds: nobody may be taken for dead meanwhile.
+        cluster = _worker.Cluster(tmp_path, _worker.LAYOUTS[layout], lease_s=120.0, step_timeout_s=60.0)
+        try:
+            texts.append(cluster.run(asked))
+        finally:
+            cluster.close()
+    assert texts[0] == texts[1]

@@ -1,0 +1,192 @@
+"""Decode steps recorded and replayed, and what a decode step launches. There is no CUDA graph here: a recorder of
+the same interface keeps every operation and kernel launch with its arguments, and does them again in place."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from small_model import FP8_SHAPE, GREEDY, KERNEL_SHAPE, config_values, to_fp8, write_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from kernels import ops
+from r1_cluster.comm.device_dispatch import DeviceDispatcher
+from r1_cluster.engine.boot import StepLimits
+from r1_cluster.engine.roles import RouterRole, StageRole, local_dispatcher
+from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
+from r1_cluster.records import SampleSpec, StepPlan, pack_int32
+from r1_cluster.weights.checkpoint import Checkpoint
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for what CUDA does itself")
+
+PAGE_SIZE, NUM_PAGES = 16, 24
+
+
+class Recording(TorchDispatchMode):
+    """`operations` by torch and `launches` of kernels, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+        self.operations = []
+        self.launches = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operations.append(func.overloadpacket.__name__)
+        self.steps.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for func, args, kwargs, result in self.steps:
+            again = func(*args, **kwargs)
+            # Views and in-place results are the same memory already; a fresh result goes where the old one lies.
+            if isinstance(again, torch.Tensor) and again.data_ptr() != result.data_ptr() and again.numel():
+                result.copy_(again)
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Every recording made by the recorder that comes with it."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    made, active = [], []
+    plain_run = InterpretedFunction.run
+
+    def run(self, *args, **kwargs):
+        def launch(*args, **kwargs):
+            with _disable_current_modes():
+                return plain_run(self, *args, **kwargs)
+
+        if active:
+            active[-1].launches.append(self.__name__)
+            active[-1].steps.append((launch, args, kwargs, None))
+        return launch(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def recording(made_one):
+        active.append(made_one)
+        try:
+            with made_one:
+                yield
+        finally:
+            active.pop()
+
+    def record():
+        made.append(Recording())
+        return made[-1], recording(made[-1])
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    return made, record
+
+
+class Stage:
+    """A stage with its router and, where `local`, its experts; else they are asked as over a link."""
+
+    def __init__(self, folder, local, dtype=torch.float32, deterministic=False):
+        config = ModelConfig.from_folder(folder)
+        options = {"dtype": dtype, "device": torch.device("cpu"), "deterministic": deterministic}
+        with Checkpoint(folder, config) as checkpoint:
+            model = StageModel.load(config, checkpoint, range(config.num_hidden_layers), **options)
+            router = RouterRole(RouterModel.load(config, checkpoint, config.moe_layers, **options))
+            every = range(config.n_routed_experts)
+            experts = ExpertModel.load(config, checkpoint, config.moe_layers, every, **options)
+        router.dispatcher = local_dispatcher(experts, len(every))
+        assert isinstance(router.dispatcher, DeviceDispatcher)
+        self.calls = 0
+        self.router = router
+        self.lost = []
+        self.role = StageRole(model, router if local else self, num_pages=NUM_PAGES, page_size=PAGE_SIZE)
+        self.cached = {}
+
+    def forward(self, tag, x_TD, num_tokens):
+        self.calls += 1
+        return self.router.forward(tag, x_TD.clone(), num_tokens)
+
+    def step(self, chunks):
+        """`chunks`: (sequence, tokens) → the logits that the sampler was given."""
+        cached = [self.cached.get(s, 0) for s, _ in chunks]
+        ends = [start + len(tokens) for start, (_, tokens) in zip(cached, chunks)]
+        pages = [[1 + 6 * s + i for i in range(-(-end // PAGE_SIZE))] for (s, _), end in zip(chunks, ends)]
+        self.cached.update({s: end for (s, _), end in zip(chunks, ends)})
+        plan = StepPlan(
+            epoch=0,
+            step=0,
+            micro_batch=0,
+            seq_ids=[str(s) for s, _ in chunks],
+            num_cached=cached,
+            num_new=[len(tokens) for _, tokens in chunks],
+            tokens=pack_int32(np.concatenate([tokens for _, tokens in chunks])),
+            num_pages=[len(table) for table in pages],
+            pages=pack_int32(np.concatenate(pages)),
+            samples=[SampleSpec(i, end, GREEDY) for i, end in enumerate(ends)],
+        )
+        return self.role.forward(plan, None)[1]
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    write_checkpoint(tmp_path, config_values(**KERNEL_SHAPE))
+    monkeypatch.setattr(ops, "_MODULES", {"cpu": "kernels.triton_ops"})
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("local", "deterministic", "num_buckets"),
+    [(True, False, 3), (False, False, 3), (True, True, 1)],  # of 1, 2 and 3 sequences, or of one tile of rows
+    ids=["experts here", "experts over links", "deterministic"],
+)
+def test_replayed_steps_are_those_of_the_model(folder, recordings, local, deterministic, num_buckets):
+    made, record = recordings
+    eager, replayed = (Stage(folder, local, deterministic=deterministic) for _ in range(2))
+    replayed.role.prepare(StepLimits(3, 1, 64), record)
+    assert len(made) == num_buckets * (1 if local else 2)  # one layer has experts
+    replayed.calls = 0
+    rng = np.random.default_rng(0)
+    for sizes in [[(0, 7), (1, 3), (2, 18)], [(0, 1), (1, 1), (2, 1)], [(2, 1), (0, 1)], [(1, 1)], [(1, 1)]]:
+        chunks = [(s, rng.integers(0, 96, n)) for s, n in sizes]
+        expected, got = eager.step(chunks), replayed.step(chunks)
+        assert got == expected
+    for mine, theirs in zip(replayed.role.caches, eager.role.caches):
+        torch.testing.assert_close(mine[1:], theirs[1:], atol=1e-5, rtol=0)
+    assert replayed.calls == (0 if local else 5)
+
+
+# What a decode step may ask of torch: views, memory, the products that are a library's (linear, bmm), the lookup
+# of embeddings, angles and sampled rows, sums and copies of rows. No softmax, sort, top-k or index of anything.
+ALLOWED = {
+    *("view", "_unsafe_view", "transpose", "t", "slice", "select", "unsqueeze", "unbind", "split", "alias"),
+    *("expand", "detach", "flatten", "contiguous", "to", "_to_copy", "clone", "copy_", "lift_fresh"),
+    *("empty", "empty_like", "new_empty", "zeros", "zero_", "arange", "fill_", "add_"),
+    *("linear", "bmm", "index_select"),
+    "constant_pad_nd",  # the page table's, on the host
+}
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bfloat16", "fp8"])
+def test_a_decode_step_is_our_kernels_and_the_products_of_a_library(folder, recordings, fp8):
+    _, record = recordings
+    if fp8:
+        write_checkpoint(folder, config_values(**FP8_SHAPE))
+        to_fp8(folder)
+    stage = Stage(folder, True, torch.bfloat16)
+    stage.step([(0, [1, 2, 3, 4, 5]), (1, [3])])
+    recording, context = record()
+    with context:
+        stage.step([(0, [5]), (1, [9])])
+    assert set(recording.operations) - ALLOWED == set()
+    launched = set(recording.launches)
+    always = {"_rms_norm_kernel", "_rope_kernel", "write_latent_kernel", "mla_decode_kernel", "_gate_kernel"}
+    always |= {"_place_kernel", "_combine_kernel", "sample_kernel"}
+    scaled = {"_quantize_kernel", "plain_gemm_kernel", "gate_up_kernel", "grouped_gemm_kernel"}
+    plain = {"grouped_plain_kernel", "silu_mul_kernel"}
+    assert always <= launched
+    assert (scaled if fp8 else plain) <= launched
+    assert not (plain if fp8 else scaled) & launched
+    # Absorbed: two products a layer; the head, and the gate of the one layer that has experts. In BF16 four
+    # more for attention's projections, two for the dense MLP and two for the shared expert.
+    layers = 2
+    products = recording.operations.count("linear") + recording.operations.count("bmm")
+    assert products == 2 * layers + 2 + (0 if fp8 else 3 * layers + 2 + 2)

@@ -1,0 +1,203 @@
+"""A whole small model through the Triton operations, in the interpreter, against plain torch.
+
+Both run on the CPU here, so the model is told which operations to take. What may differ follows from the
+formats: float32 sums in other orders, BF16 roundings, and FP8 activations, of which each value is off by up to
+2^-4 of itself and a product's relative error is their mean square.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from make_checkpoint import R1_CONFIG
+from small_model import FP8_SHAPE, KERNEL_SHAPE, SmallModel, config_values, to_fp8, write_checkpoint
+
+from kernels import cpu, ops, reference
+from r1_cluster.engine.sampler import sample
+from r1_cluster.models.config import ModelConfig, UnsupportedModel
+from r1_cluster.models.fitting import check_fits
+from r1_cluster.records import SampleSpec, SamplingParams
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+STEPS = [  # (sequence, new tokens): prefill, mixed chunks, decode, decode of another batch
+    [(0, 21), (1, 3)],
+    [(1, 1), (0, 6), (2, 9)],
+    [(2, 1), (0, 1), (1, 1)],
+    [(0, 1), (2, 2)],
+]
+
+
+class TritonModel(SmallModel):
+    """A small model whose mixtures of experts go through `DeviceOps.moe`."""
+
+    def moe(self, layer, x, num_tokens):
+        weights, ids = self.router.gate(layer, x)
+        limit = torch.tensor([num_tokens], dtype=torch.int32, device=x.device)
+        (experts,) = self.shards
+        return experts.mixture(layer, x, weights, ids, limit) + self.router.shared(layer, x)
+
+
+def run(model, seed=0):
+    rng = np.random.default_rng(seed)
+    vocab = model.config.vocab_size
+    return [model.step([(s, rng.integers(0, vocab, n)) for s, n in step]).cpu() for step in STEPS]
+
+
+@pytest.fixture
+def triton_ops(monkeypatch):
+    """Every model that is loaded from here on takes the Triton operations."""
+    monkeypatch.setattr(ops, "_MODULES", {DEVICE.type: "kernels.triton_ops"})
+    return ops.for_device(DEVICE)
+
+
+def pair(monkeypatch, folder, **options):
+    """The same model on plain torch and on the kernels."""
+    plain = SmallModel(folder, **options)
+    monkeypatch.setattr(ops, "_MODULES", {DEVICE.type: "kernels.triton_ops"})
+    return plain, TritonModel(folder, device=DEVICE, **options)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_float32_logits_are_those_of_plain_torch(monkeypatch, tmp_path, deterministic):
+    if DEVICE.type == "cuda":
+        pytest.skip("matrix units round float32 to TF32; the engine refuses float32 there")
+    write_checkpoint(tmp_path, config_values(**KERNEL_SHAPE))
+    plain, triton = pair(monkeypatch, tmp_path, deterministic=deterministic)
+    for expected, got in zip(run(plain), run(triton), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+def relative(got, expected):
+    return float((got - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_bfloat16_is_as_near_to_float32_as_plain_torch_is(monkeypatch, tmp_path, deterministic):
+    """Both round to BF16 in about the same places: neither may be much farther from float32."""
+    write_checkpoint(tmp_path, config_values(**KERNEL_SHAPE))
+    exact = run(SmallModel(tmp_path, deterministic=deterministic))
+    plain, triton = pair(monkeypatch, tmp_path, deterministic=deterministic, dtype=torch.bfloat16)
+    for truth, other, mine in zip(exact, run(plain), run(triton), strict=True):
+        assert relative(mine, truth) < max(2 * relative(other, truth), 0.02)
+
+
+def fp8_plain():
+    """Plain torch with activations rounded to FP8 in the same places: `reference`'s definitions."""
+
+    def rounded(x):
+        return reference.dequantize(*reference.quantize(x))
+
+    def linear(x, weight, *, tiled):
+        if isinstance(weight, torch.Tensor):
+            return cpu.linear(x, weight, tiled=tiled)
+        return rounded(x) @ reference.dequantize_weight(weight.values, weight.scale).T
+
+    def mlp(x, gate_up, down, *, tiled):
+        return linear(reference.silu_mul(linear(x, gate_up, tiled=tiled)), down, tiled=tiled)
+
+    def experts(x, counts, gate_up, down, *, tiled):
+        parts = torch.split(x, counts)
+        weights = [
+            ops.BlockScaled(w.values[i], w.scale[i]) for i in range(len(counts)) for w in (gate_up, down)
+        ]
+        pairs = zip(parts, weights[::2], weights[1::2])
+        return torch.cat([mlp(part, up, down, tiled=tiled) for part, up, down in pairs if len(part)])
+
+    own = {"linear": linear, "mlp": mlp, "experts": experts, "KEEPS_FP8": True}
+    own["block_scaled"] = lambda values, scale, device: ops.BlockScaled(values, scale)
+    return SimpleNamespace(**{**vars(cpu), **own})
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_fp8_weights_stay_fp8(monkeypatch, tmp_path, deterministic):
+    """Rounded to FP8 in the same places, both agree to float32. But a value within float32's rounding of the
+    edge between two FP8 values may fall to the other side, which moves it by 2^-4, and its sequence after it:
+    seldom, and by a few per cent."""
+    write_checkpoint(tmp_path, config_values(**FP8_SHAPE))
+    to_fp8(tmp_path)
+    monkeypatch.setitem(sys.modules, "fp8_plain", fp8_plain())
+    monkeypatch.setattr(ops, "_MODULES", {"cpu": "fp8_plain"})
+    plain, triton = pair(monkeypatch, tmp_path, deterministic=deterministic)
+    weight = triton.shards[0]._weights[1][0]
+    assert isinstance(weight, ops.BlockScaled)
+    assert weight.values.element_size() == 1
+    pairs = zip(torch.cat(run(triton)), torch.cat(run(plain)), strict=True)
+    errors = sorted(relative(got, expected) for got, expected in pairs)
+    assert errors[len(errors) // 2] < 1e-5, errors
+    assert errors[-1] < 0.1, errors
+
+
+def test_deterministic_logits_do_not_depend_on_the_batch(triton_ops, tmp_path):
+    """The same sequence alone and among others, in other chunks, decoded or recomputed: the same bits."""
+    write_checkpoint(tmp_path, config_values(**KERNEL_SHAPE))
+    dtype = torch.bfloat16
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(0, 96, 40)
+    alone = TritonModel(tmp_path, deterministic=True, dtype=dtype, device=DEVICE)
+    expected = alone.step([(0, tokens)])[0]
+    other = TritonModel(tmp_path, deterministic=True, dtype=dtype, device=DEVICE)
+    other.step([(3, rng.integers(0, 96, 11)), (0, tokens[:17])])
+    other.step([(0, tokens[17:39]), (3, rng.integers(0, 96, 2))])
+    got = other.step([(3, [7]), (5, rng.integers(0, 96, 9)), (0, tokens[39:])])
+    assert torch.equal(got[2], expected)
+
+
+def test_the_sampler_draws_as_plain_torch_does(triton_ops):
+    """Same seeds, same tokens; a draw within rounding of a boundary may fall on its neighbour."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(24, 200, generator=generator) * 3
+    kinds = [(0.0, 1.0, 0), (0.6, 0.95, 0), (1.0, 1.0, 20), (1.3, 0.8, 5)]
+    specs = [
+        SampleSpec(i, 10 + i, SamplingParams(t, p, k, seed=i))
+        for i, (t, p, k) in enumerate(kinds * (len(logits) // len(kinds)))
+    ]
+    expected = sample(cpu, logits, specs)
+    got = sample(triton_ops, logits.to(DEVICE), specs)
+    assert sum(a != b for a, b in zip(got, expected)) <= 1
+    assert got[::4] == expected[::4]  # greedy
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kv_lora_rank": 24}, "kv_lora_rank 24 is not a power of two of 16 or more"),
+        ({"qk_rope_head_dim": 8}, "qk_rope_head_dim 8"),
+        ({"page_size": 24}, "engine.page_size 24 is not a multiple of 16"),
+        ({"hidden_size": 192}, r"inner widths \[192\] do not divide"),
+        ({"moe_intermediate_size": 192}, r"inner widths \[192\] do not divide"),
+        ({"q_lora_rank": 192}, r"weights of \[192\] rows have another below"),
+    ],
+)
+def test_what_the_kernels_cannot_serve_is_named_before_anything_starts(triton_ops, changes, words):
+    page_size = changes.pop("page_size", 16)
+    config = ModelConfig.from_dict(config_values(**FP8_SHAPE | changes))
+    with pytest.raises(UnsupportedModel, match=words):
+        check_fits(config, triton_ops, torch.bfloat16, page_size)
+    check_fits(ModelConfig.from_dict(config_values(**FP8_SHAPE)), triton_ops, torch.bfloat16, 16)
+
+
+def test_r1_fits(triton_ops):
+    fp8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    shape = {
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+    }
+    config = ModelConfig.from_dict(R1_CONFIG | shape | fp8)
+    check_fits(config, triton_ops, torch.bfloat16, 64)
