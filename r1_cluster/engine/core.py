@@ -211,7 +211,8 @@ class EngineCore:
                 self._finish(result)
 
     def _look_after(self, now: float) -> None:
-        """What is overdue: a worker's sign of life, sequences that nobody asked for again; and, on an idle engine, that no page is lost and that a token can be computed."""
+        """What is overdue: a worker's sign of life, sequences that nobody asked for again; and, on an idle
+        engine, that no page is lost and that a token can be computed."""
         if self.scheduler.idle:
             self.scheduler.check()
             if now - self.stepped_at > CANARY_S:
