@@ -44,7 +44,7 @@ def fails_with(result, *words):
         assert word in line
 
 
-@pytest.mark.parametrize("command", [(), ("serve",), ("chat",), ("status",), ("stop",)])
+@pytest.mark.parametrize("command", [(), ("serve",), ("chat",), ("status",), ("drain",), ("stop",)])
 def test_help_teaches(command):
     result = run(*command, "--help")
     assert result.returncode == 0
@@ -53,7 +53,7 @@ def test_help_teaches(command):
 
 
 def test_commands_without_a_service_say_how_to_start_one():
-    for command in ("chat", "status", "stop"):
+    for command in ("chat", "status", "drain", "stop"):
         result = run(command, "--service", "none-of-that-name")
         fails_with(result, "'none-of-that-name' is running here", "r1-cluster serve SERVICE.yaml")
 

@@ -7,6 +7,8 @@ import httpx
 import openai
 import pytest
 
+from r1_cluster.engine.core import CANARY_S
+
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 # What one layout answered, for the other to be compared with.
@@ -55,7 +57,12 @@ def ask_streamed(client, text, **options):
 
 def test_health_and_models(service):
     with httpx.Client(base_url=service.url) as http:
-        assert http.get("/health").json() == {"status": "ready"}
+        health = http.get("/health")
+        assert health.status_code == 200
+        state = health.json()
+        assert (state["status"], state["missing"]) == ("ready", [])
+        # An idle engine computes a token now and then, so that this is true.
+        assert state["last_step_s"] < 2 * CANARY_S
         (model,) = http.get("/v1/models").json()["data"]
         assert (model["id"], model["max_model_len"]) == ("tiny", 2048)
         assert http.get("/v1/models/tiny").json() == model
