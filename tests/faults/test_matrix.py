@@ -12,8 +12,13 @@ from faults.arena import ENGINES, LAYOUTS, Arena, Kill, Ring, summary, undergo
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
-ALL = ["experts-1", "router-0", "stage-0", "stage-1", "engine"]
-PARTS = {"disaggregated": ALL, "guarded": ALL, "colocated": ["stage-0", "engine"], "copies": ["experts-1"]}
+PARTS = {
+    "disaggregated": ["experts-1", "router-0", "stage-0", "stage-1", "engine"],
+    "colocated": ["stage-0", "engine"],
+}
+TIMES = ("prefill", "decode", "recovery")
+HOWS = ("kill", "stop", "cut", "exception")
+# What runs always; of the layouts with spares, a standby and copies, all that runs.
 FAST = {
     "disaggregated": {
         ("experts-1", "kill", "decode"),
@@ -29,19 +34,18 @@ FAST = {
         ("engine", "kill", "decode"),
         ("engine", "stop", "decode"),
     },
-    "copies": {("experts-1", "kill", "decode")},
+    "copies": {("experts-1", "kill", "decode"), ("experts-1", "stop", "decode")},
     "colocated": {("stage-0", "kill", "decode")},
 }
 
 
 def cases():
-    for layout, parts in PARTS.items():
-        for case in itertools.product(
-            parts, ("kill", "stop", "cut", "exception"), ("prefill", "decode", "recovery")
-        ):
+    for layout, fast in FAST.items():
+        every = itertools.product(PARTS[layout], HOWS, TIMES) if layout in PARTS else sorted(fast)
+        for case in every:
             if layout == "colocated" and case == ("stage-0", "cut", "recovery"):
                 continue  # its one link is the engine's, which is dead then
-            marks = [] if case in FAST[layout] else [pytest.mark.matrix]
+            marks = [] if case in fast else [pytest.mark.matrix]
             yield pytest.param(layout, Kill(*case), marks=marks, id="-".join((layout, *case)))
 
 
