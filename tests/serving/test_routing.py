@@ -9,13 +9,18 @@ from actors import routing
 from actors.routing import OfficeRouter, avoid, trust
 
 
+class Replica:
+    def __init__(self, name):
+        self.replica_id = SimpleNamespace(unique_id=name)
+
+
 @pytest.fixture
 def ranks(monkeypatch):
     """ranks(*names) → the ranks that the router gives to replicas so called."""
     monkeypatch.setattr(routing, "AVOIDED", {})
 
     def choose(*names):
-        replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in names]
+        replicas = [Replica(name) for name in names]
         chosen = asyncio.run(OfficeRouter.choose_replicas(object.__new__(OfficeRouter), replicas))
         return [[replica.replica_id.unique_id for replica in rank] for rank in chosen]
 
