@@ -7,6 +7,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -171,9 +172,10 @@ class Supervisor:
         """A worker in a former one's seat, or in one that is free; waits until it has loaded."""
         groups, seats = place(self._service, self.layout, self.engine)
         if seat is None:
-            taken = {seated.seat for seated in list(self._actors.values())}
-            own = seats[name]
-            seat = own if own not in taken else next(seat for seat in seats.values() if seat not in taken)
+            # Several workers may share a bundle.
+            free = Counter(seats.values())
+            free.subtract(seated.seat for seated in list(self._actors.values()))
+            seat = max(free, key=lambda each: (free[each] > 0, each == seats[name]))
         actor = self._create(name, groups[seat.domain], seat)
         self._actors[name] = _Seated(actor, seat)
         info: dict[str, Any] = ray.get(actor.ready.remote(), timeout=LOAD_TIMEOUT_S)
