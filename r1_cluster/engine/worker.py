@@ -294,7 +294,9 @@ class Worker:
                 continue
             hello = Hello(self.spec.name, self.boot.incarnation, topology.epoch, "tensor")
             try:
-                link = connect(topology.endpoints[peer], hello, self.boot.secret)
+                # Well before the engine gives up waiting for us, so that it hears who hangs.
+                timeout_s = max(1.0, self.boot.step_timeout_s / 3)
+                link = connect(topology.endpoints[peer], hello, self.boot.secret, timeout_s)
             except LinkError:
                 unreachable.append(peer)
                 continue
