@@ -41,7 +41,6 @@ class Hidden(msgspec.Struct, frozen=True, array_like=True):
     """Travels with the hidden states from stage to stage."""
 
     plan: StepPlan
-    lost: list[str]
     compute_s: float
 
 
@@ -252,10 +251,10 @@ class Worker:
         if kind == Kind.PLAN:
             plan = self._plans.decode(message.body)
             self.held.note(plan)
-            self._step(plan, None, [], 0.0)
+            self._step(plan, None, 0.0)
         elif kind == Kind.HIDDEN:
             hidden = unpack(message.body, Hidden)
-            self._step(hidden.plan, message.tensors[0], hidden.lost, hidden.compute_s)
+            self._step(hidden.plan, message.tensors[0], hidden.compute_s)
         elif kind == Kind.MOE and self.router is not None:
             self._reply(link, *self.router.answer(message))
         elif kind == Kind.DISPATCH and self.experts is not None:
@@ -306,23 +305,23 @@ class Worker:
             self._link_experts()
         return unreachable
 
-    def _step(self, plan: StepPlan, x_TD: torch.Tensor | None, lost: list[str], compute_s: float) -> None:
+    def _step(self, plan: StepPlan, x_TD: torch.Tensor | None, compute_s: float) -> None:
         assert self.stage is not None
         started = time.perf_counter()
         x_TD, tokens = self.stage.forward(plan, x_TD)
         compute_s += time.perf_counter() - started
-        lost = lost + self.stage.take_lost()
+        lost = self.stage.take_lost()
         self.num_steps += 1
-        if tokens is None:
+        # A spoiled step ends here: its other stages might only wait for the same lost peer.
+        if tokens is None and not lost:
             following = self._following()
             header = Header(Kind.HIDDEN, plan.epoch, plan.step, -1, plan.micro_batch, len(x_TD))
             try:
-                self._links[following].send(header, [x_TD], pack(Hidden(plan, lost, compute_s)))
+                self._links[following].send(header, [x_TD], pack(Hidden(plan, compute_s)))
                 return
             except (LinkError, KeyError):
-                lost = [*lost, following]
-                tokens = []
-        result = StepResult(plan.epoch, plan.step, tokens, lost, compute_s)
+                lost = [following]
+        result = StepResult(plan.epoch, plan.step, tokens or [], lost, compute_s)
         if self._control is not None:
             header = Header(Kind.RESULT, plan.epoch, plan.step, -1, plan.micro_batch)
             self._reply(self._control, header, [], pack(result))
