@@ -65,7 +65,8 @@ chunks of 64 tokens, 16 streams (greedy and seeded) at a time through HTTP: `mak
 the longest of the runs. *Start*: the new process's start and load, the longest; a dash where a spare, a
 copy or the worker itself took the place. *Stall*: the longest pause of each stream after the death, p50 / p99
 over the streams; all in s. In prefill it includes the wait for prompts still to be computed. *In
-a recovery*: another part had been killed just before, and the stall counts from that.
+a recovery*: another part had been killed just before, and the stall counts from that. *guarded*: the
+disaggregated layout with a spare worker and a standby engine; *copies*: with one further host of each shard.
 
 | layout | what died | how | streams | lost | noticed | start | stall in decode | in prefill | in a recovery |
 | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |

@@ -197,7 +197,6 @@ def undergo(arena, kill):
     in_time &= load.mostly_open
     results = load.join()
     return results, {
-        "layout": arena.service.data["layout"]["kind"],
         "part": kill.part,
         "how": kill.how,
         "when": kill.when,
@@ -210,7 +209,7 @@ def undergo(arena, kill):
 
 
 def summary(record):
-    """One line for a reader."""
+    """One line for a reader; of a record to which `layout` and `lost` were added."""
     longest = [max(stalls, default=0.0) for stalls in record["stalls"]]
     words = (
         f"{record['layout']} {record['part']} {record['how']} during {record['when']}: lost {record['lost']}, "

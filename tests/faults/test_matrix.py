@@ -65,7 +65,7 @@ def test_no_death_ends_or_changes_a_stream(ring, layout, kill, request):
     arena, undisturbed, before = ring.enter(layout)
     results, record = undergo(arena, kill)
     changed = [i for i, stream in enumerate(results) if stream.answer != undisturbed[i]]
-    record["lost"] = len(changed)
+    record |= {"layout": layout, "lost": len(changed)}
     print(summary(record))
     if file := request.config.getoption("--stalls"):
         with open(file, "a") as lines:
