@@ -219,6 +219,10 @@ class Ingress:
                     if delta.error is not None:
                         raise _engine_error(delta.error)
                     in_hand_at, pause_s = time.monotonic(), RETRY_S
+                    if delta.position > len(tokens):
+                        # From before the engine read that this request was asked for again, with the tokens
+                        # known here: it will send those in between, and this one once more.
+                        continue
                     new = delta.tokens[len(tokens) - delta.position :]
                     tokens += new
                     if new or delta.finish_reason is not None:
