@@ -67,8 +67,10 @@ class Supervisor:
                 logger.warning("%s cannot be adopted: %s", name, error)
         pipeline = Pipeline(self.layout, members, epoch, self._service.engine.step_timeout_s)
         while True:
-            # KV is of use only if every stage still has its part.
-            whole = all(stage.name in members for stage in self.layout.stages)
+            # KV is of use only if every stage still has its part of the same.
+            eras = {infos[s.name]["kv_era"] if s.name in members else 0 for s in self.layout.stages}
+            whole = len(eras) == 1 and 0 not in eras
+            pipeline.kv_era = min(eras) if whole else epoch
             try:
                 held = pipeline.link(epoch, read_back=whole)
             except WorkerLost as error:

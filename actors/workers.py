@@ -63,6 +63,7 @@ class _Shell:
                 "roles": list(worker.spec.roles),
                 "endpoint": worker.listener.address,
                 "epoch": max(worker.epoch, worker.office),
+                "kv_era": worker.kv_era,
                 "load_s": worker.load_s,
                 "num_steps": worker.num_steps,
                 "stale_dropped": worker.stale_dropped,

@@ -58,6 +58,7 @@ class Pipeline:
         self.members = members
         self.epoch = epoch
         self.stale_dropped = 0
+        self.kv_era = epoch  # see `Topology`
         self.assigned: set[str] = set()  # spares that are loading what a lost worker hosted
         self.answer_timeout_s = step_timeout_s + LINK_SLACK_S
         self._unanswered: dict[str, int] = {}
@@ -82,6 +83,7 @@ class Pipeline:
             epoch,
             {name: member.endpoint for name, member in there.items()},
             {name: member.incarnation for name, member in there.items()},
+            self.kv_era,
             read_back,
         )
         held: dict[str, HeldSequence] = {}

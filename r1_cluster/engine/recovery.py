@@ -152,7 +152,10 @@ class Recovery:
         present = self._present()
         if self.blocked or not (self._spoiled or (idle and present != self._linked)):
             return None
-        self._pipeline.link(self._pipeline.epoch + 1)
+        epoch = self._pipeline.epoch + 1
+        if self._kv_lost:
+            self._pipeline.kv_era = epoch
+        self._pipeline.link(epoch)
         self._linked = present
         if self._kv_lost:
             self._scheduler.forget_kv()

@@ -325,6 +325,8 @@ class Scheduler:
         self.allocator.release(sequence.seq_id)
         sequence.pages = array("i")
         sequence.num_computed = 0
+        # Its pages are others' from now on: the first stage must not offer them to a next engine.
+        self._closed.append(sequence.seq_id)
         self.waiting.appendleft(sequence)
         self.num_preempted += 1
 

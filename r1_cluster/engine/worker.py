@@ -52,7 +52,6 @@ class Worker:
         self.boot = boot
         self.epoch = 0
         self.office = 0  # the epoch under which the engine in charge introduced itself
-        self.held = HeldSequences()
         self.num_steps = 0
         self.stale_dropped = 0
         self._stopping = False
@@ -71,6 +70,8 @@ class Worker:
         self.router: RouterRole | None = None
         self.stage: StageRole | None = None
         self._remote: RemoteRouter | None = None
+        self.kv_era = 0
+        self.held = HeldSequences()
         started = time.monotonic()
         if self.spec.roles:
             self._load()
@@ -265,6 +266,9 @@ class Worker:
             self._reply(link, message.header, [], b"")
         elif kind == Kind.CONTROL:
             topology = unpack(message.body, Topology)
+            if topology.kv_era != self.kv_era:
+                self.kv_era = topology.kv_era
+                self.held = HeldSequences()
             ready = Ready(self._connect(topology), self.held.all() if topology.read_back else {})
             self._reply(link, message.header, [], pack(ready))
 

@@ -18,7 +18,7 @@ class Pipeline:
 
     def __init__(self, layout):
         self.layout = layout
-        self.epoch = 1
+        self.epoch = self.kv_era = 1
         self.members = {w.name: Member(None, None, "") for w in (*layout.workers, *layout.spares)}
         self.assigned = set()
         self.silent = []
@@ -73,7 +73,7 @@ def test_nothing_is_computed_until_a_lost_stage_is_back():
     assert it.recovery.advance(idle=False) is None
     it.recovery.arrived("stage-0", Member(None, None, "again"))
     assert it.recovery.advance(idle=False) == []
-    assert it.pipeline.epoch == 2
+    assert it.pipeline.epoch == it.pipeline.kv_era == 2
     assert not it.recovery.under_way
     assert it.noted == [["stage-0"]]
 
@@ -85,6 +85,7 @@ def test_a_copy_takes_over_at_once_and_the_lost_shard_joins_between_two_steps():
     assert it.recovery.advance(idle=False) == []
     assert "experts-1" not in it.pipeline.links[-1]
     assert not it.recovery.under_way
+    assert it.pipeline.kv_era == 1  # no KV was lost
     it.recovery.arrived("experts-1", Member(None, None, "again"))
     assert it.recovery.under_way
     assert it.recovery.advance(idle=False) is None

@@ -314,6 +314,7 @@ def test_an_engine_that_takes_over_reads_back_what_the_workers_hold(checkpoint):
     epoch = 1 + max(max(worker.epoch, worker.office) for worker in cluster.workers.values())
     members = {name: cluster.member(name, epoch) for name in cluster.workers}
     pipeline = Pipeline(cluster.layout, members, epoch, 2.0)
+    pipeline.kv_era = cluster.pipeline.kv_era
     held = pipeline.link(epoch, read_back=True)
     num_known = len(request.prompt) + 30
     assert held[request.request_id].committed >= num_known - 2
@@ -330,3 +331,22 @@ def test_an_engine_that_takes_over_reads_back_what_the_workers_hold(checkpoint):
     assert result.tokens == text[30:31]
     pipeline.close()
     cluster.close()
+
+
+def test_what_was_held_before_a_stage_lost_its_kv_is_offered_to_nobody(checkpoint):
+    (request,) = requests(1, ignore_eos=True)
+    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"])
+    try:
+        cluster.core.submit(msgspec.structs.replace(request, max_tokens=100))
+        while len(cluster.deltas.get(timeout=60).tokens) < 1:
+            pass
+        cluster.core.stop()
+        epoch = 1 + max(max(worker.epoch, worker.office) for worker in cluster.workers.values())
+        members = {name: cluster.member(name, epoch) for name in cluster.workers}
+        pipeline = Pipeline(cluster.layout, members, epoch, 2.0)
+        # The engine before had seen stage 1 replaced, and died before it planned anything anew.
+        pipeline.kv_era = epoch
+        assert pipeline.link(epoch, read_back=True) == {}
+        pipeline.close()
+    finally:
+        cluster.close()
