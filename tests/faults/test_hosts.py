@@ -95,6 +95,7 @@ def test_streams_outlive_a_host_of_workers(whole, record_property):
     assert noticed[0] < NOTICED_S
 
 
+@pytest.mark.matrix
 def test_streams_outlive_a_partition(whole, record_property):
     victim = whole.bystander()
     old = victim.processes("ray::StageActor") + victim.processes("ray::RouterActor")
