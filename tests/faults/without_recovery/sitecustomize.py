@@ -10,7 +10,7 @@ import importlib.abc
 import importlib.util
 import sys
 
-NEVER_S = 1e9
+NEVER_S = 1e6  # poll counts milliseconds in 32 bits
 
 
 def core(module):
