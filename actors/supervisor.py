@@ -228,4 +228,5 @@ class Supervisor:
                 service.engine.max_batch_tokens,
                 service.engine.max_model_len or service.engine.num_pages * service.engine.page_size,
             ),
+            transport="device" if device == "cuda" else "sockets",
         )

@@ -21,9 +21,10 @@ import torch
 
 from r1_cluster.comm.dispatch import LinkDispatcher, StepTag, handle
 from r1_cluster.comm.handshake import Hello
-from r1_cluster.comm.links import Link, LocalLink, TcpLink
+from r1_cluster.comm.links import Link, LocalLink
 from r1_cluster.comm.listener import Endpoint, Listener, connect
-from r1_cluster.comm.process_group import GlooBackend, ProcessGroups, serve_store
+from r1_cluster.comm.process_group import ProcessGroups
+from r1_cluster.comm.transports import backend_for
 from r1_cluster.comm.wire import Header, Kind, LinkClosed
 
 HOST = "127.0.0.1"
@@ -33,13 +34,18 @@ SHAPES = ((8, 128), (64, 7168))
 WARM_UP_ROUNDS = 100
 
 
-def echo(kind: str, endpoint: Endpoint, store_port: int) -> None:
+def groups_for(kind: str) -> ProcessGroups | None:
+    backend = backend_for(kind, torch.device("cpu"), HOST)
+    return None if backend is None else ProcessGroups(backend, TIMEOUT_S, TIMEOUT_S)
+
+
+def echo(kind: str, endpoint: Endpoint) -> None:
     """The other process: sends back what it gets until the link ends."""
     torch.set_num_threads(1)
     header_link = connect(endpoint, Hello(kind, "1", 0, "tensor"), SECRET, force_tcp=kind == "tcp")
     link: Link = header_link
-    if kind == "gloo":
-        link = ProcessGroups(GlooBackend(HOST), HOST, store_port, TIMEOUT_S).join(header_link, 1)
+    if (groups := groups_for(kind)) is not None:
+        link = groups.join(header_link, 1)
     try:
         while True:
             message = link.recv(None)
@@ -89,8 +95,8 @@ def dispatch_cost(rounds: int) -> dict[str, float]:
     tag = StepTag(1, 1, 1, 0)
 
     def once() -> None:
-        dispatcher.dispatch(tag, x_TD, expert_ids_TK, 8)
-        dispatcher.combine(weights_TK)
+        dispatcher.dispatch(tag, x_TD, weights_TK, expert_ids_TK, 8)
+        dispatcher.combine()
 
     return measure(once, rounds)
 
@@ -105,22 +111,20 @@ def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, dict[str, float]] = {}
     listener = Listener("benchmark", SECRET, HOST, (0, 0))
-    store = serve_store(HOST, (0, 0))
-    groups = ProcessGroups(GlooBackend(HOST), HOST, store.port, TIMEOUT_S)
-    for kind in ("unix", "tcp", "gloo"):
-        process = multiprocessing.get_context("spawn").Process(
-            target=echo, args=(kind, listener.address, store.port)
-        )
+    for kind in ("unix", "tcp", "gloo", "host memory"):
+        process = multiprocessing.get_context("spawn").Process(target=echo, args=(kind, listener.address))
         process.start()
         _, accepted = listener.accept(TIMEOUT_S)
-        link: TcpLink | Link = groups.join(accepted, 0) if kind == "gloo" else accepted
+        groups = groups_for(kind)
+        link: Link = accepted if groups is None else groups.join(accepted, 0)
         for shape in SHAPES:
             rounds = arguments.rounds if shape == SHAPES[0] else max(arguments.rounds // 10, 20)
             results[f"{kind} {shape[0]}x{shape[1]}"] = round_trips(link, shape, rounds)
         link.close()
         process.join()
+        if groups is not None:
+            groups.close()
     results["dispatch, no sockets"] = dispatch_cost(arguments.rounds)
-    groups.close()
     listener.close()
     if arguments.json:
         print(json.dumps(results))

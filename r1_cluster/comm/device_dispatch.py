@@ -6,12 +6,15 @@ own operations (`kernels.ops.DeviceOps.moe`), so that a step can be captured in 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from r1_cluster.comm.dispatch import StepTag
+
+if TYPE_CHECKING:
+    from r1_cluster.comm.links import Device
 
 
 class Mixture(Protocol):
@@ -34,19 +37,22 @@ class DeviceDispatcher:
     that `dispatch` is told: a captured graph keeps that number for ever, but reads the tensor at each replay.
     """
 
-    def __init__(self, mixture: Mixture) -> None:
+    def __init__(self, mixture: Mixture, device: Device) -> None:
+        self.device = device
         self.lost: list[str] = []
         self.num_real: Tensor | None = None
         self._mixture = mixture
-        self._waiting: tuple[int, Tensor, Tensor, int] | None = None
+        self._waiting: tuple[int, Tensor, Tensor, Tensor, int] | None = None
 
-    def dispatch(self, tag: StepTag, x_TD: Tensor, expert_ids_TK: Tensor, num_tokens: int) -> None:
-        self._waiting = (tag.layer, x_TD, expert_ids_TK, num_tokens)
+    def dispatch(
+        self, tag: StepTag, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, num_tokens: int
+    ) -> None:
+        self._waiting = (tag.layer, x_TD, weights_TK, expert_ids_TK, num_tokens)
 
-    def combine(self, weights_TK: Tensor) -> Tensor:
+    def combine(self) -> Tensor:
         if self._waiting is None:
             raise RuntimeError("combine without a dispatch")
-        layer, x_TD, ids_TK, num_tokens = self._waiting
+        layer, x_TD, weights_TK, ids_TK, num_tokens = self._waiting
         self._waiting = None
         if self.num_real is not None or num_tokens == len(x_TD):
             return self._mixture(layer, x_TD, weights_TK, ids_TK, self.num_real)

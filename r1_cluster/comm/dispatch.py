@@ -7,6 +7,9 @@
 to each expert shard; both sort, un-sort and sum with the same functions. A shard's answer depends on its
 rows alone and the sum has a fixed order, so both give the same bits.
 
+Small steps on devices may be *broadcast* instead: every shard gets all tokens with their experts, and answers
+the weighted sum of its own ones. Nothing is sorted and no index reaches the host; the sum's order differs.
+
 A shard that is lost in mid-step leaves zeros in its rows; the others are still heard, in lock-step, and
 `lost` tells the caller that the step must be done again.
 """
@@ -15,23 +18,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, reduce
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from r1_cluster.comm.links import Link, recv_epoch
+from r1_cluster.comm.links import Link, recv_epoch, wait_any
 from r1_cluster.comm.wire import Flags, Header, Kind, LinkClosed, LinkError, LinkTimeout, Message, WireError
 from r1_cluster.records import pack_int32, unpack_int32
+
+if TYPE_CHECKING:
+    from r1_cluster.comm.links import Device
 
 logger = logging.getLogger(__name__)
 
 IntArray = npt.NDArray[np.int64]
 # (layer, x_ND sorted by local expert, rows of each local expert) -> y_ND
 ExpertsForward = Callable[[int, Tensor, Sequence[int]], Tensor]
+# (layer, x_TD, weights_TK, expert_ids_TK, which of the own experts are asked, None for all) -> y_TD
+ShareForward = Callable[[int, Tensor, Tensor, Tensor, Sequence[bool] | None], Tensor]
 
 
 class StepTag(NamedTuple):
@@ -46,15 +55,20 @@ class StepTag(NamedTuple):
 class Dispatcher(Protocol):
     """One dispatch is followed by its combine before the next. `lost` names the peers that went missing
     since the caller last cleared it (it is a list to clear); while it is not empty, the step's result must
-    not be committed."""
+    not be committed. `device` is where it takes its tensors, and where its results are."""
+
+    @property
+    def device(self) -> Device: ...
 
     @property
     def lost(self) -> list[str]: ...
 
-    def dispatch(self, tag: StepTag, x_TD: Tensor, expert_ids_TK: Tensor, num_tokens: int) -> None:
+    def dispatch(
+        self, tag: StepTag, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, num_tokens: int
+    ) -> None:
         """Starts the experts on the first `num_tokens` rows; the rest is padding and goes nowhere."""
 
-    def combine(self, weights_TK: Tensor) -> Tensor:
+    def combine(self) -> Tensor:
         """y_TD in x's dtype: y[t] = Σ_k weights[t, k] · expert_k(x[t]), added in the order of k in float32;
         padding rows are zero."""
 
@@ -118,23 +132,25 @@ class LocalDispatcher:
     """The experts of all layers in this process, behind one function, whose errors are the caller's."""
 
     def __init__(self, experts: ExpertsForward, num_experts: int) -> None:
+        self.device: Device = "cpu"
         self.lost: list[str] = []
         self._experts = experts
         self._owner_E = np.zeros(num_experts, dtype=np.int64)
-        self._running: tuple[Tensor, RowOrder, int] | None = None
+        self._running: tuple[Tensor, RowOrder, Tensor, int] | None = None
 
-    def dispatch(self, tag: StepTag, x_TD: Tensor, expert_ids_TK: Tensor, num_tokens: int) -> None:
+    def dispatch(
+        self, tag: StepTag, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, num_tokens: int
+    ) -> None:
         order = sort_rows(expert_ids_TK, num_tokens, self._owner_E)
         x_ND = x_TD[order.tokens_N]
         y_ND = self._experts(tag.layer, x_ND, order.counts_E.tolist()) if num_tokens else x_ND
-        self._running = (y_ND, order, num_tokens)
+        self._running = (y_ND, order, weights_TK, num_tokens)
 
-    def combine(self, weights_TK: Tensor) -> Tensor:
+    def combine(self) -> Tensor:
         if self._running is None:
             raise RuntimeError("combine without a dispatch")
-        y_ND, order, num_tokens = self._running
-        self._running = None
-        return sum_rows(y_ND, order, weights_TK, num_tokens)
+        running, self._running = self._running, None
+        return sum_rows(*running)
 
 
 class ExpertMap:
@@ -166,42 +182,56 @@ class ExpertMap:
         )
 
 
-class _Sent(NamedTuple):
-    """Rows first … last of a dispatch, for which link i owes an answer."""
+class _Asked(NamedTuple):
+    """A dispatch that is under way: what it was given, how its rows were sorted (None: broadcast), and the
+    rows [first, last) that each link owes."""
 
-    link: int
-    first: int
-    last: int
+    tag: StepTag
+    x_TD: Tensor
+    weights_TK: Tensor
+    num_tokens: int
+    order: RowOrder | None
+    rows_of_link: dict[int, tuple[int, int]]
 
 
 class LinkDispatcher:
     """One link to each expert shard; `shards[i]` are the experts behind `links[i]`.
 
-    Every router sends to its shards in ascending order and receives after it has sent: with large
-    messages that order is what keeps routers and shards from waiting for each other in a circle.
+    Every router sends to its shards in ascending order, and once it has sent it takes the answers as they
+    come. With messages larger than a socket's buffers that keeps routers and shards from waiting for each
+    other in a circle: a shard that waits for a router to read waits for one that sends to a later shard.
 
     `timeout_s` is how long a combine may take in all; the step's deadline, for the caller to set. A shard
     that is silent for so long, or gone, or answers nonsense, is lost: its link is closed and its experts
-    are no longer asked (their rows are zero, and it is named in `lost` at each dispatch that needed it)
-    until `replace_link`. An expert actor that raised answers TAINTED: it is named in `lost`, and in
-    `errors` with what it said, but its link stands.
+    are no longer asked (their rows are zero, and it is named in `lost` at each dispatch that needed it).
+    An expert actor that raised answers TAINTED: it is named in `lost`, and in `errors` with what it said,
+    but its link stands.
+
+    Steps of up to `broadcast_tokens` are broadcast, while every expert has a living host.
     """
 
-    def __init__(self, links: Sequence[Link], shards: Sequence[Sequence[int]], timeout_s: float) -> None:
+    def __init__(
+        self,
+        links: Sequence[Link],
+        shards: Sequence[Sequence[int]],
+        timeout_s: float,
+        broadcast_tokens: int = 0,
+    ) -> None:
         if len(links) != len(shards):
             raise ValueError(f"{len(links)} links for {len(shards)} shards")
         self.errors: dict[str, str] = {}
         self.timeout_s = timeout_s
+        self.broadcast_tokens = broadcast_tokens
         self._lost: list[str] = []
         self._links = list(links)
         self._map = ExpertMap(shards)
         self._dead = [False] * len(links)
         self._choose_owners()
-        self._tag = StepTag(0, 0, 0, 0)
-        self._x_TD: Tensor | None = None
-        self._order: RowOrder | None = None
-        self._sent: list[_Sent] = []
-        self._num_tokens = 0
+        self._asked: _Asked | None = None
+
+    @property
+    def device(self) -> Device:
+        return self._links[0].device
 
     @property
     def lost(self) -> list[str]:
@@ -211,54 +241,90 @@ class LinkDispatcher:
                 self._lose(i, LinkClosed(f"the link to {link.peer} was closed"))
         return self._lost
 
-    def replace_link(self, i: int, link: Link) -> None:
-        """A new link to shard i, which is asked again from the next dispatch on. Between steps only."""
-        self._links[i].close()
-        self._links[i] = link
-        self._set_dead(i, False)
+    def dispatch(
+        self, tag: StepTag, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, num_tokens: int
+    ) -> None:
+        asked = _Asked(tag, x_TD, weights_TK, num_tokens, None, {})
+        if 0 < num_tokens <= self.broadcast_tokens and self._owner_E.min() >= 0:
+            self._broadcast(asked, expert_ids_TK)
+        else:
+            asked = asked._replace(order=sort_rows(expert_ids_TK, num_tokens, self._owner_E))
+            self._send_rows(asked)
+        self._asked = asked
 
-    def dispatch(self, tag: StepTag, x_TD: Tensor, expert_ids_TK: Tensor, num_tokens: int) -> None:
-        order = sort_rows(expert_ids_TK, num_tokens, self._owner_E)
-        x_ND = x_TD[order.tokens_N]
-        self._tag, self._x_TD, self._order, self._num_tokens = tag, x_TD, order, num_tokens
-        self._sent = []
+    def _broadcast(self, asked: _Asked, expert_ids_TK: Tensor) -> None:
+        num_tokens = asked.num_tokens
+        tensors = [x[:num_tokens] for x in (asked.x_TD, asked.weights_TK, expert_ids_TK)]
+        header = Header(Kind.BROADCAST, *asked.tag, num_tokens)
+        for i, (_, owned) in enumerate(self._shares):
+            if owned.any() and self._sent(i, header, tensors, owned):
+                asked.rows_of_link[i] = (0, num_tokens)
+
+    def _send_rows(self, asked: _Asked) -> None:
+        order = asked.order
+        assert order is not None
+        x_ND = asked.x_TD[order.tokens_N]
         if order.num_orphans:
             self._report_orphans(order)
         first = order.num_orphans
         # A loss while sending makes a new list, and leaves this one, by which the rows were sorted, alone.
-        for i, (experts, owned) in enumerate(self._asked):
+        for i, (experts, owned) in enumerate(self._shares):
             counts = order.counts_E[experts] * owned
             num_rows = int(counts.sum())
-            if not num_rows:
-                continue
-            header = Header(Kind.DISPATCH, tag.epoch, tag.step, tag.layer, tag.micro_batch, num_rows)
-            last = first + num_rows
-            try:
-                self._links[i].send(header, (x_ND[first:last],), pack_int32(counts.astype(np.int32)))
-                self._sent.append(_Sent(i, first, last))
-            except (LinkClosed, LinkTimeout) as error:
-                self._lose(i, error)
-            first = last
+            if num_rows:
+                header = Header(Kind.DISPATCH, *asked.tag, num_rows)
+                rows = x_ND[first : first + num_rows]
+                if self._sent(i, header, [rows], counts):
+                    asked.rows_of_link[i] = (first, first + num_rows)
+                first += num_rows
 
-    def combine(self, weights_TK: Tensor) -> Tensor:
-        x_TD, order = self._x_TD, self._order
-        if x_TD is None or order is None:
+    def _sent(self, i: int, header: Header, tensors: Sequence[Tensor], numbers: npt.NDArray[Any]) -> bool:
+        """Sends to link i; whether it was there to be sent to."""
+        try:
+            self._links[i].send(header, tensors, pack_int32(numbers.astype(np.int32)))
+        except (LinkClosed, LinkTimeout) as error:
+            self._lose(i, error)
+            return False
+        return True
+
+    def combine(self) -> Tensor:
+        asked, self._asked = self._asked, None
+        if asked is None:
             raise RuntimeError("combine without a dispatch")
-        self._x_TD = self._order = None
-        y_ND = x_TD.new_zeros((len(order.tokens_N), x_TD.shape[1]))
-        deadline = time.monotonic() + self.timeout_s
-        for sent in self._sent:
-            try:
-                answer = self._answer(sent, x_TD, max(deadline - time.monotonic(), 0.0))
-                if answer is not None:
-                    y_ND[sent.first : sent.last] = answer
-            except LinkError as error:
-                self._lose(sent.link, error)
-        return sum_rows(y_ND, order, weights_TK, self._num_tokens)
+        answers = dict(self._answers(asked))
+        num_tokens = asked.num_tokens
+        if asked.order is not None:
+            y_ND = asked.x_TD.new_zeros((len(asked.order.tokens_N), asked.x_TD.shape[1]))
+            for i, answer in answers.items():
+                first, last = asked.rows_of_link[i]
+                y_ND[first:last] = answer
+            return sum_rows(y_ND, asked.order, asked.weights_TK, num_tokens)
+        y_TD = torch.zeros_like(asked.x_TD)
+        if answers:
+            shares = [answers[i].float() for i in sorted(answers)]
+            y_TD[:num_tokens] = reduce(torch.Tensor.add_, shares)
+        return y_TD
 
-    def _answer(self, sent: _Sent, x_TD: Tensor, timeout_s: float) -> Tensor | None:
+    def _answers(self, asked: _Asked) -> Iterator[tuple[int, Tensor]]:
+        """(link, its rows), as they come; nothing of those that are lost or could not compute theirs."""
+        deadline = time.monotonic() + self.timeout_s
+        waiting = {self._links[i]: i for i in asked.rows_of_link}
+        while waiting:
+            left_s = max(deadline - time.monotonic(), 0.0)
+            ready = wait_any(list(waiting), left_s) if len(waiting) > 1 else []
+            for link in ready or list(waiting):
+                i = waiting.pop(link)
+                try:
+                    answer = self._answer(asked, i, max(deadline - time.monotonic(), 0.0))
+                except LinkError as error:
+                    self._lose(i, error)
+                    continue
+                if answer is not None:
+                    yield i, answer
+
+    def _answer(self, asked: _Asked, i: int, timeout_s: float) -> Tensor | None:
         """The rows of one shard's answer; None if it says that it could not compute them."""
-        link, tag = self._links[sent.link], self._tag
+        link, tag = self._links[i], asked.tag
         message = recv_epoch(link, tag.epoch, timeout_s)
         header = message.header
         if header[:5] != (Kind.COMBINE, *tag):
@@ -267,10 +333,11 @@ class LinkDispatcher:
             self._name_lost(link.peer)
             self.errors[link.peer] = message.body.decode(errors="replace")
             return None
-        shape = (sent.last - sent.first, x_TD.shape[1])
+        first, last = asked.rows_of_link[i]
+        shape, dtype = (last - first, asked.x_TD.shape[1]), asked.x_TD.dtype
         answers = message.tensors
-        if len(answers) != 1 or answers[0].shape != shape or answers[0].dtype != x_TD.dtype:
-            raise WireError(f"{link.peer} answered with other tensors than one {x_TD.dtype} of shape {shape}")
+        if len(answers) != 1 or answers[0].shape != shape or answers[0].dtype != dtype:
+            raise WireError(f"{link.peer} answered with other tensors than one {dtype} of shape {shape}")
         return answers[0]
 
     def _lose(self, i: int, error: LinkError) -> None:
@@ -296,28 +363,52 @@ class LinkDispatcher:
     def _choose_owners(self) -> None:
         self._owner_E = self._map.owners(self._dead)
         # For each link its experts, and whether it is the one to ask for each of them now.
-        self._asked = [(experts, self._owner_E[experts] == i) for i, experts in enumerate(self._map.experts)]
+        self._shares = [(experts, self._owner_E[experts] == i) for i, experts in enumerate(self._map.experts)]
 
 
-def handle(message: Message, experts: ExpertsForward) -> Message:
-    """An expert shard's answer to one DISPATCH message, for the loop that owns its links to send back.
+def handle(message: Message, experts: ExpertsForward, share: ShareForward | None = None) -> Message:
+    """An expert shard's answer to one DISPATCH or BROADCAST message (the latter only where it has `share`),
+    for the loop that owns its links to send back.
 
     If the experts raise, the answer is TAINTED, without rows and with the error as its body, so that the
-    router's step stays in lock-step. Raises WireError for a message that is no dispatch.
+    router's step stays in lock-step. Raises WireError for a message that is neither.
     """
     header = message.header
-    if header.kind != Kind.DISPATCH or len(message.tensors) != 1 or len(message.body) % 4:
-        raise WireError(f"an expert shard was sent {header} with {len(message.tensors)} tensors")
+    if header.kind == Kind.DISPATCH:
+        compute = partial(experts, header.layer, *_check_dispatch(message))
+    elif header.kind == Kind.BROADCAST and share is not None:
+        compute = partial(share, header.layer, *_check_broadcast(message))
+    else:
+        raise WireError(f"an expert shard was sent {header}")
+    reply = header._replace(kind=int(Kind.COMBINE))
+    try:
+        return Message(reply, (compute(),))
+    except Exception as error:
+        logger.exception("experts failed in %s", header)
+        words = f"{type(error).__name__}: {error}"[:1000]
+        return Message(reply._replace(flags=header.flags | Flags.TAINTED, rows=0), (), words.encode())
+
+
+def _check_dispatch(message: Message) -> tuple[Tensor, list[int]]:
+    """(x_ND, rows of each local expert). Raises WireError."""
+    header = message.header
+    if len(message.tensors) != 1 or len(message.body) % 4:
+        raise WireError(f"a dispatch of {len(message.tensors)} tensors and {len(message.body)} bytes")
     x_ND = message.tensors[0]
     counts: list[int] = unpack_int32(message.body).tolist()
     num_rows = sum(counts)
     if x_ND.dim() != 2 or not x_ND.shape[0] == header.rows == num_rows or min(counts, default=0) < 0:
         raise WireError(f"{header.rows} rows, a tensor of shape {tuple(x_ND.shape)}, {num_rows} counted")
-    reply = header._replace(kind=int(Kind.COMBINE))
-    try:
-        y_ND = experts(header.layer, x_ND, counts)
-    except Exception as error:
-        logger.exception("experts failed in %s", header)
-        words = f"{type(error).__name__}: {error}"[:1000]
-        return Message(reply._replace(flags=header.flags | Flags.TAINTED, rows=0), (), words.encode())
-    return Message(reply, (y_ND,))
+    return x_ND, counts
+
+
+def _check_broadcast(message: Message) -> tuple[Tensor, Tensor, Tensor, list[bool] | None]:
+    """(x_TD, weights_TK, expert_ids_TK, which local experts are asked, None for all). Raises WireError."""
+    tensors = message.tensors
+    if len(tensors) != 3 or len(message.body) % 4 or any(x.dim() != 2 for x in tensors):
+        raise WireError(f"a broadcast of {len(tensors)} tensors and {len(message.body)} bytes")
+    x_TD, weights_TK, ids_TK = tensors
+    if not message.header.rows == len(x_TD) == len(weights_TK) or weights_TK.shape != ids_TK.shape:
+        raise WireError(f"a broadcast of tensors of shapes {[tuple(x.shape) for x in tensors]}")
+    asked: list[bool] = (unpack_int32(message.body) != 0).tolist()
+    return x_TD, weights_TK, ids_TK, None if all(asked) else asked

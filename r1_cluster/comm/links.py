@@ -20,7 +20,10 @@ from r1_cluster.comm import wire
 from r1_cluster.comm.wire import Header, LinkClosed, LinkTimeout, Message, StaleEpoch, TensorSpec, WireError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    Device = str | torch.device
 
 # A message that has begun gets at least this long to end, however short the caller's own timeout was.
 STALL_S = 1.0
@@ -33,15 +36,19 @@ _TIMEVAL = struct.Struct("@ll")
 
 
 class Link(Protocol):
-    """One end of a link. `peer` is the other end's name. `stale_dropped` counts messages of former
-    epochs that `recv_epoch` dropped. One thread may send while another receives; `close` may come from
-    any thread and wakes both with LinkClosed."""
+    """One end of a link. `peer` is the other end's name, `device` where the tensors are that it carries.
+    `stale_dropped` counts messages of former epochs that `recv_epoch` dropped. One thread may send while
+    another receives; `close` may come from any thread and wakes both with LinkClosed."""
 
     peer: str
+    device: Device
     stale_dropped: int
 
     @property
     def closed(self) -> bool: ...
+
+    def fileno(self) -> int:
+        """For `wait_any`; -1 once closed, and where nothing is ever waited for."""
 
     def send(self, header: Header, tensors: Sequence[Tensor] = (), body: bytes = b"") -> None:
         """Raises LinkClosed, LinkTimeout (the peer does not read), WireError (does not fit the format)."""
@@ -55,7 +62,7 @@ class Link(Protocol):
 
 
 class Pollable(Protocol):
-    """What `wait_any` can wait for: links over sockets and listeners. -1 once closed."""
+    """What `wait_any` can wait for: links and listeners. -1 once closed."""
 
     def fileno(self) -> int: ...
 
@@ -73,6 +80,7 @@ class TcpLink:
 
     def __init__(self, sock: socket.socket, peer: str, send_timeout_s: float = 10.0) -> None:
         self.peer = peer
+        self.device: Device = "cpu"
         self.stale_dropped = 0
         self._send_timeout_s = send_timeout_s
         self._sock = sock
@@ -247,8 +255,9 @@ class LocalLink:
     What the handler raises reaches the sender. Tensors are handed over, not copied.
     """
 
-    def __init__(self, peer: str, handler: Callable[[Message], Message]) -> None:
+    def __init__(self, peer: str, handler: Callable[[Message], Message], device: Device = "cpu") -> None:
         self.peer = peer
+        self.device = device
         self.stale_dropped = 0
         self._handler = handler
         self._replies: deque[Message] = deque()
@@ -257,6 +266,9 @@ class LocalLink:
     @property
     def closed(self) -> bool:
         return self._closed
+
+    def fileno(self) -> int:
+        return -1  # what was asked is answered already
 
     def send(self, header: Header, tensors: Sequence[Tensor] = (), body: bytes = b"") -> None:
         if self._closed:

@@ -99,6 +99,7 @@ class Kind(IntEnum):
     GROUP = 11
     ASSIGN = 12
     DEPOSED = 13
+    BROADCAST = 14
 
 
 class Flags:

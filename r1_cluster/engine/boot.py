@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from r1_cluster.comm.listener import Endpoint
 from r1_cluster.planning.layout import WorkerSpec
 from r1_cluster.records import HeldSequence
+
+Transport = Literal["sockets", "device", "gloo", "host memory"]
+"""The way of tensors between workers: as bytes of the links' sockets, or beside them, from device to device.
+The last two are the twins of NCCL and CUDA IPC on the CPU."""
 
 ENGINE = "engine"
 """The engine's name in its handshakes with workers."""
@@ -39,6 +45,7 @@ class WorkerBoot(msgspec.Struct, frozen=True):
     link_ports: tuple[int, int]
     secret: bytes
     limits: StepLimits | None = None
+    transport: Transport = "sockets"
 
 
 class Topology(msgspec.Struct, frozen=True, array_like=True):

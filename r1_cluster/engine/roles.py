@@ -26,10 +26,12 @@ from r1_cluster.records import StepPlan
 class MoE(Protocol):
     """What a stage asks for at a layer with experts."""
 
-    lost: list[str]
-
     def forward(self, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Normed hidden states [T, D], the first `num_tokens` rows real → the MoE block's output [T, D]."""
+
+    def take_lost(self) -> list[str]:
+        """Peers that went missing since the last call. Once the device has done all it was told: over a
+        device's links a payload may still be lost after it was announced."""
 
 
 class RouterRole:
@@ -38,38 +40,44 @@ class RouterRole:
     def __init__(self, model: RouterModel) -> None:
         self.model = model
         self.dispatcher: Dispatcher | None = None
-        self.lost: list[str] = []
 
     def forward(self, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
         assert self.dispatcher is not None, "a router is linked to its experts before it is asked"
         weights_TK, ids_TK = self.model.gate(tag.layer, x_TD)
-        if isinstance(self.dispatcher, DeviceDispatcher):
-            self.dispatcher.dispatch(tag, x_TD, ids_TK, num_tokens)
-        else:  # links carry host tensors, and which rows go where is the host's to know
-            self.dispatcher.dispatch(tag, x_TD.cpu(), ids_TK.cpu(), num_tokens)
-            weights_TK = weights_TK.cpu()
+        device = self.dispatcher.device
+        self.dispatcher.dispatch(tag, x_TD.to(device), weights_TK.to(device), ids_TK.to(device), num_tokens)
         shared_TD = self.model.shared(tag.layer, x_TD)  # while the experts work
-        y_TD = self.dispatcher.combine(weights_TK).to(x_TD.device)
-        if self.dispatcher.lost:
-            self.lost.extend(self.dispatcher.lost)
-            self.dispatcher.lost.clear()
-        return y_TD.add_(shared_TD)
+        return self.dispatcher.combine().to(x_TD.device).add_(shared_TD)
+
+    def take_lost(self) -> list[str]:
+        """See `MoE.take_lost`."""
+        lost = self.dispatcher.lost if self.dispatcher is not None else []
+        taken = list(dict.fromkeys(lost))
+        lost.clear()
+        return taken
 
     def answer(self, message: Message) -> tuple[Header, list[torch.Tensor], bytes]:
         """Serves a stage in another process: its MOE message → header, tensors and body of the reply."""
         header = message.header
         tag = StepTag(header.epoch, header.step, header.layer, header.micro_batch)
-        y_TD = self.forward(tag, message.tensors[0].to(self.model.device), header.rows).cpu()
-        lost, self.lost = self.lost, []
+        x_TD = message.tensors[0]
+        y_TD = self.forward(tag, x_TD.to(self.model.device), header.rows).to(x_TD.device)
+        settle(y_TD.device)
+        lost = self.take_lost()
         flags = int(Flags.TAINTED) if lost else 0
-        body = "\n".join(dict.fromkeys(lost)).encode()
-        return header._replace(kind=Kind.MOE_RESULT, flags=flags), [y_TD], body
+        return header._replace(kind=Kind.MOE_RESULT, flags=flags), [y_TD], "\n".join(lost).encode()
+
+
+def settle(device: torch.device) -> None:
+    """Waits until the device has done all that it was told; only then is it known who was lost meanwhile."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def local_dispatcher(experts: ExpertModel, num_experts: int) -> Dispatcher:
     """For a router whose experts are all in its process: on the device where it can, else by the host."""
     if experts.on_device:
-        return DeviceDispatcher(experts.mixture)
+        return DeviceDispatcher(experts.mixture, experts.device)
     return LocalDispatcher(experts.forward, num_experts)
 
 
@@ -79,25 +87,32 @@ class RemoteRouter:
     def __init__(self, name: str, timeout_s: float) -> None:
         self.name = name
         self.link: Link | None = None
-        self.lost: list[str] = []
+        self._lost: list[str] = []
         self._timeout_s = timeout_s
 
     def forward(self, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        if self.link is None or self.name in self.lost:
-            self.lost.append(self.name)
+        if self.link is None or self.name in self._lost:
+            self._lost.append(self.name)
             return torch.zeros_like(x_TD)
         header = Header(Kind.MOE, tag.epoch, tag.step, tag.layer, tag.micro_batch, num_tokens)
         try:
-            self.link.send(header, [x_TD.cpu()])
+            self.link.send(header, [x_TD.to(self.link.device)])
             reply = recv_epoch(self.link, tag.epoch, self._timeout_s)
         except LinkError:
             # The step is finished with zeros, so that everybody stays in lock-step, and then done again.
             self.link.close()
-            self.lost.append(self.name)
+            self._lost.append(self.name)
             return torch.zeros_like(x_TD)
         if reply.header.flags & Flags.TAINTED:
-            self.lost.extend(reply.body.decode().split("\n"))
+            self._lost.extend(reply.body.decode().split("\n"))
         return reply.tensors[0].to(x_TD.device)
+
+    def take_lost(self) -> list[str]:
+        """See `MoE.take_lost`."""
+        if self.link is not None and self.link.closed:
+            self._lost.append(self.name)
+        lost, self._lost = self._lost, []
+        return list(dict.fromkeys(lost))
 
 
 class StageRole:
@@ -112,8 +127,8 @@ class StageRole:
 
     def forward(self, plan: StepPlan, x_TD: torch.Tensor | None) -> tuple[torch.Tensor, list[int] | None]:
         """Runs this stage's layers of a step: `x_TD` are the hidden states of the stage before, None on
-        the first. Returns the hidden states, on the host, and, on the last stage, one token per
-        `plan.samples`."""
+        the first. Returns the hidden states and, on the last stage, one token per `plan.samples`. By then
+        the device has done its work."""
         batch = AttentionBatch.from_plan(plan, self.page_size, self.model)
         if x_TD is not None:
             x_TD = x_TD.to(self.model.device)
@@ -125,8 +140,11 @@ class StageRole:
                 x_TD = self.model.embed(batch.token_ids_T)
             out_TD = self.model.forward(x_TD, batch, self.caches, self._moe_of(plan))
         if not self.model.is_last:
-            return out_TD.cpu(), None
+            settle(out_TD.device)
+            # A graph's result is overwritten by the next step, perhaps while it is still being sent.
+            return out_TD if graph is None else out_TD.clone(), None
         if not plan.samples:
+            settle(out_TD.device)
             return out_TD, []
         if graph is not None:
             logits_SV = out_TD.index_select(0, batch.sample_rows)
@@ -173,11 +191,7 @@ class StageRole:
 
     def take_lost(self) -> list[str]:
         """Peers that went missing since the last call."""
-        if self.moe is None or not self.moe.lost:
-            return []
-        lost = list(dict.fromkeys(self.moe.lost))
-        self.moe.lost.clear()
-        return lost
+        return [] if self.moe is None else self.moe.take_lost()
 
 
 def _no_experts(layer: int, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:

@@ -10,6 +10,8 @@ assigned one.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
+from typing import cast
 
 import msgspec
 import torch
@@ -17,8 +19,10 @@ import torch
 from kernels.ops import for_device
 from r1_cluster.comm.dispatch import LinkDispatcher, handle
 from r1_cluster.comm.handshake import Hello
-from r1_cluster.comm.links import Link, LocalLink, TcpLink, wait_any
+from r1_cluster.comm.links import Link, LocalLink, Pollable, TcpLink, wait_any
 from r1_cluster.comm.listener import Listener, connect
+from r1_cluster.comm.process_group import ProcessGroups
+from r1_cluster.comm.transports import backend_for
 from r1_cluster.comm.wakeup import Wakeup
 from r1_cluster.comm.wire import Header, Kind, LinkError, Message, pack, unpack
 from r1_cluster.engine.boot import Ready, StepLimits, Topology, WorkerBoot
@@ -34,6 +38,8 @@ from r1_cluster.weights.checkpoint import Checkpoint
 
 FIRST_LEASE_S = 3600.0
 """How long a worker waits for its first engine, which links nobody before all have loaded their weights."""
+BROADCAST_TOKENS = 64
+"""Steps of so many tokens are broadcast to expert shards on devices: cheaper than to learn where they go."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -56,12 +62,21 @@ class Worker:
         self.stale_dropped = 0
         self._stopping = False
         self._control: TcpLink | None = None
-        self._links: dict[str, TcpLink] = {}
+        self._links: dict[str, Link] = {}
         self._incarnations: dict[str, str] = {}
         self._plans = msgspec.msgpack.Decoder(StepPlan)
         self.assign(boot.name)
         self._wakeup = Wakeup()
         self.listener = Listener(boot.name, boot.secret, boot.host, boot.link_ports)
+        self._groups: ProcessGroups | None = None
+        backend = backend_for(boot.transport, torch.device(boot.device), self.listener.address.host)
+        if backend is not None:
+            self._groups = ProcessGroups(backend, self._patience_s, boot.step_timeout_s)
+
+    @property
+    def _patience_s(self) -> float:
+        """For making a link: well below the engine's own, so that it hears who hangs."""
+        return max(1.0, self.boot.step_timeout_s / 3)
 
     def assign(self, name: str) -> None:
         """Takes the place called `name` and loads what belongs to it."""
@@ -133,6 +148,7 @@ class Worker:
             self.router.model.warm_up(limits.max_batch_tokens)
         elif self.experts is not None:
             self.experts.warm_up(limits.max_batch_tokens * top_k)
+            self.experts.warm_up_shares(min(BROADCAST_TOKENS, limits.max_batch_tokens), top_k)
 
     def _check_memory(self, config: ModelConfig, limits: StepLimits) -> None:
         """Before the pages are taken: whether they and a step's workspace fit beside the weights."""
@@ -153,9 +169,10 @@ class Worker:
         assert self.router is not None
         links: list[Link] = []
         spans: list[range] = []
+        device = "cpu" if self._groups is None else self._groups.backend.device
         for shard in self.layout.shards:
             if shard is self.spec:
-                links.append(LocalLink(shard.name, self._answer_experts))
+                links.append(LocalLink(shard.name, self._answer_experts, device))
             elif shard.name in self._links:
                 links.append(self._links[shard.name])
             else:
@@ -163,7 +180,9 @@ class Worker:
             assert shard.experts is not None
             spans.append(range(*shard.experts))
         try:
-            self.router.dispatcher = LinkDispatcher(links, spans, self.boot.step_timeout_s)
+            on_device = self._groups is not None and for_device(self.router.model.device).HAS_MOE
+            broadcast = BROADCAST_TOKENS if on_device and not self.boot.deterministic else 0
+            self.router.dispatcher = LinkDispatcher(links, spans, self.boot.step_timeout_s, broadcast)
         except ValueError:  # somebody is missing; there will be another topology before the next step
             self.router.dispatcher = None
 
@@ -176,21 +195,17 @@ class Worker:
         """
         try:
             while not self._stopping:
-                sources: list[Listener | TcpLink | Wakeup] = [
-                    self._wakeup,
-                    self.listener,
-                    *self._links.values(),
-                ]
+                sources: list[Pollable] = [self._wakeup, self.listener, *self._links.values()]
                 if self._control is not None:
                     sources.append(self._control)
                 ready = wait_any(sources, self.boot.lease_s if self.office else FIRST_LEASE_S)
                 if not ready:
                     return
                 for source in ready:
-                    if isinstance(source, Listener):
+                    if source is self.listener:
                         self._accept()
-                    elif isinstance(source, TcpLink):
-                        self._receive(source)
+                    elif source is not self._wakeup:
+                        self._receive(cast(Link, source))
         finally:
             self.close()
 
@@ -205,11 +220,14 @@ class Worker:
         for link in (*self._links.values(), self._control):
             if link is not None:
                 link.close()
+        if self._groups is not None:
+            self._groups.close()
 
     def _accept(self) -> None:
         hello, link = self.listener.accept(0)
         if hello.purpose != "control":
-            self._keep(hello.peer, hello.incarnation, link)
+            with suppress(LinkError):  # whoever opened it says so to the engine
+                self._keep(hello.peer, hello.incarnation, self._grouped(link, 1))
         elif hello.epoch <= max(self.office, self.epoch):
             link.close()  # an engine that was deposed, or that does not know yet who is in office
         else:
@@ -220,7 +238,11 @@ class Worker:
             self._control = link
             self.office = hello.epoch
 
-    def _keep(self, peer: str, incarnation: str, link: TcpLink) -> None:
+    def _grouped(self, link: TcpLink, rank: int) -> Link:
+        """The link itself, or, where tensors go another way than its socket, the group of its two ends."""
+        return link if self._groups is None else self._groups.join(link, rank)
+
+    def _keep(self, peer: str, incarnation: str, link: Link) -> None:
         former = self._links.get(peer)
         if former is not None:
             former.close()
@@ -229,7 +251,7 @@ class Worker:
         if self._remote is not None and peer == self._remote.name:
             self._remote.link = link
 
-    def _receive(self, link: TcpLink) -> None:
+    def _receive(self, link: Link) -> None:
         try:
             message = link.recv(self.boot.step_timeout_s)
         except LinkError:
@@ -246,7 +268,7 @@ class Worker:
         else:
             self._handle(link, message)
 
-    def _handle(self, link: TcpLink, message: Message) -> None:
+    def _handle(self, link: Link, message: Message) -> None:
         kind = message.header.kind
         self.epoch = message.header.epoch
         if kind == Kind.PLAN:
@@ -255,10 +277,10 @@ class Worker:
             self._step(plan, None, 0.0)
         elif kind == Kind.HIDDEN:
             hidden = unpack(message.body, Hidden)
-            self._step(hidden.plan, message.tensors[0], hidden.compute_s)
+            self._step(hidden.plan, message.tensors[0], hidden.compute_s, link)
         elif kind == Kind.MOE and self.router is not None:
             self._reply(link, *self.router.answer(message))
-        elif kind == Kind.DISPATCH and self.experts is not None:
+        elif kind in (Kind.DISPATCH, Kind.BROADCAST) and self.experts is not None:
             reply = self._answer_experts(message)
             self._reply(link, reply.header, list(reply.tensors), reply.body)
         elif kind == Kind.ASSIGN:
@@ -274,9 +296,10 @@ class Worker:
 
     def _answer_experts(self, message: Message) -> Message:
         assert self.experts is not None
-        return handle(message, self.experts.forward)
+        share = self.experts.share if self.experts.on_device else None
+        return handle(message, self.experts.forward, share)
 
-    def _reply(self, link: TcpLink, header: Header, tensors: list[torch.Tensor], body: bytes) -> None:
+    def _reply(self, link: Link, header: Header, tensors: list[torch.Tensor], body: bytes) -> None:
         try:
             link.send(header, tensors, body)
         except LinkError:
@@ -297,31 +320,34 @@ class Worker:
                 continue
             hello = Hello(self.spec.name, self.boot.incarnation, topology.epoch, "tensor")
             try:
-                # Well before the engine gives up waiting for us, so that it hears who hangs.
-                timeout_s = max(1.0, self.boot.step_timeout_s / 3)
-                link = connect(topology.endpoints[peer], hello, self.boot.secret, timeout_s)
+                link = connect(topology.endpoints[peer], hello, self.boot.secret, self._patience_s)
+                link.peer = peer  # a spare still listens under the name that it had
+                self._keep(peer, topology.incarnations[peer], self._grouped(link, 0))
             except LinkError:
                 unreachable.append(peer)
-                continue
-            link.peer = peer  # a spare still listens under the name that it had
-            self._keep(peer, topology.incarnations[peer], link)
         if self.router is not None and self.layout.shards != (self.spec,) and not unreachable:
             self._link_experts()
         return unreachable
 
-    def _step(self, plan: StepPlan, x_TD: torch.Tensor | None, compute_s: float) -> None:
+    def _step(
+        self, plan: StepPlan, x_TD: torch.Tensor | None, compute_s: float, before: Link | None = None
+    ) -> None:
+        """Runs this stage's part of a step; `before` is the link over which its hidden states came."""
         assert self.stage is not None
         started = time.perf_counter()
         x_TD, tokens = self.stage.forward(plan, x_TD)
         compute_s += time.perf_counter() - started
         lost = self.stage.take_lost()
+        if before is not None and before.closed:  # before they were whole, perhaps
+            lost.append(before.peer)
         self.num_steps += 1
         # A spoiled step ends here: its other stages might only wait for the same lost peer.
         if tokens is None and not lost:
             following = self._following()
             header = Header(Kind.HIDDEN, plan.epoch, plan.step, -1, plan.micro_batch, len(x_TD))
             try:
-                self._links[following].send(header, [x_TD], pack(Hidden(plan, compute_s)))
+                link = self._links[following]
+                link.send(header, [x_TD.to(link.device)], pack(Hidden(plan, compute_s)))
                 return
             except (LinkError, KeyError):
                 lost = [following]

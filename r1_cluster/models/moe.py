@@ -84,7 +84,7 @@ class ExpertModel:
         if not 0 <= experts.start < experts.stop <= config.n_routed_experts or experts.step != 1:
             raise ValueError(f"{experts} is no range of the {config.n_routed_experts} routed experts")
         self.experts = experts
-        self._device = loader.device
+        self.device = loader.device
         self._dtype = loader.dtype
         self._width = config.hidden_size
         self._ops = loader.ops
@@ -121,8 +121,27 @@ class ExpertModel:
         if not len(x_ND):
             return torch.empty_like(x_ND)
         gate_up_e2FD, down_eDF = self._weights[layer]
-        x = x_ND.to(self._device)
+        x = x_ND.to(self.device)
         return self._ops.experts(x, counts, gate_up_e2FD, down_eDF, tiled=self._tiled).to(x_ND.device)
+
+    @torch.inference_mode()
+    def share(
+        self,
+        layer: int,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        expert_ids_TK: Tensor,
+        asked: Sequence[bool] | None = None,
+    ) -> Tensor:
+        """What these experts, or those of them that are `asked`, add to the mixture: Σ weight · expert(x)
+        over the k that are theirs, [T, D], on the device that x came from. Where `on_device` alone."""
+        ids_TK = expert_ids_TK.to(self.device, torch.int32) - self.experts.start
+        if asked is not None:
+            theirs = torch.tensor([*asked, False], device=self.device)  # the last for whoever is not here
+            here = (ids_TK >= 0) & (ids_TK < len(self.experts))
+            ids_TK = torch.where(theirs[torch.where(here, ids_TK, -1)], ids_TK, -1)
+        y_TD = self.mixture(layer, x_TD.to(self.device), weights_TK.to(self.device), ids_TK)
+        return y_TD.to(x_TD.device)
 
     def warm_up(self, max_rows: int) -> None:
         """See `RouterModel.warm_up`; for rows that fall evenly on the experts."""
@@ -132,9 +151,17 @@ class ExpertModel:
             counts = [(num_rows + i) // num_experts for i in range(num_experts)]
             self.forward(layer, torch.zeros(num_rows, self._width, dtype=self._dtype), counts)
 
+    def warm_up_shares(self, max_tokens: int, top_k: int) -> None:
+        """See `RouterModel.warm_up`; for broadcast steps."""
+        layer = next(iter(self._weights))
+        for num_tokens in _powers_of_two(max_tokens):
+            x_TD = torch.zeros(num_tokens, self._width, dtype=self._dtype, device=self.device)
+            ids_TK = torch.arange(top_k, device=self.device).expand(num_tokens, top_k) + self.experts.start
+            self.share(layer, x_TD, torch.ones(num_tokens, top_k, device=self.device), ids_TK)
+
     @property
     def on_device(self) -> bool:
-        """Whether `mixture` may be called."""
+        """Whether `mixture` and `share` may be called."""
         return self._ops.HAS_MOE
 
     @torch.inference_mode()
@@ -146,7 +173,7 @@ class ExpertModel:
         expert_ids_TK: Tensor,
         num_tokens: Tensor | None = None,
     ) -> Tensor:
-        """The whole mixture, where this object has all experts: see `DeviceOps.moe`."""
+        """The mixture over these experts, numbered from 0; others' ids are left out: see `DeviceOps.moe`."""
         gate_up_e2FD, down_eDF = self._weights[layer]
         ops = cast(DeviceOps, self._ops)
         return ops.moe(

@@ -1,7 +1,9 @@
-"""The process-group link with gloo; all but the backend's few lines is what NCCL runs as well."""
+"""The process-group link with gloo and host memory; all but the backends' few lines is what NCCL and CUDA IPC run."""
 
 from __future__ import annotations
 
+import gc
+import os
 import socket
 import subprocess
 import threading
@@ -14,13 +16,16 @@ import torch
 
 from r1_cluster.comm.dispatch import LinkDispatcher, LocalDispatcher, StepTag
 from r1_cluster.comm.links import TcpLink, wait_any
-from r1_cluster.comm.process_group import GlooBackend, ProcessGroupLink, ProcessGroups, serve_store
+from r1_cluster.comm.process_group import ProcessGroupLink, ProcessGroups
+from r1_cluster.comm.shared_memory import SLOT_BYTES, SLOTS
+from r1_cluster.comm.transports import backend_for
 from r1_cluster.comm.wire import Flags, Header, Kind, LinkClosed, LinkTimeout, WireError
 
 JOIN = """
 from r1_cluster.comm.dispatch import handle
-from r1_cluster.comm.process_group import GlooBackend, ProcessGroups
-groups = ProcessGroups(GlooBackend("127.0.0.1"), "127.0.0.1", int(sys.argv[3]), 20)
+from r1_cluster.comm.process_group import ProcessGroups
+from r1_cluster.comm.transports import backend_for
+groups = ProcessGroups(backend_for(sys.argv[3], torch.device("cpu"), "127.0.0.1"), 20, 20)
 link = groups.join(link, 1)
 """
 ECHO = (
@@ -41,23 +46,32 @@ while True:
 Join = Callable[[str], tuple[subprocess.Popen[bytes], ProcessGroupLink]]
 
 
+def make_groups(transport: str) -> ProcessGroups:
+    backend = backend_for(transport, torch.device("cpu"), "127.0.0.1")
+    assert backend is not None
+    return ProcessGroups(backend, 20, 20)
+
+
+@pytest.fixture(params=["gloo", "host memory"])
+def transport(request) -> str:
+    return request.param
+
+
 @pytest.fixture
-def groups() -> Iterator[tuple[ProcessGroups, int]]:
-    store = serve_store("127.0.0.1", (0, 0))
-    groups = ProcessGroups(GlooBackend("127.0.0.1"), "127.0.0.1", store.port, 20)
-    yield groups, store.port
+def groups(transport) -> Iterator[ProcessGroups]:
+    groups = make_groups(transport)
+    yield groups
     groups.close()
 
 
 @pytest.fixture
-def join(groups, start_peer) -> Iterator[Join]:
+def join(groups, transport, start_peer) -> Iterator[Join]:
     """join(script) → a process that runs it, and our end of the process-group link to it."""
-    ours, port = groups
     links = []
 
     def join(script: str) -> tuple[subprocess.Popen[bytes], ProcessGroupLink]:
-        process, header_link = start_peer(script, str(port))
-        links.append(ours.join(header_link, 0))
+        process, header_link = start_peer(script, transport)
+        links.append(groups.join(header_link, 0))
         return process, links[-1]
 
     yield join
@@ -74,6 +88,7 @@ def test_messages_arrive_as_sent(join):
         torch.randn(3, 4).t(),
         torch.empty(0, 9),
         torch.randn(64, 7168),
+        torch.arange(SLOTS * SLOT_BYTES // 4 + 5),  # twice a ring of shared memory, and some
         torch.randn(4, 2).to(torch.float8_e4m3fn),
     ]
     header = Header(Kind.DISPATCH, 1, 2, 3, 4, 5, Flags.TAINTED)
@@ -106,8 +121,8 @@ def test_dispatch_over_process_groups_equals_local(join):
         x_TD, weights_TK = torch.randn(16, 32), torch.rand(16, 2)
         ids_TK = torch.rand(16, 8).topk(2).indices
         for each in (dispatcher, local):
-            each.dispatch(StepTag(1, 1, layer, 0), x_TD, ids_TK, 13)
-        assert torch.equal(dispatcher.combine(weights_TK), local.combine(weights_TK))
+            each.dispatch(StepTag(1, 1, layer, 0), x_TD, weights_TK, ids_TK, 13)
+        assert torch.equal(dispatcher.combine(), local.combine())
     assert dispatcher.lost == []
 
 
@@ -179,21 +194,59 @@ def test_a_peer_that_joins_no_group_is_an_error(groups, pair):
     left, right = pair
     right.send(Header(Kind.PLAN))
     with pytest.raises(WireError, match="did not start a group"):
-        groups[0].join(left, 1)
+        groups.join(left, 1)
     assert left.closed
 
 
-def test_a_plain_message_on_a_group_link_ends_it(groups):
-    ours, port = groups
-    theirs = ProcessGroups(GlooBackend("127.0.0.1"), "127.0.0.1", port, 20)
+def test_a_plain_message_on_a_group_link_ends_it(groups, transport):
+    theirs = make_groups(transport)
     near, far = (TcpLink(sock, "twin") for sock in socket.socketpair())
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(theirs.join, far, 1)
-        link = ours.join(near, 0)
+        link = groups.join(near, 0)
         twin = other.result(20)
     far.send(Header(1), [torch.zeros(1)])
     with pytest.raises(WireError, match="announcement"):
         link.recv(1)
     assert link.closed
     twin.close()
+    theirs.close()
+
+
+def test_a_peer_that_dies_while_it_is_sent_to(join):
+    """More than any buffer takes, to somebody who does not read."""
+    victim, link = join(JOIN + "time.sleep(60)")
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(link.send, Header(1), [torch.zeros(64 << 20, dtype=torch.uint8)])
+        time.sleep(0.2)
+        assert not sending.done()
+        start = time.monotonic()
+        victim.kill()
+        with pytest.raises(LinkClosed):
+            sending.result(5)
+        assert time.monotonic() - start < 0.5
+    assert link.closed
+
+
+def test_nothing_is_left_of_links_that_ended(groups, transport):
+    theirs = make_groups(transport)
+
+    def once() -> None:
+        near, far = (TcpLink(sock, "twin") for sock in socket.socketpair())
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(theirs.join, far, 1)
+            links = [groups.join(near, 0), other.result(20)]
+            received = pool.submit(links[1].recv, 5)
+            links[0].send(Header(1), [torch.ones(3)])
+            assert received.result().tensors[0].tolist() == [1, 1, 1]
+        for link in links:
+            link.close()
+
+    once()
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        once()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
     theirs.close()

@@ -32,12 +32,23 @@ LAYOUTS = {
     "disaggregated": {"kind": "disaggregated", "stages": 2, "expert_shards": 3},
     "four stages": {"kind": "disaggregated", "stages": 4, "expert_shards": 1},
 }
+GROUPS = ["gloo", "host memory"]  # the ways of tensors beside the sockets that run without a GPU
 
 
 class Cluster:
     """An engine over the workers of a layout."""
 
-    def __init__(self, checkpoint, layout, num_pages=256, lease_s=5.0, step_timeout_s=2.0, **limits):
+    def __init__(
+        self,
+        checkpoint,
+        layout,
+        num_pages=256,
+        lease_s=5.0,
+        step_timeout_s=2.0,
+        transport="sockets",
+        **limits,
+    ):
+        self.transport = transport
         config = ModelConfig.from_folder(checkpoint)
         self.layout = build_layout(LayoutConfig(**layout), config)
         names = [spec.name for spec in (*self.layout.workers, *self.layout.spares)]
@@ -91,6 +102,7 @@ class Cluster:
             host="127.0.0.1",
             link_ports=PORTS,
             secret=SECRET,
+            transport=self.transport,
         )
 
     def member(self, name, epoch):
@@ -151,9 +163,12 @@ class Cluster:
             assert not thread.is_alive()
 
 
-@pytest.fixture(params=LAYOUTS)
+@pytest.fixture(params=[*LAYOUTS, *GROUPS])
 def cluster(request, checkpoint):
-    running = Cluster(checkpoint, LAYOUTS[request.param])
+    if request.param in GROUPS:
+        running = Cluster(checkpoint, LAYOUTS["disaggregated"], transport=request.param)
+    else:
+        running = Cluster(checkpoint, LAYOUTS[request.param])
     yield running
     running.close()
 
@@ -276,8 +291,18 @@ def test_workers_wait_longer_for_their_first_engine(checkpoint):
 )
 @pytest.mark.parametrize("name", ["stage-0", "stage-1", "router-0", "router-1", "experts-1"])
 def test_texts_go_on_when_a_worker_dies(checkpoint, name, more):
+    outlive(Cluster(checkpoint, LAYOUTS["disaggregated"] | more), name)
+
+
+@pytest.mark.parametrize("transport", GROUPS)
+@pytest.mark.parametrize("name", ["stage-0", "stage-1", "router-1", "experts-1"])
+def test_texts_go_on_when_a_member_of_process_groups_dies(checkpoint, name, transport):
+    outlive(Cluster(checkpoint, LAYOUTS["disaggregated"] | {"spares": 1}, transport=transport), name)
+
+
+def outlive(cluster, name):
+    """Texts are as before, though the worker is ended twice meanwhile."""
     asked = requests(8, ignore_eos=True)
-    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"] | more)
     try:
         undisturbed = cluster.run(asked)
         steps = cluster.core.num_steps

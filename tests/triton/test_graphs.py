@@ -96,13 +96,15 @@ class Stage:
         assert isinstance(router.dispatcher, DeviceDispatcher)
         self.calls = 0
         self.router = router
-        self.lost = []
         self.role = StageRole(model, router if local else self, num_pages=NUM_PAGES, page_size=PAGE_SIZE)
         self.cached = {}
 
     def forward(self, tag, x_TD, num_tokens):
         self.calls += 1
         return self.router.forward(tag, x_TD.clone(), num_tokens)
+
+    def take_lost(self):
+        return []
 
     def step(self, chunks):
         """`chunks`: (sequence, tokens) → the logits that the sampler was given."""
@@ -190,3 +192,25 @@ def test_a_decode_step_is_our_kernels_and_the_products_of_a_library(folder, reco
     layers = 2
     products = recording.operations.count("linear") + recording.operations.count("bmm")
     assert products == 2 * layers + 2 + (0 if fp8 else 3 * layers + 2 + 2)
+
+
+def test_shares_of_shards_add_up_to_the_mixture(folder):
+    config = ModelConfig.from_folder(folder)
+    options = {"dtype": torch.float32, "device": torch.device("cpu"), "deterministic": False}
+    layer, num_experts = config.moe_layers[0], config.n_routed_experts
+    spans = [range(num_experts // 2), range(num_experts // 2, num_experts)]
+    with Checkpoint(folder, config) as checkpoint:
+        whole, *shards = [
+            ExpertModel.load(config, checkpoint, config.moe_layers, span, **options)
+            for span in (range(num_experts), *spans)
+        ]
+    x, weights = torch.randn(5, config.hidden_size), torch.rand(5, 2)
+    ids = torch.arange(10).view(5, 2) % num_experts
+    shares = [shard.share(layer, x, weights, ids) for shard in shards]
+    torch.testing.assert_close(sum(shares), whole.mixture(layer, x, weights, ids), atol=1e-5, rtol=1e-5)
+    # Of a shard's experts, only those that it is asked for.
+    asked = [i % 2 == 0 for i in range(len(spans[1]))]
+    parts = [shards[1].share(layer, x, weights, ids, mask) for mask in (asked, [not a for a in asked])]
+    torch.testing.assert_close(sum(parts), shares[1], atol=1e-5, rtol=1e-5)
+    assert all(part.any() for part in parts)
+    shards[1].warm_up_shares(2, 2)

@@ -1,0 +1,189 @@
+"""How one tensor gets from a process to another beside their socket: gloo, NCCL, memory of the same device.
+
+Neither allreduce nor recv_anysource is used anywhere: in gloo both can block for good when a peer dies.
+Neither gloo nor NCCL authenticates its peers: they belong on a private network.
+
+What has run: gloo and host memory, in the tests. NCCL and CUDA IPC have not, for want of a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from r1_cluster.comm.rendezvous import LinkStore
+from r1_cluster.comm.shared_memory import CudaMemory, HostMemory, Memory, SharedPair
+from r1_cluster.comm.wire import TensorSpec
+
+
+class _Work(Protocol):
+    def wait(self, timeout: timedelta = ...) -> bool: ...
+
+
+class _Group(Protocol):
+    """What torch's backends have and its stubs leave out."""
+
+    def send(self, tensors: list[Tensor], dst: int, tag: int) -> _Work: ...
+    def recv(self, tensors: list[Tensor], src: int, tag: int) -> _Work: ...
+    def abort(self) -> None: ...
+
+
+class Pair(Protocol):
+    """One side of a two-rank group. Errors of the backend surface as RuntimeError. All on the current stream:
+    what was sent may be overwritten by what that stream does later, and it may use what was received."""
+
+    device: torch.device
+
+    def send(self, tensor: Tensor) -> None:
+        """Sends a contiguous, non-empty tensor of `device`."""
+
+    def recv(self, spec: TensorSpec) -> Tensor:
+        """A new tensor of `device`."""
+
+    def abort(self) -> None:
+        """Gives up whatever is under way; from any thread."""
+
+
+class Backend(Protocol):
+    """Builds pairs: one object per process, made at its start."""
+
+    device: torch.device
+
+    def pair(self, store: LinkStore, rank: int, timeout_s: float) -> Pair:
+        """The side of `rank` in the pair of those who share `store`; `timeout_s` bounds its transfers."""
+
+
+class GlooBackend:
+    """CPU tensors by gloo. `host` is the address that peers reach this process at: without it gloo would
+    tell those on other hosts to connect to 127.0.0.1."""
+
+    def __init__(self, host: str) -> None:
+        self.device = torch.device("cpu")
+        self._gloo_device = dist.ProcessGroupGloo.create_device(hostname=host)
+
+    def pair(self, store: LinkStore, rank: int, timeout_s: float) -> Pair:
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = timedelta(seconds=timeout_s)
+        options._devices = [self._gloo_device]
+        group = dist.ProcessGroupGloo(store, rank, 2, options)
+        return GlooPair(cast(_Group, group), 1 - rank)
+
+
+class GlooPair:
+    """See `GlooBackend`. The group's timeout bounds every wait, and `abort` does not end one: gloo cannot
+    be woken while the peer lives but is silent in the midst of a payload."""
+
+    def __init__(self, group: _Group, peer_rank: int) -> None:
+        self.device = torch.device("cpu")
+        self._group: _Group | None = group
+        self._peer_rank = peer_rank
+
+    def send(self, tensor: Tensor) -> None:
+        self._alive().send([tensor], self._peer_rank, 0).wait()
+
+    def recv(self, spec: TensorSpec) -> Tensor:
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
+        self._alive().recv([tensor], self._peer_rank, 0).wait()
+        return tensor
+
+    def abort(self) -> None:
+        # Dropping the group closes its sockets, which ends the peer's wait as well; its own abort() does not.
+        self._group = None
+
+    def _alive(self) -> _Group:
+        if self._group is None:
+            raise RuntimeError("the group was given up")
+        return self._group
+
+
+class NcclBackend:
+    """Device tensors by NCCL. To be made before any other NCCL group of the process.
+
+    Nothing here waits on the host: transfers are ordered with the current stream by events. Each pair has a
+    stream of its own. On one for all of them, a send would hold back whatever follows until its receive runs
+    at the other end, and two routers that ask two shards at the same time could wait in a circle.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # NCCL's watchdog would by default end the whole process when a peer is lost; here the links'
+        # owners decide, and the watchdog only cleans up. Nor is there a store that its monitor could ask.
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "2"
+        os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
+        self.device = device
+
+    def pair(self, store: LinkStore, rank: int, timeout_s: float) -> Pair:
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options._timeout = timedelta(seconds=timeout_s)
+        group = dist.ProcessGroupNCCL(store, rank, 2, options)
+        return NcclPair(cast(_Group, group), 1 - rank, self.device)
+
+
+class NcclPair:
+    """See `NcclBackend`."""
+
+    def __init__(self, group: _Group, peer_rank: int, device: torch.device) -> None:
+        self.device = device
+        self._group = group
+        self._peer_rank = peer_rank
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    def send(self, tensor: Tensor) -> None:
+        tensor = tensor.clone()  # which the sender cannot overwrite while it is on its way
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            self._group.send([tensor], self._peer_rank, 0).wait()  # the stream waits, not the host
+        tensor.record_stream(self._stream)
+
+    def recv(self, spec: TensorSpec) -> Tensor:
+        consumer = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._stream):
+            tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+            self._group.recv([tensor], self._peer_rank, 0).wait()
+        consumer.wait_stream(self._stream)
+        tensor.record_stream(consumer)
+        return tensor
+
+    def abort(self) -> None:
+        self._group.abort()
+
+
+class SharedMemoryBackend:
+    """Pairs of processes that share a memory: the host's, or that of one GPU."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.device = memory.device
+        self._memory = memory
+
+    def pair(self, store: LinkStore, rank: int, timeout_s: float) -> Pair:
+        return SharedPair(self._memory, store, rank, timeout_s)
+
+
+class DeviceBackend:
+    """CUDA IPC between processes on one GPU, where NCCL refuses to work, and NCCL between GPUs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._nccl = NcclBackend(device)
+        self._ipc = SharedMemoryBackend(CudaMemory(device))
+
+    def pair(self, store: LinkStore, rank: int, timeout_s: float) -> Pair:
+        uuid = str(torch.cuda.get_device_properties(self.device).uuid).encode()
+        store.set(f"uuid/{rank}", uuid)
+        backend: Backend = self._ipc if store.get(f"uuid/{1 - rank}") == uuid else self._nccl
+        return backend.pair(store, rank, timeout_s)
+
+
+def backend_for(transport: str, device: torch.device, host: str) -> Backend | None:
+    """The backend of a `boot.Transport`; None for sockets, which need none. `host` is our own address."""
+    if transport == "gloo":
+        return GlooBackend(host)
+    if transport == "host memory":
+        return SharedMemoryBackend(HostMemory())
+    if transport == "device":
+        return DeviceBackend(torch.device(device.type, torch.cuda.current_device()))
+    return None
