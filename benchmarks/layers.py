@@ -1,16 +1,19 @@
 """Times whole steps of an R1-shaped stage on one GPU: real layers, random FP8 weights, the engine's roles.
 
-    python -m benchmarks.layers [--layers 3] [--experts 256] [--batches 1 8 64] [--contexts 1024 4096]
+    python -m benchmarks.layers [--layers 3] [--experts 256] [--batches 1 8 64 256] [--profile]
 
 What is timed is `StageRole.forward` from plan to sampled tokens, in recorded graphs as in service: as many
 layers as are asked for, the first of them dense, with embedding and head. A layer's own time is the
-difference between two numbers of layers. It has never run on a GPU (see docs/kernels.md); its model is tested
-on the CPU.
+difference between two numbers of layers. Beside it stands the floor: each part's bytes over the bandwidth of
+a large copy or its operations over the rate of a large product, whichever is longer, added up. `--profile`
+adds where the last step's time goes, by kernel. It has never run on a GPU (see docs/kernels.md); its model
+and its floors are tested on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -20,13 +23,14 @@ from typing import cast
 import numpy as np
 import torch
 
+from benchmarks.kernels import Ceilings, Run, Work, measure_ceilings
 from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.roles import RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
 from r1_cluster.weights.checkpoint import Checkpoint
-from r1_cluster.weights.names import expected_shapes
+from r1_cluster.weights.names import HEAD, expected_shapes
 
 PAGE = 64
 STEPS = 20
@@ -138,26 +142,89 @@ def median_step_s(stage: StageRole, batch: int, context: int) -> float:
     return statistics.median(times[3:])
 
 
+def step_work(config: ModelConfig, batch: int, context: int) -> list[Work]:
+    """What a decode step must move and compute, by part. Routing is taken as even: of E experts, batch · K
+    draws reach E (1 - (1 - K/E)^batch)."""
+    shapes = expected_shapes(config)
+    experts, top_k = config.n_routed_experts, config.num_experts_per_tok
+    reached = experts * (1 - (1 - top_k / experts) ** batch)
+
+    def weights(part: str, names: list[str], item_bytes: int, read: float = 1.0, used: float = 1.0) -> Work:
+        size = sum(math.prod(shapes[name]) for name in names)
+        return _work(part, size * item_bytes * read, 2 * batch * size * used, fp8=item_bytes == 1)
+
+    matrices = [name for name in shapes if "_proj" in name]
+    routed = [name for name in matrices if ".experts." in name]
+    attention = [name for name in matrices if "self_attn" in name]
+    absorbed = [name for name in attention if "kv_b" in name]
+    rest = [name for name in matrices if name not in routed and name not in attention]
+    rows = batch * context * config.num_hidden_layers
+    scores = 2 * config.num_attention_heads * (config.latent_dim + config.kv_lora_rank)
+    return [
+        weights("attention's products", [name for name in attention if name not in absorbed], 1),
+        weights("keys and values absorbed", absorbed, 2),
+        _work("attention over the latents", rows * config.latent_dim * 2, rows * scores, fp8=False),
+        weights("dense MLP and shared experts", rest, 1),
+        weights("routed experts", routed, 1, reached / experts, top_k / experts),
+        weights("gates", [name for name in shapes if name.endswith("mlp.gate.weight")], 4),
+        weights("head", [HEAD], 2),
+    ]
+
+
+def _work(part: str, num_bytes: float, operations: float, *, fp8: bool) -> Work:
+    return Work(part, "", _nothing, num_bytes, operations, fp8)
+
+
+def _nothing() -> Run:
+    raise AssertionError("a part of a step is not run alone")
+
+
+def floor_s(ceilings: Ceilings, config: ModelConfig, batch: int, context: int) -> float:
+    """The least time of a decode step on a device of these rates."""
+    return sum(ceilings.floor_s(work) for work in step_work(config, batch, context))
+
+
+def profile(stage: StageRole, batch: int, context: int) -> list[str]:
+    """Where a step's time on the device goes: a table row per kernel, the longest first."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for seed in range(STEPS):
+            stage.forward(decode_plan(batch, context, stage.model.config.vocab_size, seed), None)
+    rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)
+    total = sum(row.self_device_time_total for row in rows)
+    lines = ["| kernel | launches a step | µs a step | share |", "| --- | ---: | ---: | ---: |"]
+    for row in rows[:30]:
+        per_step = row.self_device_time_total / STEPS
+        share = row.self_device_time_total / total
+        lines.append(f"| {row.key[:60]} | {row.count / STEPS:g} | {per_step:.1f} | {share:.1%} |")
+    return lines
+
+
 def main() -> int:
     """Prints a row per batch and context."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096])
+    parser.add_argument("--profile", action="store_true", help="of the last step, by kernel")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.layers needs a GPU, and torch sees none on this machine.", file=sys.stderr)
         return 1
     config = r1_config(options.layers, options.experts)
+    ceilings = measure_ceilings()
     num_pages = max(options.batches) * -(-max(options.contexts) // PAGE)
     stage = build(config, torch.device("cuda"), torch.bfloat16, num_pages)
     stage.prepare(StepLimits(max(options.batches), 64, max(options.contexts)))
     print(f"{torch.cuda.get_device_name()}: {options.layers} layers, {options.experts} experts")
-    print("| sequences | context | ms a step |\n| --- | --- | --- |")
+    print("| sequences | context | ms a step | floor | ratio |\n| --- | --- | --- | --- | --- |")
     for batch in options.batches:
         for context in options.contexts:
-            print(f"| {batch} | {context} | {median_step_s(stage, batch, context) * 1e3:.3f} |", flush=True)
+            step, floor = median_step_s(stage, batch, context), floor_s(ceilings, config, batch, context)
+            print(f"| {batch} | {context} | {step * 1e3:.3f} | {floor * 1e3:.3f} | {step / floor:.2f} |")
+    if options.profile:
+        print("\n".join(["", *profile(stage, options.batches[-1], options.contexts[-1])]))
     return 0
 
 

@@ -3,9 +3,10 @@
     python benchmarks/links.py [--rounds 2000] [--json]
 
 A round trip sends one float32 tensor with 32 bytes of body and receives the same back. `cpu` is the CPU
-time of the asking process in one round. The last row is the router's own work in one dispatch and combine
-of a tiny model (8 tokens, width 128, top-2 of 8 experts on 3 shards), with links that answer by a
-function call.
+time of the asking process in one round. Where there is a GPU, its memory is a further row (CUDA IPC), whose
+round ends when the answer has been announced, not when it has arrived. The last row is the router's own work
+in one dispatch and combine of a tiny model (8 tokens, width 128, top-2 of 8 experts on 3 shards), with links
+that answer by a function call.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ WARM_UP_ROUNDS = 100
 
 
 def groups_for(kind: str) -> ProcessGroups | None:
-    backend = backend_for(kind, torch.device("cpu"), HOST)
+    backend = backend_for(kind, HOST)
     return None if backend is None else ProcessGroups(backend, TIMEOUT_S, TIMEOUT_S)
 
 
@@ -73,7 +74,7 @@ def measure(once: Callable[[], None], rounds: int) -> dict[str, float]:
 
 
 def round_trips(link: Link, shape: tuple[int, int], rounds: int) -> dict[str, float]:
-    x_TD = torch.randn(shape)
+    x_TD = torch.randn(shape, device=link.device)
     header = Header(Kind.DISPATCH, rows=shape[0])
 
     def once() -> None:
@@ -111,7 +112,8 @@ def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, dict[str, float]] = {}
     listener = Listener("benchmark", SECRET, HOST, (0, 0))
-    for kind in ("unix", "tcp", "gloo", "host memory"):
+    kinds = ["unix", "tcp", "gloo", "host memory", *(["device"] if torch.cuda.is_available() else [])]
+    for kind in kinds:
         process = multiprocessing.get_context("spawn").Process(target=echo, args=(kind, listener.address))
         process.start()
         _, accepted = listener.accept(TIMEOUT_S)

@@ -178,12 +178,12 @@ class DeviceBackend:
         return backend.pair(store, rank, timeout_s)
 
 
-def backend_for(transport: str, device: torch.device, host: str) -> Backend | None:
+def backend_for(transport: str, host: str) -> Backend | None:
     """The backend of a `boot.Transport`; None for sockets, which need none. `host` is our own address."""
     if transport == "gloo":
         return GlooBackend(host)
     if transport == "host memory":
         return SharedMemoryBackend(HostMemory())
     if transport == "device":
-        return DeviceBackend(torch.device(device.type, torch.cuda.current_device()))
+        return DeviceBackend(torch.device("cuda", torch.cuda.current_device()))
     return None

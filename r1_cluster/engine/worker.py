@@ -69,7 +69,7 @@ class Worker:
         self._wakeup = Wakeup()
         self.listener = Listener(boot.name, boot.secret, boot.host, boot.link_ports)
         self._groups: ProcessGroups | None = None
-        backend = backend_for(boot.transport, torch.device(boot.device), self.listener.address.host)
+        backend = backend_for(boot.transport, self.listener.address.host)
         if backend is not None:
             self._groups = ProcessGroups(backend, self._patience_s, boot.step_timeout_s)
 

@@ -1,9 +1,11 @@
 """The model that benchmarks.layers times, made small, on the CPU."""
 
+import pytest
 import torch
 from small_model import FP8_SHAPE, config_values
 
-from benchmarks.layers import PAGE, build, decode_plan, r1_config
+from benchmarks.kernels import Ceilings
+from benchmarks.layers import PAGE, build, decode_plan, floor_s, r1_config, step_work
 from r1_cluster.models.config import ModelConfig
 
 
@@ -18,3 +20,28 @@ def test_a_random_model_decodes():
 def test_the_shape_is_that_of_r1():
     config = r1_config(3, 256)
     assert (config.latent_dim, config.moe_layers) == (576, range(1, 3))
+
+
+def test_floors_are_those_of_r1s_arithmetic():
+    """By hand, for one dense layer and two with experts: 187 million weights of attention's products a layer, of which
+    16.8 million (kv_b) in two bytes; 396 million of the dense MLP, 44 million of each expert."""
+    config = r1_config(3, 256)
+    bytes_of = {work.name: work.num_bytes for work in step_work(config, 1, 4096)}
+    attention = 3 * (1536 * 7168 + 24576 * 1536 + 576 * 7168 + 7168 * 16384)
+    expert = 3 * 7168 * 2048
+    assert bytes_of == {
+        "attention's products": attention,
+        "keys and values absorbed": 3 * 2 * 32768 * 512,
+        "attention over the latents": 3 * 4096 * 576 * 2,
+        "dense MLP and shared experts": 3 * 7168 * 18432 + 2 * expert,
+        "routed experts": pytest.approx(2 * 8 * expert),
+        "gates": 2 * 256 * 7168 * 4,
+        "head": 129280 * 7168 * 2,
+    }
+    many = {work.name: work for work in step_work(config, 256, 4096)}
+    assert 0.999 < many["routed experts"].num_bytes / (2 * 256 * expert) < 1
+    assert many["routed experts"].operations == pytest.approx(2 * 2 * 256 * 8 * expert)
+    # Bytes alone, then operations alone.
+    assert floor_s(Ceilings(1.0, 1e30), config, 1, 4096) == pytest.approx(sum(bytes_of.values()))
+    operations = sum(w.operations / (2 if w.fp8 else 1) for w in many.values())
+    assert floor_s(Ceilings(1e30, 1.0), config, 256, 4096) == pytest.approx(operations)

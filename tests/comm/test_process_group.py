@@ -1,4 +1,5 @@
-"""The process-group link with gloo and host memory; all but the backends' few lines is what NCCL and CUDA IPC run."""
+"""The process-group link with gloo and host memory, and with CUDA IPC where there is a GPU; all but the backends'
+few lines is what NCCL runs as well."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ JOIN = """
 from r1_cluster.comm.dispatch import handle
 from r1_cluster.comm.process_group import ProcessGroups
 from r1_cluster.comm.transports import backend_for
-groups = ProcessGroups(backend_for(sys.argv[3], torch.device("cpu"), "127.0.0.1"), 20, 20)
+groups = ProcessGroups(backend_for(sys.argv[3], "127.0.0.1"), 20, 20)
 link = groups.join(link, 1)
 """
 ECHO = (
@@ -47,12 +48,15 @@ Join = Callable[[str], tuple[subprocess.Popen[bytes], ProcessGroupLink]]
 
 
 def make_groups(transport: str) -> ProcessGroups:
-    backend = backend_for(transport, torch.device("cpu"), "127.0.0.1")
+    backend = backend_for(transport, "127.0.0.1")
     assert backend is not None
     return ProcessGroups(backend, 20, 20)
 
 
-@pytest.fixture(params=["gloo", "host memory"])
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(params=["gloo", "host memory", pytest.param("device", marks=NEEDS_GPU)])
 def transport(request) -> str:
     return request.param
 
@@ -91,6 +95,7 @@ def test_messages_arrive_as_sent(join):
         torch.arange(SLOTS * SLOT_BYTES // 4 + 5),  # twice a ring of shared memory, and some
         torch.randn(4, 2).to(torch.float8_e4m3fn),
     ]
+    tensors = [tensor.to(link.device) for tensor in tensors]
     header = Header(Kind.DISPATCH, 1, 2, 3, 4, 5, Flags.TAINTED)
     for _ in range(3):
         link.send(header, tensors, b"body")
@@ -105,7 +110,7 @@ def test_messages_arrive_as_sent(join):
     with pytest.raises(LinkTimeout):
         link.recv(0.05)
     assert not link.closed
-    with pytest.raises(WireError, match="tensors of cpu"):
+    with pytest.raises(WireError, match="this link carries tensors of"):
         link.send(header, [torch.empty(1, device="meta")])
     link.send(header)
     assert link.recv(5).header == header
@@ -118,11 +123,10 @@ def test_dispatch_over_process_groups_equals_local(join):
     dispatcher = LinkDispatcher([first, second], shards, 10)
     local = LocalDispatcher(lambda layer, x_ND, counts: x_ND * 2 + layer, 8)
     for layer in range(4):
-        x_TD, weights_TK = torch.randn(16, 32), torch.rand(16, 2)
-        ids_TK = torch.rand(16, 8).topk(2).indices
+        inputs = torch.randn(16, 32), torch.rand(16, 2), torch.rand(16, 8).topk(2).indices
         for each in (dispatcher, local):
-            each.dispatch(StepTag(1, 1, layer, 0), x_TD, weights_TK, ids_TK, 13)
-        assert torch.equal(dispatcher.combine(), local.combine())
+            each.dispatch(StepTag(1, 1, layer, 0), *(tensor.to(each.device) for tensor in inputs), 13)
+        assert torch.equal(dispatcher.combine().cpu(), local.combine())
     assert dispatcher.lost == []
 
 
@@ -138,8 +142,8 @@ def test_a_killed_peer_is_noticed_by_whoever_waits_and_the_others_go_on(join):
             waiting.result(5)
         assert time.monotonic() - start < 0.5
     with pytest.raises(LinkClosed):
-        lost.send(Header(1), [torch.zeros(4)])
-    other.send(Header(1), [torch.ones(4)])
+        lost.send(Header(1), [torch.zeros(4, device=lost.device)])
+    other.send(Header(1), [torch.ones(4, device=other.device)])
     assert other.recv(5).tensors[0].tolist() == [1, 1, 1, 1]
 
 
@@ -155,7 +159,8 @@ def test_a_killed_peer_is_noticed_though_nobody_waits(join):
 def test_a_peer_that_dies_before_its_payload_is_noticed(join):
     """The header is here, the payload never comes: gloo's own error, or the watch, ends the wait."""
     victim, link = join(
-        JOIN + "link._header_link.send_announcement(Header(1), [torch.zeros(4)], b''); time.sleep(60)"
+        JOIN
+        + "link._header_link.send_announcement(Header(1), [torch.zeros(4, device=link.device)], b''); time.sleep(60)"
     )
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(link.recv, 30)
@@ -176,7 +181,7 @@ def test_a_lost_peer_joins_again_in_a_new_group(join):
         lost.recv(5)
     start = time.monotonic()
     _, again = join(ECHO)
-    again.send(Header(1, step=5), [torch.ones(2)])
+    again.send(Header(1, step=5), [torch.ones(2, device=again.device)])
     assert again.recv(5).header.step == 5
     assert time.monotonic() - start < 30
 
@@ -217,7 +222,9 @@ def test_a_peer_that_dies_while_it_is_sent_to(join):
     """More than any buffer takes, to somebody who does not read."""
     victim, link = join(JOIN + "time.sleep(60)")
     with ThreadPoolExecutor(1) as pool:
-        sending = pool.submit(link.send, Header(1), [torch.zeros(64 << 20, dtype=torch.uint8)])
+        sending = pool.submit(
+            link.send, Header(1), [torch.zeros(64 << 20, dtype=torch.uint8, device=link.device)]
+        )
         time.sleep(0.2)
         assert not sending.done()
         start = time.monotonic()
@@ -237,7 +244,7 @@ def test_nothing_is_left_of_links_that_ended(groups, transport):
             other = pool.submit(theirs.join, far, 1)
             links = [groups.join(near, 0), other.result(20)]
             received = pool.submit(links[1].recv, 5)
-            links[0].send(Header(1), [torch.ones(3)])
+            links[0].send(Header(1), [torch.ones(3, device=links[0].device)])
             assert received.result().tensors[0].tolist() == [1, 1, 1]
         for link in links:
             link.close()
