@@ -4,8 +4,8 @@
     python benchmarks/recovery_overhead.py --rounds 8 --write benchmarks/results/recovery-overhead.md
 
 Two services of the same file run side by side, one with everything switched off from outside (see
-`tests/faults/without_recovery/`). Each round loads the one, then the other; counted is the CPU time of the
-service's own processes (ingress, engine, workers), from /proc, by the tokens of the round.
+`tests/faults/hooks/without_recovery.py`). Each round loads the one, then the other; counted is the CPU time
+of the service's own processes (ingress, engine, workers), from /proc, by the tokens of the round.
 """
 
 from __future__ import annotations
@@ -59,12 +59,11 @@ def run(layout: str, rounds: int, concurrency: int, num_output_tokens: int) -> d
     """CPU time per token of every round: `with` and `without`."""
     folder = Path(tempfile.mkdtemp(prefix="overhead-"))
     checkpoint = make_checkpoint(folder / "checkpoint", size="nano", seed=3, max_position_embeddings=2048)
-    paths = {"with": "", "without": str(ROOT / "tests" / "faults" / "without_recovery")}
+    hooks = {"PYTHONPATH": str(ROOT / "tests" / "faults" / "hooks"), "R1_HOOKS": "without_recovery"}
     services = {}
     try:
-        for name, path in paths.items():
+        for name, environment in {"with": {}, "without": hooks}.items():
             (folder / name).mkdir()
-            environment = {"PYTHONPATH": path}
             services[name] = Service(
                 folder / name, f"overhead-{name}", checkpoint, LAYOUTS[layout], environment, engine=ENGINE
             ).wait_ready()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import threading
 from typing import Any
 
-from r1_cluster.cli.stop import wait_until_stopped
+from r1_cluster.cli.stop import end_service
 
 
 def add_parser(commands: Any) -> None:
@@ -26,18 +25,10 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Asks the `serve` command to drain, or drains a service on a shared cluster itself."""
-    from r1_cluster.cli.running import find, forget
 
-    running = find(arguments.service)
-    if running.local:
-        os.kill(running.pid, signal.SIGTERM)
-        wait_until_stopped(running, arguments.timeout)
-    else:
-        from actors.cluster import attach, drain, remove_service
+    def drain_first(name: str) -> None:
+        from actors.cluster import drain
 
-        with attach(running.address):
-            drain(running.name, arguments.timeout, threading.Event())
-            remove_service(running.name)
-        forget(running.name)
-    print(f"{running.name} is stopped.")
-    return 0
+        drain(name, arguments.timeout, threading.Event())
+
+    return end_service(arguments, signal.SIGTERM, drain_first)

@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from r1_cluster.config import ConfigError
@@ -29,19 +30,28 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Asks the `serve` command to stop, or takes the service off a shared cluster."""
+    return end_service(arguments, signal.SIGINT)
+
+
+def end_service(
+    arguments: argparse.Namespace, asking: signal.Signals, first: Callable[[str], None] | None = None
+) -> int:
+    """Ends the service that the command line names: by a signal to its `serve` command, or, on a shared
+    cluster, itself, after it has done `first` with the service's name."""
     from r1_cluster.cli.running import find, forget
 
     running = find(arguments.service)
-    if not running.local:
+    if running.local:
+        os.kill(running.pid, asking)
+        wait_until_stopped(running, arguments.timeout)
+    else:
         from actors.cluster import attach, remove_service
 
         with attach(running.address):
+            if first is not None:
+                first(running.name)
             remove_service(running.name)
         forget(running.name)
-        print(f"{running.name} is stopped.")
-        return 0
-    os.kill(running.pid, signal.SIGINT)
-    wait_until_stopped(running, arguments.timeout)
     print(f"{running.name} is stopped.")
     return 0
 

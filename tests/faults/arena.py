@@ -17,7 +17,7 @@ from faults.leaks import Observer
 from faults.load import Load, quantile, streams
 from running_service import Service, alive, descendants
 
-INJECTED = Path(__file__).with_name("injected")
+HOOKS = Path(__file__).with_name("hooks")
 DISAGGREGATED = {"kind": "disaggregated", "stages": 2, "expert_shards": 3, "cpus_per_worker": 0.15}
 LAYOUTS = {
     "colocated": {"kind": "colocated", "cpus_per_worker": 0.5},
@@ -49,8 +49,8 @@ def injecting(folder, poison=()):
     (folder / "tokens").mkdir(parents=True)
     if poison:
         (folder / "poison").write_bytes(struct.pack(f"<{len(poison)}i", *poison))
-    path = os.pathsep.join([str(INJECTED), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {"PYTHONPATH": path, "R1_FAULTS": str(folder)}
+    path = os.pathsep.join([str(HOOKS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": path, "R1_HOOKS": "injected", "R1_FAULTS": str(folder)}
 
 
 class Arena:

@@ -1,5 +1,4 @@
-"""Faults inside a service under test. Python imports this by itself in every process whose PYTHONPATH names
-this folder; the product knows nothing of it.
+"""Faults inside a service under test (see sitecustomize.py).
 
 `R1_FAULTS` names a folder, in which
 
@@ -10,11 +9,8 @@ this folder; the product knows nothing of it.
 """
 
 import functools
-import importlib.abc
-import importlib.util
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -90,30 +86,9 @@ def wrap_chat(module):
     before(module.ChatStream, "usage", keep)
 
 
-WRAPPERS = {
+ACTS = {
     "r1_cluster.engine.worker": wrap_worker,
     "r1_cluster.engine.core": wrap_core,
     "r1_cluster.engine.recovery": wrap_recovery,
     "r1_cluster.api.chat": wrap_chat,
 }
-
-
-class Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules that are to be wrapped, by asking everybody else."""
-
-    def find_spec(self, name, path, target=None):
-        wrap = WRAPPERS.pop(name, None)
-        if wrap is None:
-            return None
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            wrap(module)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-sys.meta_path.insert(0, Finder())
