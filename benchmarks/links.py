@@ -37,7 +37,7 @@ WARM_UP_ROUNDS = 100
 
 def groups_for(kind: str) -> ProcessGroups | None:
     backend = backend_for(kind, HOST)
-    return None if backend is None else ProcessGroups(backend, TIMEOUT_S, TIMEOUT_S)
+    return None if backend is None else ProcessGroups(backend, TIMEOUT_S)
 
 
 def echo(kind: str, endpoint: Endpoint) -> None:

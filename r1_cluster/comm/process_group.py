@@ -43,11 +43,10 @@ logger = logging.getLogger(__name__)
 
 class ProcessGroups:
     """All that a process needs for its process-group links, made once: the backend and a thread that notices
-    dead peers. `join_timeout_s` bounds a rendezvous, `timeout_s` every transfer where the backend can."""
+    dead peers. `timeout_s` bounds a rendezvous, and every transfer where the backend can."""
 
-    def __init__(self, backend: Backend, join_timeout_s: float, timeout_s: float) -> None:
+    def __init__(self, backend: Backend, timeout_s: float) -> None:
         self.backend = backend
-        self._join_timeout_s = join_timeout_s
         self._timeout_s = timeout_s
         self._watch = _PeerWatch()
 
@@ -57,9 +56,12 @@ class ProcessGroups:
 
         Raises LinkClosed, LinkTimeout, WireError; `header_link` is closed then.
         """
-        store = LinkStore(header_link, self._join_timeout_s)
+        store = LinkStore(header_link, self._timeout_s)
+        link: ProcessGroupLink | None = None
         try:
             pair = self.backend.pair(store, rank, self._timeout_s)
+            link = ProcessGroupLink(header_link, pair, self._watch)
+            self._watch.add(link)
             # The first transfer opens the connection: here, not in the first step.
             spec = TensorSpec(torch.uint8, (1,))
             if rank == 0:
@@ -69,15 +71,12 @@ class ProcessGroups:
                 pair.recv(spec).cpu()
                 pair.send(torch.zeros(1, dtype=torch.uint8, device=pair.device))
             store.finish()
-        except RuntimeError as error:
-            header_link.close()
+            return link
+        except Exception as error:
+            (link or header_link).close()
+            if isinstance(error, (LinkError, torch.OutOfMemoryError)):
+                raise
             raise LinkClosed(f"no group with {header_link.peer}: {_first_line(error)}") from None
-        except LinkError:
-            header_link.close()
-            raise
-        link = ProcessGroupLink(header_link, pair, self._watch)
-        self._watch.add(link)
-        return link
 
     def close(self) -> None:
         """Ends the watch. Links are closed by their owners."""
@@ -87,7 +86,7 @@ class ProcessGroups:
 class ProcessGroupLink:
     """A `Link` whose tensors live on the backend's device. See `links.Link` for the methods.
 
-    On a device, `recv` returns before the payload is there. If the peer dies in between, the tensors hold
+    With NCCL, `recv` returns before the payload is there. If the peer dies in between, the tensors hold
     garbage and only `closed` tells: look at it (`LinkDispatcher.lost` does) after the step's own host
     synchronisation and before anything is committed.
     """
@@ -104,7 +103,7 @@ class ProcessGroupLink:
 
     @property
     def closed(self) -> bool:
-        return self._header_link.closed
+        return self._header_link.closed or self._pair.broken
 
     def fileno(self) -> int:
         return self._header_link.fileno()
@@ -132,9 +131,12 @@ class ProcessGroupLink:
         self._watch.remove(self)
         self._header_link.close()
         with self._close_lock:
-            if not self._gave_up:
-                self._gave_up = True
+            gave_up, self._gave_up = self._gave_up, True
+        if not gave_up:
+            try:
                 self._pair.abort()
+            except RuntimeError as error:
+                logger.warning("giving up the group with %s: %s", self.peer, _first_line(error))
 
     def _recv_tensor(self, spec: TensorSpec) -> Tensor:
         if 0 in spec.shape:
@@ -147,8 +149,8 @@ class ProcessGroupLink:
         if isinstance(error, WireError) and not self.closed:
             return error  # refused before anything was sent
         self.close()
-        if isinstance(error, LinkError):
-            return error
+        if isinstance(error, (LinkError, torch.OutOfMemoryError)):
+            raise error  # the latter is this process's own trouble
         return LinkClosed(f"the group with {self.peer} broke: {_first_line(error)}")
 
 
@@ -202,6 +204,7 @@ class _PeerWatch:
                 if link is not None and hung_up:
                     logger.warning("%s hung up; its group is given up", link.peer)
                     link.close()
+                del link  # or it would live until the next one hangs up
 
 
 def _hung_up(number: int) -> bool:

@@ -10,6 +10,7 @@ from torch._C._distributed_c10d import Store
 from r1_cluster.comm.links import TcpLink
 from r1_cluster.comm.wire import Header, Kind, WireError, pack, unpack
 
+_LEAST_S = 1.0  # for the last word, however long it took until then
 _JOINED = ""  # the key that says that an end has all it needs
 
 
@@ -37,7 +38,7 @@ class LinkStore(Store):
         while key not in self._values:
             if self._link is None:
                 raise KeyError(key)
-            message = self._link.recv(max(self._deadline - time.monotonic(), 0.0))
+            message = self._link.recv(max(self._deadline - time.monotonic(), _LEAST_S))
             if message.header.kind != Kind.GROUP:
                 raise WireError(f"{self._link.peer} did not start a group")
             their_key, value = unpack(message.body, tuple[str, bytes])

@@ -1,10 +1,10 @@
 """Tensors between two processes that share a memory: that of one GPU (CUDA IPC), or the host's.
 
 Each direction is a ring of slots in the sender's memory, which the receiver maps. A tensor goes through it in
-pieces of a slot's size. The sender copies a piece into a free slot, records an event of its stream and raises
-the count of filled slots; the receiver sees the count, lets its own stream wait for the event, copies the
-piece out, records another event and raises the count of emptied slots. So the host waits for the other *host*
-alone, never for a device.
+pieces of a slot's size. The sender copies a piece into a free slot, waits until its device has done so, and
+raises the count of filled slots; the receiver sees the count, copies the piece out, waits likewise, and
+raises the count of emptied slots. So what has been counted is there, whoever dies next, and no process ever
+waits for another one's device.
 
 The counts lie in a page of host memory that both map. Nothing else is shared, and nothing outlives the two.
 """
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -28,14 +30,6 @@ SLOTS = 4
 SLOT_BYTES = 4 << 20
 _BUSY_LOOKS = 500  # before whoever waits sleeps between two looks
 _NAP_S = 20e-6
-
-
-class Event(Protocol):
-    """A point in a stream's work: `record` marks it in the current stream, `wait` makes that stream wait."""
-
-    def record(self) -> None: ...
-
-    def wait(self) -> None: ...
 
 
 class Opened(NamedTuple):
@@ -56,39 +50,35 @@ class Memory(Protocol):
     def open_slots(self, handle: bytes) -> Opened:
         """The slots behind another process's handle."""
 
-    def new_event(self) -> tuple[Event, bytes]:
-        """An event of this process and its handle."""
-
-    def open_event(self, handle: bytes) -> Event:
-        """The event behind another process's handle."""
+    def fence(self) -> Callable[[], bool]:
+        """Whether the current stream has done all that it was told so far."""
 
 
-class _Done:
-    """The host's event: whatever was told is done by then."""
+class HostBlock:
+    """Host memory that ends with those who map it, and how others of this host find it: a descriptor's path,
+    and what it must lead to (in another container the same path may name another file)."""
 
-    def record(self) -> None:
-        pass
+    def __init__(self, num_bytes: int) -> None:
+        descriptor = os.memfd_create("r1-cluster", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, num_bytes)
+        self.memory = mmap.mmap(descriptor, num_bytes)
+        weakref.finalize(self.memory, os.close, descriptor)
+        status = os.fstat(descriptor)
+        place = (f"/proc/{os.getpid()}/fd/{descriptor}", status.st_dev, status.st_ino)
+        self.handle = msgspec.msgpack.encode(place)
 
-    def wait(self) -> None:
-        pass
-
-
-def _new_host_memory(num_bytes: int) -> tuple[mmap.mmap, str]:
-    """Memory that ends with those who map it, and the path by which others of this host do."""
-    descriptor = os.memfd_create("r1-cluster", os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, num_bytes)
-    memory = mmap.mmap(descriptor, num_bytes)
-    weakref.finalize(memory, os.close, descriptor)  # which the path names
-    return memory, f"/proc/{os.getpid()}/fd/{descriptor}"
-
-
-def _open_host_memory(path: str, num_bytes: int) -> mmap.mmap:
-    """What `_new_host_memory` made in another process. Raises RuntimeError."""
-    try:
-        with open(path, "r+b") as file:
-            return mmap.mmap(file.fileno(), num_bytes)
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"the peer's memory cannot be mapped: {error}") from None
+    @staticmethod
+    def open(handle: bytes, num_bytes: int) -> mmap.mmap:
+        """The memory behind another process's handle. Raises RuntimeError."""
+        path, device, inode = msgspec.msgpack.decode(handle, type=tuple[str, int, int])
+        try:
+            with open(path, "r+b") as file:
+                status = os.fstat(file.fileno())
+                if (status.st_dev, status.st_ino) != (device, inode):
+                    raise RuntimeError(f"{path} is not the peer's memory: it sees other processes than we do")
+                return mmap.mmap(file.fileno(), num_bytes)
+        except (OSError, ValueError) as error:
+            raise RuntimeError(f"the peer's memory cannot be mapped: {error}") from None
 
 
 class HostMemory:
@@ -97,20 +87,17 @@ class HostMemory:
     device = torch.device("cpu")
 
     def new_slots(self) -> tuple[Opened, bytes]:
-        memory, path = _new_host_memory(SLOTS * SLOT_BYTES)
-        return self._slots(memory), path.encode()
+        block = HostBlock(SLOTS * SLOT_BYTES)
+        return self._slots(block.memory), block.handle
 
     def open_slots(self, handle: bytes) -> Opened:
-        return self._slots(_open_host_memory(handle.decode(), SLOTS * SLOT_BYTES))
+        return self._slots(HostBlock.open(handle, SLOTS * SLOT_BYTES))
 
     def _slots(self, memory: mmap.mmap) -> Opened:
         return Opened(torch.frombuffer(memory, dtype=torch.uint8).view(SLOTS, SLOT_BYTES), memory)
 
-    def new_event(self) -> tuple[Event, bytes]:
-        return _Done(), b""
-
-    def open_event(self, handle: bytes) -> Event:
-        return _Done()
+    def fence(self) -> Callable[[], bool]:
+        return lambda: True
 
 
 class CudaMemory:
@@ -136,33 +123,43 @@ class CudaMemory:
         slots.set_(storage, 0, (SLOTS, SLOT_BYTES), (SLOT_BYTES, 1))
         return Opened(slots, storage)
 
-    def new_event(self) -> tuple[Event, bytes]:
-        event = torch.cuda.Event(interprocess=True)  # type: ignore[no-untyped-call]
+    def fence(self) -> Callable[[], bool]:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        return event, event.ipc_handle()  # type: ignore[no-untyped-call]
+        return event.query
 
-    def open_event(self, handle: bytes) -> Event:
-        return torch.cuda.Event.from_ipc_handle(self.device, handle)  # type: ignore[no-any-return, no-untyped-call]
+
+class SlotPool:
+    """The rings of one process. One that has served is kept for the next pair: a receiver only reads it, and
+    a GPU's memory that a dead receiver had mapped is never freed by torch."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self._free: list[tuple[Opened, bytes]] = []
+
+    def take(self) -> tuple[Opened, bytes]:
+        """A ring of our own and its handle."""
+        return self._free.pop() if self._free else self.memory.new_slots()
+
+    def give_back(self, ring: tuple[Opened, bytes]) -> None:
+        """Its pair has ended."""
+        self._free.append(ring)
 
 
 class _Handles(msgspec.Struct, frozen=True, array_like=True):
-    """What an end tells the other: its ring, and the events that it records at each slot of either ring."""
+    """What an end tells the other of its ring."""
 
-    counts: str
+    counts: bytes
     slots: bytes
-    filled: list[bytes]
-    emptied: list[bytes]
 
 
 class _Ring:
-    """One direction, seen from one end: the slots, the events at each slot, and the two counts (filled,
-    emptied), which only ever rise. `position` is the number of slots that this end has used."""
+    """One direction, seen from one end: the slots and the two counts (filled, emptied), which only ever rise.
+    `position` is the number of slots that this end has used."""
 
-    def __init__(self, ring: Opened, counts: mmap.mmap, filled: list[Event], emptied: list[Event]) -> None:
+    def __init__(self, ring: Opened, counts: mmap.mmap) -> None:
         self.slots, self._owner = ring
         self.counts = memoryview(counts).cast("q")
-        self.filled = filled
-        self.emptied = emptied
         self.position = 0
 
 
@@ -173,58 +170,55 @@ class SharedPair:
     """One side of a pair over a `Memory`; a `transports.Pair`. A peer that is silent for `timeout_s` in the
     midst of a tensor is an error."""
 
-    def __init__(self, memory: Memory, store: LinkStore, rank: int, timeout_s: float) -> None:
-        self.device = memory.device
+    broken = False  # what was received is there
+
+    def __init__(self, pool: SlotPool, store: LinkStore, rank: int, timeout_s: float) -> None:
+        self.device = pool.memory.device
+        self._pool = pool
         self._timeout_s = timeout_s
         self._given_up = False
-        slots, slots_handle = memory.new_slots()
-        counts, counts_path = _new_host_memory(_COUNTS_BYTES)
-        filled, emptied = ([memory.new_event() for _ in range(SLOTS)] for _ in range(2))
-        mine = _Handles(counts_path, slots_handle, [h for _, h in filled], [h for _, h in emptied])
-        store.set(f"memory/{rank}", msgspec.msgpack.encode(mine))
+        self._sending = threading.Lock()
+        slots, slots_handle = ring = pool.take()
+        self._mine: tuple[Opened, bytes] | None = ring
+        counts = HostBlock(_COUNTS_BYTES)
+        store.set(f"memory/{rank}", msgspec.msgpack.encode(_Handles(counts.handle, slots_handle)))
         theirs = msgspec.msgpack.decode(store.get(f"memory/{1 - rank}"), type=_Handles)
-        self._out = _Ring(
-            slots, counts, [event for event, _ in filled], [memory.open_event(h) for h in theirs.emptied]
-        )
-        self._in = _Ring(
-            memory.open_slots(theirs.slots),
-            _open_host_memory(theirs.counts, _COUNTS_BYTES),
-            [memory.open_event(h) for h in theirs.filled],
-            [event for event, _ in emptied],
-        )
+        self._out = _Ring(slots, counts.memory)
+        self._in = _Ring(pool.memory.open_slots(theirs.slots), HostBlock.open(theirs.counts, _COUNTS_BYTES))
 
     def send(self, tensor: Tensor) -> None:
         ring = self._out
-        for piece in torch.split(_bytes(tensor), SLOT_BYTES):
-            slot = ring.position % SLOTS
-            self._wait_for(ring, _EMPTIED, ring.position - SLOTS + 1)
-            ring.emptied[slot].wait()
-            ring.slots[slot, : len(piece)].copy_(piece)
-            ring.filled[slot].record()
-            ring.position += 1
-            ring.counts[_FILLED] = ring.position
+        with self._sending:
+            for piece in torch.split(_bytes(tensor), SLOT_BYTES):
+                self._wait(lambda: ring.counts[_EMPTIED] > ring.position - SLOTS)
+                ring.slots[ring.position % SLOTS, : len(piece)].copy_(piece)
+                self._count(ring, _FILLED)
 
     def recv(self, spec: TensorSpec) -> Tensor:
         ring = self._in
         tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
         for piece in torch.split(_bytes(tensor), SLOT_BYTES):
-            slot = ring.position % SLOTS
-            self._wait_for(ring, _FILLED, ring.position + 1)
-            ring.filled[slot].wait()
-            piece.copy_(ring.slots[slot, : len(piece)])
-            ring.emptied[slot].record()
-            ring.position += 1
-            ring.counts[_EMPTIED] = ring.position
+            self._wait(lambda: ring.counts[_FILLED] > ring.position)
+            piece.copy_(ring.slots[ring.position % SLOTS, : len(piece)])
+            self._count(ring, _EMPTIED)
         return tensor
 
     def abort(self) -> None:
         self._given_up = True
+        with self._sending:  # whoever sends has noticed by then, and writes to the ring no more
+            if self._mine is not None:
+                self._pool.give_back(self._mine)
+            self._mine = None
 
-    def _wait_for(self, ring: _Ring, which: int, count: int) -> None:
+    def _count(self, ring: _Ring, which: int) -> None:
+        """One slot more, once the device has done its part."""
+        self._wait(self._pool.memory.fence())
+        ring.position += 1
+        ring.counts[which] = ring.position
+
+    def _wait(self, until: Callable[[], bool]) -> None:
         looks, deadline = 0, 0.0
-        while ring.counts[which] < count:
-            if self._given_up:
-                raise RuntimeError("the pair was given up")
+        while not self._given_up and not until():
             looks += 1
             if looks < _BUSY_LOOKS:
                 os.sched_yield()
@@ -234,6 +228,8 @@ class SharedPair:
             if now > deadline:
                 raise RuntimeError(f"the peer did nothing for {self._timeout_s} s")
             time.sleep(_NAP_S)
+        if self._given_up:
+            raise RuntimeError("the pair was given up")
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from typing import Protocol, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import ErrorType
 
 from r1_cluster.comm.rendezvous import LinkStore
-from r1_cluster.comm.shared_memory import CudaMemory, HostMemory, Memory, SharedPair
+from r1_cluster.comm.shared_memory import CudaMemory, HostMemory, Memory, SharedPair, SlotPool
 from r1_cluster.comm.wire import TensorSpec
 
 
@@ -31,6 +32,7 @@ class _Group(Protocol):
     def send(self, tensors: list[Tensor], dst: int, tag: int) -> _Work: ...
     def recv(self, tensors: list[Tensor], src: int, tag: int) -> _Work: ...
     def abort(self) -> None: ...
+    def get_error(self) -> ErrorType: ...
 
 
 class Pair(Protocol):
@@ -38,6 +40,10 @@ class Pair(Protocol):
     what was sent may be overwritten by what that stream does later, and it may use what was received."""
 
     device: torch.device
+
+    @property
+    def broken(self) -> bool:
+        """Whether the backend has given the pair up by itself. What was received last may be garbage then."""
 
     def send(self, tensor: Tensor) -> None:
         """Sends a contiguous, non-empty tensor of `device`."""
@@ -80,6 +86,7 @@ class GlooPair:
 
     def __init__(self, group: _Group, peer_rank: int) -> None:
         self.device = torch.device("cpu")
+        self.broken = False  # its errors reach whoever waits
         self._group: _Group | None = group
         self._peer_rank = peer_rank
 
@@ -101,51 +108,61 @@ class GlooPair:
         return self._group
 
 
+# To be set before CUDA starts. torch's watchdog over NCCL would by default end the process when a peer is
+# lost, and before that sleep for a minute and write a dump: here the links' owners decide, and it only cleans
+# up. Each pair has a stream of its own, and streams that share a hardware queue wait for each other.
+_NCCL_ENVIRONMENT = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+}
+_NCCL_PATIENCE = 4  # a transfer counts from when it was told; its peer may first have to finish a step
+
+
 class NcclBackend:
     """Device tensors by NCCL. To be made before any other NCCL group of the process.
 
-    Nothing here waits on the host: transfers are ordered with the current stream by events. Each pair has a
-    stream of its own. On one for all of them, a send would hold back whatever follows until its receive runs
-    at the other end, and two routers that ask two shards at the same time could wait in a circle.
+    Nothing here waits on the host: transfers are ordered with the current stream by events. NCCL's
+    communicators have a stream each. On one for all of them, a send would hold back whatever follows until
+    its receive runs at the other end, and two routers that ask two shards at the same time could wait in a
+    circle. NVIDIA warns that communicators used at the same time must fit on the device together: hence few
+    blocks for each.
     """
 
     def __init__(self, device: torch.device) -> None:
-        # NCCL's watchdog would by default end the whole process when a peer is lost; here the links'
-        # owners decide, and the watchdog only cleans up. Nor is there a store that its monitor could ask.
-        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "2"
-        os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
         self.device = device
 
     def pair(self, store: LinkStore, rank: int, timeout_s: float) -> Pair:
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        options._timeout = timedelta(seconds=timeout_s)
+        options._timeout = timedelta(seconds=_NCCL_PATIENCE * timeout_s)
+        options.config.max_ctas = 2
         group = dist.ProcessGroupNCCL(store, rank, 2, options)
-        return NcclPair(cast(_Group, group), 1 - rank, self.device)
+        return NcclPair(cast(_Group, group), 1 - rank, self.device, store)
 
 
 class NcclPair:
-    """See `NcclBackend`."""
+    """See `NcclBackend`. The store is kept, because NCCL's own threads look into it."""
 
-    def __init__(self, group: _Group, peer_rank: int, device: torch.device) -> None:
+    def __init__(self, group: _Group, peer_rank: int, device: torch.device, store: LinkStore) -> None:
         self.device = device
         self._group = group
         self._peer_rank = peer_rank
-        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._store = store
+
+    @property
+    def broken(self) -> bool:
+        return self._group.get_error() != ErrorType.SUCCESS
 
     def send(self, tensor: Tensor) -> None:
-        tensor = tensor.clone()  # which the sender cannot overwrite while it is on its way
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            self._group.send([tensor], self._peer_rank, 0).wait()  # the stream waits, not the host
-        tensor.record_stream(self._stream)
+        # A copy, which the sender cannot overwrite while it is on its way; nobody waits for it.
+        self._group.send([tensor.clone()], self._peer_rank, 0)
 
     def recv(self, spec: TensorSpec) -> Tensor:
-        consumer = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self._stream):
-            tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
-            self._group.recv([tensor], self._peer_rank, 0).wait()
-        consumer.wait_stream(self._stream)
-        tensor.record_stream(consumer)
+        tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+        self._group.recv([tensor], self._peer_rank, 0).wait()  # the stream waits, not the host
         return tensor
 
     def abort(self) -> None:
@@ -157,10 +174,10 @@ class SharedMemoryBackend:
 
     def __init__(self, memory: Memory) -> None:
         self.device = memory.device
-        self._memory = memory
+        self._pool = SlotPool(memory)
 
     def pair(self, store: LinkStore, rank: int, timeout_s: float) -> Pair:
-        return SharedPair(self._memory, store, rank, timeout_s)
+        return SharedPair(self._pool, store, rank, timeout_s)
 
 
 class DeviceBackend:
@@ -185,5 +202,6 @@ def backend_for(transport: str, host: str) -> Backend | None:
     if transport == "host memory":
         return SharedMemoryBackend(HostMemory())
     if transport == "device":
+        os.environ.update(_NCCL_ENVIRONMENT)
         return DeviceBackend(torch.device("cuda", torch.cuda.current_device()))
     return None

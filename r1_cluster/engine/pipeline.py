@@ -74,7 +74,8 @@ class Pipeline:
         """Tells every worker where the others are, under a new epoch; returns what the first stage holds.
 
         Stages first, then routers, then experts: a stage answers when it is between steps, so that when
-        routers and experts come to the new epoch, nobody waits for them under the old one. Workers that are
+        routers and experts come to the new epoch, nobody waits for them under the old one. The last stage is
+        the first: it opens no link to a stage that is itself about to open one, and so on. Workers that are
         missing, or still loading, are left out. Raises WorkerLost.
         """
         self.epoch = epoch
@@ -87,9 +88,12 @@ class Pipeline:
             read_back,
         )
         held: dict[str, HeldSequence] = {}
-        for role in ("stage", "router", "experts"):
-            workers = [worker for worker in self.layout.workers if worker.roles[0] == role]
-            names = [worker.name for worker in workers if worker.name in there]
+        stages = [[stage.name] for stage in reversed(self.layout.stages)]
+        others = [
+            [w.name for w in self.layout.workers if w.roles[0] == role] for role in ("router", "experts")
+        ]
+        for group in (*stages, *others):
+            names = [name for name in group if name in there]
             for name in names:
                 self._send(name, Header(Kind.CONTROL, epoch), pack(topology))
             for name in names:

@@ -71,12 +71,7 @@ class Worker:
         self._groups: ProcessGroups | None = None
         backend = backend_for(boot.transport, self.listener.address.host)
         if backend is not None:
-            self._groups = ProcessGroups(backend, self._patience_s, boot.step_timeout_s)
-
-    @property
-    def _patience_s(self) -> float:
-        """For making a link: well below the engine's own, so that it hears who hangs."""
-        return max(1.0, self.boot.step_timeout_s / 3)
+            self._groups = ProcessGroups(backend, boot.step_timeout_s)
 
     def assign(self, name: str) -> None:
         """Takes the place called `name` and loads what belongs to it."""
@@ -161,6 +156,7 @@ class Worker:
             max_num_seqs=limits.max_num_seqs,
             max_batch_tokens=limits.max_batch_tokens,
             max_context_len=min(limits.max_context_len, config.max_position_embeddings),
+            num_links=len(self.layout.connects_to(self.spec)) + int(self.spec.stage[0] > 0),
         )
         check_room(parts, torch.cuda.mem_get_info()[0])
 
@@ -258,8 +254,8 @@ class Worker:
             link.close()
             if link is self._control:
                 self._control = None
-            else:
-                self._links.pop(link.peer, None)
+            elif self._links.get(link.peer) is link:  # its successor may be here already
+                del self._links[link.peer]
             return
         if message.header.kind == Kind.HEARTBEAT:
             self._reply(link, message.header, [], b"")  # of any epoch: it is the engine's life that counts
@@ -320,7 +316,9 @@ class Worker:
                 continue
             hello = Hello(self.spec.name, self.boot.incarnation, topology.epoch, "tensor")
             try:
-                link = connect(topology.endpoints[peer], hello, self.boot.secret, self._patience_s)
+                # Well before the engine gives up waiting for us, so that it hears who hangs.
+                timeout_s = max(1.0, self.boot.step_timeout_s / 3)
+                link = connect(topology.endpoints[peer], hello, self.boot.secret, timeout_s)
                 link.peer = peer  # a spare still listens under the name that it had
                 self._keep(peer, topology.incarnations[peer], self._grouped(link, 0))
             except LinkError:

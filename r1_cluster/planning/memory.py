@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 _EXPANDED_KEYS = 16384  # `kernels.triton_attention` expands no more at once, but for one longer sequence
 _SLOT_BLOCK = 128  # rows to which an expert's part is padded at most
 _DECODE_PARTS_BYTES = 64 << 20  # of split attention: two programs a processor, 64 rows each, in float32
+_LINK_BYTES = 32 << 20  # a ring of CUDA IPC is 16 MiB, NCCL's buffers about twice that
 _GRAPHS_BYTES = 256 << 20  # what the driver keeps of some dozen recorded graphs, beside their scratch
 
 
@@ -27,6 +28,7 @@ def stage_bytes(
     max_num_seqs: int,
     max_batch_tokens: int,
     max_context_len: int,
+    num_links: int = 0,
     item_bytes: int = 2,
 ) -> dict[str, int]:
     """Bytes by part for a stage of `num_layers` layers with its experts beside it, in BF16 (`item_bytes`)."""
@@ -44,6 +46,7 @@ def stage_bytes(
         "rows of a step": (slots * expert_row + rows * dense_row) * item_bytes,
         "logits": 2 * max_num_seqs * config.vocab_size * 4,
         "attention parts and graphs": _DECODE_PARTS_BYTES + _GRAPHS_BYTES,
+        "links": num_links * _LINK_BYTES,
     }
 
 

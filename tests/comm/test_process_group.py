@@ -26,7 +26,7 @@ JOIN = """
 from r1_cluster.comm.dispatch import handle
 from r1_cluster.comm.process_group import ProcessGroups
 from r1_cluster.comm.transports import backend_for
-groups = ProcessGroups(backend_for(sys.argv[3], "127.0.0.1"), 20, 20)
+groups = ProcessGroups(backend_for(sys.argv[3], "127.0.0.1"), 20)
 link = groups.join(link, 1)
 """
 ECHO = (
@@ -50,7 +50,7 @@ Join = Callable[[str], tuple[subprocess.Popen[bytes], ProcessGroupLink]]
 def make_groups(transport: str) -> ProcessGroups:
     backend = backend_for(transport, "127.0.0.1")
     assert backend is not None
-    return ProcessGroups(backend, 20, 20)
+    return ProcessGroups(backend, 20)
 
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -9,14 +9,15 @@ LIMITS = {"page_size": 16, "max_num_seqs": 8, "max_batch_tokens": 64, "max_conte
 
 
 def test_pages_are_what_the_caches_take():
-    parts = stage_bytes(CONFIG, 3, num_pages=10, **LIMITS)
+    parts = stage_bytes(CONFIG, 3, num_pages=10, num_links=1, **LIMITS)
     assert parts["pages"] == 3 * 10 * 16 * (16 + 8) * 2
     assert all(size > 0 for size in parts.values())
 
 
 def test_more_of_anything_needs_more():
     base = sum(stage_bytes(CONFIG, 3, num_pages=10, **LIMITS).values())
-    for key, value in {"max_num_seqs": 500, "max_batch_tokens": 5000, "max_context_len": 50000}.items():
+    more = {"max_num_seqs": 500, "max_batch_tokens": 5000, "max_context_len": 50000, "num_links": 2}
+    for key, value in more.items():
         assert sum(stage_bytes(CONFIG, 3, num_pages=10, **LIMITS | {key: value}).values()) > base
 
 
