@@ -23,6 +23,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from r1_cluster.config import ConfigError, Service
 from r1_cluster.planning.layout import Layout, WorkerSpec
 
+logger = logging.getLogger("r1_cluster.cluster")
+
 NAMESPACE = "r1-cluster"
 ENGINE_DEPLOYMENT = "Engine"
 INGRESS_DEPLOYMENT = "Ingress"
@@ -78,10 +80,18 @@ def drain(service: str, timeout_s: float, hurry: threading.Event) -> None:
     deadline = time.monotonic() + timeout_s
     idle = 0
     while idle < DRAIN_LOOKS and time.monotonic() < deadline and not hurry.wait(DRAIN_LOOK_S):
-        states = [engine for engine in engines_status(service) if not engine["standby"]]
         # Several looks: a request may be on its way from an ingress that has not seen the drain yet.
-        busy = any(engine["running"] + engine["waiting"] for engine in states)
-        idle = 0 if busy else idle + 1
+        idle = 0 if _is_busy(service) else idle + 1
+
+
+def _is_busy(service: str) -> bool:
+    """Whether an engine has requests in hand, or may have: one that hangs or is taking over cannot say."""
+    try:
+        states = [engine for engine in engines_status(service) if not engine["standby"]]
+    except Exception as error:
+        logger.warning("an engine does not say what it has in hand: %s: %s", type(error).__name__, error)
+        return True
+    return not states or any(engine["running"] + engine["waiting"] for engine in states)
 
 
 def is_draining(service: str) -> bool:

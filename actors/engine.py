@@ -108,7 +108,9 @@ class Engine:
         service, engine = self._service, self._service.engine
         self._in_office = True
         self._name = name
-        supervisor = Supervisor(service, self._layout, name, self._secret)
+        supervisor = Supervisor(
+            service, self._layout, name, self._secret, lambda: self._offices.holds(name, term)
+        )
         pipeline, held = supervisor.assemble(term)
         limits = Limits(
             engine.max_num_seqs,

@@ -49,6 +49,8 @@ RESUME_S = 120.0
 """How long an answer waits for an engine that takes it up, after the last sign of one that had."""
 RETRY_S = 0.05
 """Pause before an engine is asked again; doubles up to a second."""
+LAST_TOKEN_S = 2.0
+"""How long after a request has ended on its engine its last token may still be on the way."""
 DRAIN_POLL_S = 0.5
 HEALTH_TIMEOUT_S = 3.0
 HEALTH_TRIES = 3
@@ -221,7 +223,11 @@ class Ingress:
                     in_hand_at, pause_s = time.monotonic(), RETRY_S
                     if delta.position > len(tokens):
                         # From before the engine read that this request was asked for again, with the tokens
-                        # known here: it will send those in between, and this one once more.
+                        # known here: it will send those in between, and this one once more, unless it was the
+                        # last.
+                        if delta.finish_reason is not None:
+                            engine_lost = True
+                            break
                         continue
                     new = delta.tokens[len(tokens) - delta.position :]
                     tokens += new
@@ -295,7 +301,8 @@ class _Attempt:
 def _report_failure(
     request_id: str, done: asyncio.Future[str | None], queue: asyncio.Queue[TokenDelta]
 ) -> None:
-    """Puts a failed call into its stream. One that ended well says nothing: its last token is on the way."""
+    """Puts a failed call into its stream. Of one that ended well the last token is on its way, or it was lost
+    on it: then the answer is asked for again from where it is."""
     if done.cancelled():
         return
     failure = done.exception()
@@ -307,6 +314,10 @@ def _report_failure(
         error = ENGINE_LOST
     if error is not None:
         queue.put_nowait(TokenDelta(request_id, 0, [], "error", error))
+    else:
+        # Nobody reads this after the last token.
+        lost = TokenDelta(request_id, 0, [], "error", ENGINE_LOST)
+        done.get_loop().call_later(LAST_TOKEN_S, queue.put_nowait, lost)
 
 
 def _engine_error(reason: str) -> ApiError:

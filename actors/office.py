@@ -53,6 +53,13 @@ class Offices:
                 return engine, term + 1
         return None
 
+    def holds(self, engine: str, term: int) -> bool:
+        """Whether nobody has taken the office since. Where Ray's head cannot be asked, nobody can have."""
+        try:
+            return _latest(engine)[0] == term
+        except Exception:
+            return True
+
     def sweep(self, stopped: Callable[[], bool]) -> None:
         """Removes what engines that were scaled away have left, as soon as nobody holds their offices."""
         while not stopped() and (extra := engines_with_places(self._service) - set(self._engines)):

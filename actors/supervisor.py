@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ray
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.cluster import NAMESPACE, Seat, actor_name, place, worker_actors, worker_resources
@@ -21,7 +22,7 @@ from r1_cluster.comm.listener import connect
 from r1_cluster.comm.wire import LinkError
 from r1_cluster.config import Service
 from r1_cluster.engine.boot import ENGINE, StepLimits, WorkerBoot
-from r1_cluster.engine.pipeline import Member, Pipeline, WorkerLost
+from r1_cluster.engine.pipeline import Deposed, Member, Pipeline, WorkerLost
 from r1_cluster.planning.layout import Layout
 from r1_cluster.records import HeldSequence
 
@@ -41,24 +42,31 @@ class _Seated(NamedTuple):
 class Supervisor:
     """The lives of one engine's workers."""
 
-    def __init__(self, service: Service, layout: Layout, engine: str, secret: bytes) -> None:
+    def __init__(
+        self, service: Service, layout: Layout, engine: str, secret: bytes, in_office: Callable[[], bool]
+    ) -> None:
+        """`in_office()` is whether the workers are still this engine's."""
         self.engine = engine
         self.layout = layout
         self._service = service
         self._secret = secret
+        self._in_office = in_office
         self._specs = {worker.name: worker for worker in (*layout.workers, *layout.spares)}
         self._actors: dict[str, _Seated] = {}
 
     def assemble(self, term: int) -> tuple[Pipeline, dict[str, HeldSequence]]:
-        """Adopts the workers that live, or creates all if none does, and links them; returns the way to
-        them, and the sequences whose KV they hold. Who is missing then is for the engine to replace.
+        """Adopts the workers that live, or in the first term creates all, and links them; returns the way to
+        them, and the sequences whose KV they hold. Who is missing then is for the engine to replace, which
+        holds its requests meanwhile.
 
         Epochs begin at the engine's term, so that they exceed all of its predecessors'.
         """
         infos = self._adopt()
         if not infos:
-            infos = self._create_all()
-        epoch = max(term * EPOCHS_PER_TERM, 1 + max(info["epoch"] for info in infos.values()))
+            groups, seats = place(self._service, self.layout, self.engine)
+            if term == 1:
+                infos = self._create_all(groups, seats)
+        epoch = max([term * EPOCHS_PER_TERM, *(1 + info["epoch"] for info in infos.values())])
         members = {}
         for name, info in infos.items():
             try:
@@ -99,12 +107,16 @@ class Supervisor:
 
         def work() -> None:
             try:
+                if not self._in_office():
+                    raise Deposed(f"{name} is the business of an engine that has taken over")
                 if former is not None:
                     ray.kill(former.actor, no_restart=True)
                 time.sleep(delay_s)
                 began = time.monotonic()
                 info = self._start(successor, former.seat if former is not None else None)
                 member = self._member(info, epoch, time.monotonic() - began)
+            except Deposed as error:
+                arrived(successor, error)
             except Exception as error:
                 logger.exception("%s could not be started", successor)
                 arrived(successor, error)
@@ -116,6 +128,8 @@ class Supervisor:
     def describe(self) -> list[dict[str, Any]]:
         """One row per worker, freshly asked; a worker that does not answer in time says so."""
         actors = dict(self._actors)
+        if not actors:
+            return []
         refs = {seated.actor.describe.remote(): name for name, seated in actors.items()}
         ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=5.0)
         rows = []
@@ -161,8 +175,9 @@ class Supervisor:
         self._actors = {name: _Seated(actor, Seat(*info["seat"])) for name, (info, actor) in found.items()}
         return {name: info for name, (info, _) in found.items()}
 
-    def _create_all(self) -> dict[str, dict[str, Any]]:
-        groups, seats = place(self._service, self.layout, self.engine)
+    def _create_all(
+        self, groups: dict[str, PlacementGroup], seats: dict[str, Seat]
+    ) -> dict[str, dict[str, Any]]:
         for group in groups.values():
             ray.get(group.ready(), timeout=PLACE_TIMEOUT_S)
         for name, seat in seats.items():

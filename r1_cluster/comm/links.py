@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # A message that has begun gets at least this long to end, however short the caller's own timeout was.
 STALL_S = 1.0
+# A peer may leave its buffers full for so long, unless the link says otherwise.
+SEND_TIMEOUT_S = 10.0
 # A host that vanished shows after so long, also on a link with data under way, which keepalive leaves alone.
 # A peer that reads nothing for so long while its buffers are full counts as gone, too.
 PEER_TIMEOUT_S = 4
@@ -78,7 +80,7 @@ class TcpLink:
     once, by the handshake; messages are neither signed nor encrypted after it.
     """
 
-    def __init__(self, sock: socket.socket, peer: str, send_timeout_s: float = 10.0) -> None:
+    def __init__(self, sock: socket.socket, peer: str, send_timeout_s: float = SEND_TIMEOUT_S) -> None:
         self.peer = peer
         self.device: Device = "cpu"
         self.stale_dropped = 0

@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from r1_cluster.comm.handshake import HANDSHAKE_TIMEOUT_S, Hello, admit, check_secret, greet
-from r1_cluster.comm.links import TcpLink
+from r1_cluster.comm.links import SEND_TIMEOUT_S, TcpLink
 from r1_cluster.comm.wire import LinkClosed, LinkError, LinkTimeout
 
 logger = logging.getLogger(__name__)
@@ -56,11 +56,13 @@ def connect(
     secret: bytes,
     timeout_s: float = HANDSHAKE_TIMEOUT_S,
     *,
+    send_timeout_s: float = SEND_TIMEOUT_S,
     force_tcp: bool = False,
 ) -> TcpLink:
     """A link to the listener at `endpoint`, over its Unix socket where it is on our host.
 
-    `timeout_s` bounds the connection and the handshake, each. `force_tcp` is for measuring.
+    `timeout_s` bounds the connection and the handshake, each; `send_timeout_s` is the link's (see `TcpLink`).
+    `force_tcp` is for measuring.
     Raises LinkClosed (nobody listens), LinkTimeout, AuthenticationError.
     """
     check_secret(secret)
@@ -73,7 +75,7 @@ def connect(
         else:
             sock = socket.create_connection((endpoint.host, endpoint.port), timeout_s)
         greet(sock, endpoint.name, me, secret, timeout_s)
-        return TcpLink(sock, endpoint.name)
+        return TcpLink(sock, endpoint.name, send_timeout_s)
     except BaseException as error:
         if sock is not None:
             sock.close()

@@ -231,8 +231,11 @@ class EngineCore:
             return math.inf
         left_s = min(self._sent_at.values()) + self._step_timeout_s - time.perf_counter()
         if left_s <= 0:
-            names = self.pipeline.probe(self.pipeline.members, PROBE_S)
-            raise WorkerLost(names or self.pipeline.members, "a step did not end in time")
+            members, workers = self.pipeline.members, self.pipeline.layout.workers
+            silent = self.pipeline.probe(members, PROBE_S)
+            # If all are well, it was lost on a link between them.
+            names = silent or [worker.name for worker in workers if worker.name in members]
+            raise WorkerLost(names, "a step did not end in time", accused=not silent)
         return left_s
 
     def _lose(self, error: WorkerLost) -> None:

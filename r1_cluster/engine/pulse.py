@@ -57,8 +57,8 @@ class Pulse:
                 continue
             next_beat = time.monotonic() + BEAT_S
             if self._well():
-                self._beat()
                 watchers = [link for link in watchers if _sent(link)]
+                self._beat()
         self._listener.close()
         for link in watchers:
             link.close()

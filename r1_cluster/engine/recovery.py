@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from r1_cluster.engine.pipeline import Member, Pipeline, WorkerLost
+from r1_cluster.engine.pipeline import Deposed, Member, Pipeline, WorkerLost
 from r1_cluster.engine.scheduler import Scheduler
 from r1_cluster.records import StepPlan
 
@@ -101,8 +101,10 @@ class Recovery:
 
     def accuse(self, names: Iterable[str]) -> list[str]:
         """Peers of these workers lost them. Those that answer us have lost a link, which is made anew; the
-        others, and those that are accused again and again, are lost (see `lose`)."""
-        names = list(dict.fromkeys(names))
+        others, and those that are accused again and again, are lost (see `lose`). Who is loading has taken
+        the place of the one that was meant."""
+        accused = list(dict.fromkeys(names))
+        names = [name for name in accused if name not in self._pipeline.assigned]
         convicted = set(self._pipeline.probe(names, PROBE_S)) | (set(names) - self._pipeline.members.keys())
         for name in names:
             if _count(self._accusations, name, ACCUSATION_WINDOW_S) >= MAX_ACCUSATIONS:
@@ -113,7 +115,7 @@ class Recovery:
             logger.warning("the link to %s broke; linking anew", name)
             self._spoil(name)
         if not self._spoiled:  # whoever is accused was lost before; the step must be done again all the same
-            self._spoil(names[0])
+            self._spoil(accused[0])
         return guilty
 
     def lose(self, names: Iterable[str]) -> list[str]:
@@ -139,14 +141,14 @@ class Recovery:
         return guilty
 
     def arrived(self, name: str, member: Member | Exception) -> None:
-        """A replacement is ready, or could not be made."""
+        """A replacement is ready, or could not be made; `Deposed` where that is another engine's business."""
         self._arrivals.append((name, member))
         self._wake()
 
     def advance(self, *, idle: bool) -> list[StepPlan] | None:
         """Takes in what arrived. Once all who are needed are there (and, where nothing was spoiled, the
         pipeline is `idle`): links them under a new epoch and returns the plans that must be sent again;
-        None before. Raises WorkerLost, EngineFailed."""
+        None before. Raises WorkerLost, EngineFailed, Deposed."""
         while self._arrivals:
             self._take_in(*self._arrivals.popleft())
         present = self._present()
@@ -187,6 +189,8 @@ class Recovery:
         return None
 
     def _take_in(self, name: str, member: Member | Exception) -> None:
+        if isinstance(member, Deposed):
+            raise member
         if isinstance(member, Exception):
             failures = self._failed_starts[name] = self._failed_starts.get(name, 0) + 1
             if failures >= MAX_FAILED_STARTS:

@@ -131,8 +131,12 @@ class Scheduler:
             self._close(sequence)
 
     def schedule(self, epoch: int) -> StepPlan | None:
-        """The next step's plan; None when nothing can be computed now."""
-        batch = self._pick_suspect()
+        """The next step's plan; None when nothing can be computed now. Suspects wait for all else to end."""
+        batch: list[tuple[Sequence, int]] = []
+        if any(sequence.suspected for sequence in self.running):
+            if self._planned:
+                return None
+            batch = self._pick_suspect()
         if not batch:
             batch = self._pick_decodes()
             self._pick_prefills(batch)
@@ -185,7 +189,7 @@ class Scheduler:
         for batch in self._planned.values():
             for sequence, _ in batch:
                 sequence.suspected = True
-                if len(batch) == 1:
+                if len(batch) == len(self._planned) == 1:
                     sequence.num_kills += 1
                     if sequence.num_kills >= MAX_KILLS:
                         guilty.append(sequence.seq_id)
@@ -195,9 +199,10 @@ class Scheduler:
         """Plans of all steps in flight, under a new epoch: what a lost peer spoiled is done again. A step
         with an aborted sequence, or a suspected one in company, is not repeated: its sequences are planned
         anew, the suspected ones alone."""
+        crowded = len(self._planned) > 1
         for step, batch in list(self._planned.items()):
             sequences = [sequence for sequence, _ in batch]
-            in_company = len(batch) > 1 and any(sequence.suspected for sequence in sequences)
+            in_company = (crowded or len(batch) > 1) and any(sequence.suspected for sequence in sequences)
             if in_company or any(sequence.aborted for sequence in sequences):
                 del self._planned[step]
                 for sequence in sequences:
@@ -355,6 +360,7 @@ class Scheduler:
     def _append(self, sequence: Sequence, token: int) -> Finished:
         position = sequence.num_generated
         sequence.tokens.append(token)
+        sequence.num_kills = 0  # what killed before did so again before it came this far
         reason: FinishReason | None = None
         if token in sequence.stop_ids:
             reason = "stop"

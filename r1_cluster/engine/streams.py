@@ -20,6 +20,9 @@ from r1_cluster.engine.pulse import SILENCE_S
 from r1_cluster.engine.scheduler import Finished
 from r1_cluster.records import TokenBatch, TokenDelta
 
+SEND_TIMEOUT_S = 0.5
+"""An ingress that reads nothing for so long is given up, or all other streams would wait for it. If it lives,
+it asks again."""
 NOBODY = ""
 """The sink of a request whose tokens nobody waits for."""
 
@@ -119,7 +122,7 @@ class TokenFan:
             if link is not None and not link.closed:
                 return
             hello = Hello(self.engine, self._incarnation, self.epoch, "tokens")
-            self._links[sink] = connect(endpoint, hello, self._secret)
+            self._links[sink] = connect(endpoint, hello, self._secret, send_timeout_s=SEND_TIMEOUT_S)
 
     def attached(self, sink: str) -> bool:
         """Whether the link to this ingress stands."""

@@ -6,7 +6,7 @@ from small_model import config_values
 from r1_cluster.config import Layout as LayoutConfig
 from r1_cluster.engine import recovery as module
 from r1_cluster.engine.pages import PageAllocator
-from r1_cluster.engine.pipeline import Member, WorkerLost
+from r1_cluster.engine.pipeline import Deposed, Member, WorkerLost
 from r1_cluster.engine.recovery import EngineFailed, Recovery
 from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.models.config import ModelConfig
@@ -152,6 +152,24 @@ def test_who_is_accused_again_and_again_is_lost():
         it.recovery.accuse(["experts-1"])
         it.recovery.advance(idle=False)
     assert it.replaced == [("experts-1", None, 0.0)]
+
+
+def test_a_spare_is_not_blamed_for_its_predecessor():
+    it = Harness(spares=1)
+    it.recovery.lose(["router-1"])
+    it.pipeline.silent = ["router-1"]  # it loads
+    it.recovery.accuse(["router-1"])  # by a peer, for the death before
+    assert it.replaced == [("router-1", "spare-0", 0.0)]
+    it.pipeline.assigned.clear()
+    assert it.recovery.advance(idle=False) == []
+
+
+def test_a_deposed_engine_starts_nobody():
+    it = Harness()
+    it.recovery.lose(["stage-0"])
+    it.recovery.arrived("stage-0", Deposed("another has taken over"))
+    with pytest.raises(Deposed):
+        it.recovery.advance(idle=False)
 
 
 def test_a_start_that_fails_is_tried_again_later_and_not_for_ever():

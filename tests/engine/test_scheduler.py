@@ -199,6 +199,35 @@ def test_suspects_run_alone_and_only_who_kills_alone_is_guilty():
     assert sched.allocator.num_used == 0
 
 
+def test_deaths_are_forgotten_once_the_request_has_got_a_token():
+    sched, workers = scheduler(), FakeWorkers(4)
+    sched.add(request("alone", [5, 6, 7], 8))
+    for _ in range(4):
+        sched.schedule(1)
+        assert sched.suspect() == []  # whoever died then: it had nothing to do with this request
+        (plan,) = sched.replan(2)
+        assert len(sched.commit(workers.run(plan))) == 1
+
+
+def test_who_shares_the_workers_with_another_step_is_not_guilty():
+    sched, workers = scheduler(micro_batches=2, max_batch_tokens=3), FakeWorkers(4)
+    for name in ("good", "poison"):
+        sched.add(request(name, [5, 6, 7], 4))
+    plans = [sched.schedule(1), sched.schedule(1)]
+    assert [plan.seq_ids for plan in plans] == [["good"], ["poison"]]
+    assert sched.suspect() == []  # either may have killed
+    assert sched.replan(2) == []
+    alone = sched.schedule(2)
+    assert alone.seq_ids == ["good"]
+    assert sched.schedule(2) is None  # nobody beside a suspect
+    sched.commit(workers.run(alone))
+    assert sched.schedule(2).seq_ids == ["poison"]
+    assert sched.schedule(2) is None
+    assert sched.suspect() == []
+    sched.replan(3)
+    assert sched.suspect() == ["poison"]
+
+
 def test_after_a_stage_lost_its_kv_everything_is_computed_again():
     sched, workers, texts = scheduler(), FakeWorkers(4), {}
     sched.add(request("a", [5, 6, 7], 8))
