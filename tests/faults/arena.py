@@ -21,11 +21,12 @@ HOOKS = Path(__file__).with_name("hooks")
 DISAGGREGATED = {"kind": "disaggregated", "stages": 2, "expert_shards": 3, "cpus_per_worker": 0.15}
 LAYOUTS = {
     "colocated": {"kind": "colocated", "cpus_per_worker": 0.5},
+    "watched": {"kind": "colocated", "cpus_per_worker": 0.5},
     "disaggregated": DISAGGREGATED,
     "guarded": DISAGGREGATED | {"spares": 1},
     "copies": DISAGGREGATED | {"redundant_experts": 1},
 }
-ENGINES = {"guarded": {"standby": True}}
+ENGINES = {"guarded": {"standby": True}, "watched": {"standby": True}}
 # Chunks so small that 16 prompts take many steps; a deadline that a slow machine keeps.
 ENGINE = {"lease_s": 20.0, "step_timeout_s": 3.0, "max_batch_tokens": 64}
 

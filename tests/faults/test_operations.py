@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults.arena import ENGINE, LAYOUTS, Arena, Ring
+from faults.arena import ENGINE, ENGINES, LAYOUTS, Arena, Ring
 from faults.load import streams
 from running_service import alive
 
@@ -29,7 +29,13 @@ def poison(checkpoint):
 @pytest.fixture(scope="module")
 def ring(checkpoint, poison, tmp_path_factory):
     ring = Ring(
-        lambda layout: Arena(tmp_path_factory.mktemp(layout), checkpoint, LAYOUTS[layout], poison=poison)
+        lambda layout: Arena(
+            tmp_path_factory.mktemp(layout),
+            checkpoint,
+            LAYOUTS[layout],
+            poison=poison,
+            **ENGINES.get(layout, {}),
+        )
     )
     yield ring
     ring.close()
@@ -82,6 +88,25 @@ def test_an_engine_that_wakes_up_deposed_changes_nothing(ring, layout):
         os.kill(targets.pids["engine"], signal.SIGCONT)
     assert [stream.answer for stream in load.join()] == undisturbed
     service.observer.wait_equal(before)
+    ring.leave()
+
+
+@pytest.mark.parametrize("layout", ["watched", pytest.param("guarded", marks=pytest.mark.matrix)])
+def test_a_deposed_engine_that_wakes_up_ends_no_worker_of_its_successor(ring, layout):
+    """A standby has taken over; what the former engine finds in its sockets then is not its workers' death."""
+    service, undisturbed, before = ring.enter(layout)
+    for _ in range(3):
+        targets = service.targets()
+        workers = {name: pid for name, pid in targets.pids.items() if name not in ("engine", "ingress")}
+        load = service.load()
+        decoding(load)
+        at = service.inflict(targets, "engine", "stop")
+        assert load.wait(lambda at=at: service.noticed(at, "engine") is not None, timeout_s=30)
+        os.kill(targets.pids["engine"], signal.SIGCONT)
+        assert [stream.answer for stream in load.join()] == undisturbed
+        assert alive(targets.pids["engine"])
+        assert [name for name, pid in workers.items() if not alive(pid)] == []
+        service.observer.wait_equal(before)
     ring.leave()
 
 
