@@ -48,7 +48,7 @@ class _Shell:
         worker = self._worker
         info: dict[str, Any] = {
             "name": self._boot.name,
-            "loaded": worker is not None,
+            "loaded": worker is not None and worker.loaded,
             "incarnation": self._boot.incarnation,
             "seat": self._seat,
             "started": self._started,

@@ -74,7 +74,8 @@ class Worker:
             self._groups = ProcessGroups(backend, boot.step_timeout_s)
 
     def assign(self, name: str) -> None:
-        """Takes the place called `name` and loads what belongs to it."""
+        """Takes the place called `name` and loads what belongs to it; `loaded` is False meanwhile."""
+        self.loaded = False
         self.spec = next((w for w in self.boot.workers if w.name == name), WorkerSpec(name))
         self.experts: ExpertModel | None = None
         self.router: RouterRole | None = None
@@ -86,6 +87,7 @@ class Worker:
         if self.spec.roles:
             self._load()
         self.load_s = time.monotonic() - started
+        self.loaded = True
 
     def _load(self) -> None:
         boot, spec = self.boot, self.spec
