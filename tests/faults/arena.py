@@ -93,6 +93,13 @@ class Arena:
         targets.inflict(part, how)
         return now
 
+    def resume(self, pid):
+        """Lets a stopped process run on; from now on it may live."""
+        os.kill(pid, signal.SIGCONT)
+        for pidfd in [pidfd for pidfd, hurt in self._hurt.items() if hurt == pid]:
+            del self._hurt[pidfd]
+            os.close(pidfd)
+
     def noticed(self, since, part):
         """Seconds until an engine knew of the part's loss, or, for the engine, until another one started;
         None if that did not happen."""

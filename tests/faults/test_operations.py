@@ -102,7 +102,7 @@ def test_a_deposed_engine_that_wakes_up_ends_no_worker_of_its_successor(ring, la
         decoding(load)
         at = service.inflict(targets, "engine", "stop")
         assert load.wait(lambda at=at: service.noticed(at, "engine") is not None, timeout_s=30)
-        os.kill(targets.pids["engine"], signal.SIGCONT)
+        service.resume(targets.pids["engine"])
         assert [stream.answer for stream in load.join()] == undisturbed
         assert alive(targets.pids["engine"])
         assert [name for name, pid in workers.items() if not alive(pid)] == []

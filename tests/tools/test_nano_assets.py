@@ -51,9 +51,9 @@ def test_held_out_set_is_the_generators(held_out: list[HeldOut]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_reads_it(model: NanoR1, encoder: ChatEncoder, held_out: list[HeldOut]) -> None:
+def test_transformers_reads_it(encoder: ChatEncoder, held_out: list[HeldOut]) -> None:
     prompts = [encoder.prompt(q.prompt) + encoder.completion(q.thought, q.answer) for q in held_out[::200]]
-    assert transformers_error(ASSETS, model, prompts) <= 1e-4
+    assert transformers_error(ASSETS, prompts, torch.float64).largest <= 1e-4
 
 
 def test_it_reasons(model: NanoR1, encoder: ChatEncoder, held_out: list[HeldOut]) -> None:
