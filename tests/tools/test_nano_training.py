@@ -9,7 +9,7 @@ import torch
 import train_nano_r1
 from nano_r1.batches import LONG_EVERY, chats_at, groups_for
 from nano_r1.data import TASKS, training_examples
-from nano_r1.evaluate import FreeRun, Outcome, boxed, evaluate, final_answer, guess_rate
+from nano_r1.evaluate import FreeRun, LogitError, Outcome, boxed, evaluate, final_answer, guess_rate
 from nano_r1.export import save_model
 from nano_r1.heldout import HeldOut, draw_held_out
 from nano_r1.model import NanoConfig, NanoR1
@@ -151,13 +151,16 @@ def test_report_says_what_is_not_met() -> None:
     questions = draw_held_out(seed=0, count=10)
     outcomes = [Outcome(q, q.task != "sort", True, 1.0, True) for q in questions]
     counts = Counter(dict.fromkeys(TASKS, 100))
-    measured = Measured(outcomes, FreeRun(counts, counts, {1: [5, 5], 2: [9, 1]}), 2e-5, 4 * 2**20)
+    free_run = FreeRun(counts, counts, {1: [5, 5], 2: [9, 1]})
+    double, single = LogitError(2e-5, 0, 1000), LogitError(0.12, 7, 1000)
+    measured = Measured(outcomes, free_run, double, single, 4 * 2**20)
     run = TrainingRun(steps=10, tokens=10**6, minutes=1.0, num_parameters=1, seed=0)
     report = render_report(measured, run)
     assert "| trace, known wordings: sorting lists | ≥ 0.90 | 0.000 | **not met** |" in report
     assert "| expert load, max/mean of the worst layer | ≤ 1.5 | 1.80 | **not met** |" in report
     assert "| MTP acceptance, free-running greedy output | ≥ 0.90 | 1.000 | met |" in report
     assert report.count("**not met**") == 2
+    assert "at all but 7 of 1,000 positions" in report
     assert "| sorting lists | 0.00 | 0.00 |" in render_card(run, outcomes)
 
 
