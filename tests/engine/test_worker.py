@@ -1,5 +1,6 @@
 """Workers, links and the engine's loop in one process, without Ray: threads in place of actors."""
 
+import gc
 import queue
 import random
 import threading
@@ -161,6 +162,9 @@ class Cluster:
         for thread in self.threads:
             thread.join(10)
             assert not thread.is_alive()
+        # A worker holds descriptors until it is collected, and is in circles with its links.
+        self.workers.clear()
+        gc.collect()
 
 
 @pytest.fixture(params=[*LAYOUTS, *GROUPS])

@@ -125,7 +125,9 @@ class Arena:
         self.observer.close()
         hurt = []
         for pidfd, pid in self._hurt.items():
-            if not select.select([pidfd], [], [], 0)[0]:  # it has not ended
+            poll = select.poll()  # select takes no descriptors beyond 1,023
+            poll.register(pidfd, select.POLLIN)
+            if not poll.poll(0):  # it has not ended
                 hurt.append(pid)
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             os.close(pidfd)
