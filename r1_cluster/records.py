@@ -39,7 +39,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     """One answer asked for. Filled by the ingress, read by the engine.
 
     `prompt` and `generated` are token ids; `generated` holds what a former engine had already
-    produced, so that a replayed request goes on at the next token.
+    produced, so that a replayed request goes on at the next token. `stop_token_ids` end the answer once
+    `sleeping_until` (the id of `</think>`) has been generated; where that is None, from the first token on.
     """
 
     request_id: str
@@ -50,6 +51,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     sink: str
     generated: list[int] = []
     ignore_eos: bool = False
+    sleeping_until: int | None = None
 
 
 class SampleSpec(msgspec.Struct, frozen=True, array_like=True):

@@ -33,7 +33,7 @@ class Sequence:
 
     `suspected`: a worker died in a step that this sequence took part in; until it has been through a step
     it runs alone, so that, should it be the cause, it is found out. `num_kills` counts the deaths in
-    steps that it had to itself.
+    steps that it had to itself. `stop_ids` are the tokens that end it now.
     """
 
     request: Request
@@ -50,6 +50,10 @@ class Sequence:
     @property
     def seq_id(self) -> str:
         return self.request.request_id
+
+    def wake_stops(self) -> None:
+        """From the next token on, the request's stop tokens end it. EOS never sleeps."""
+        self.stop_ids = self.stop_ids.union(self.request.stop_token_ids)
 
     @property
     def num_generated(self) -> int:
@@ -100,12 +104,13 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a new request. The ingress has checked its length against `max_model_len` and the pages."""
-        stop_ids = frozenset(request.stop_token_ids)
-        if not request.ignore_eos:
-            stop_ids |= self._eos_ids
         tokens = array("i", request.prompt)
         tokens.extend(request.generated)
+        stop_ids = frozenset() if request.ignore_eos else self._eos_ids
         sequence = Sequence(request, tokens, stop_ids)
+        # What a former engine generated may hold the end of the thought.
+        if request.sleeping_until is None or request.sleeping_until in request.generated:
+            sequence.wake_stops()
         self._by_request[request.request_id] = sequence
         if not self._take_over(sequence):
             self.waiting.append(sequence)
@@ -369,9 +374,11 @@ class Scheduler:
             or len(sequence.tokens) >= self.limits.max_model_len
         ):
             reason = "length"
+        request = sequence.request
         if reason is not None:
             self._close(sequence)
-        request = sequence.request
+        elif token == request.sleeping_until:
+            sequence.wake_stops()
         return Finished(request.sink, TokenDelta(request.request_id, position, [token], reason))
 
     def _close(self, sequence: Sequence) -> None:
