@@ -101,7 +101,9 @@ class ChatCompletionRequest(_Fields):
     ignore_eos: _Flag = False
     chat_template_kwargs: TemplateArguments | None = None
     thinking_switch: Annotated[Thinking | None, Field(alias="thinking")] = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"] | None = (
+        None
+    )
 
     @property
     def max_output_tokens(self) -> int | None:
