@@ -8,6 +8,7 @@ import time
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from make_checkpoint import make_checkpoint
 from running_service import free_port
 
 from r1_cluster.api.chat import ChatStream
@@ -16,7 +17,8 @@ from r1_cluster.api.protocol import parse_chat_request
 from r1_cluster.api.sampling import check_stop_tokens, sampling_of
 from r1_cluster.config import Sampling
 from r1_cluster.records import TokenDelta
-from r1_cluster.text.tokenizer import Piece
+from r1_cluster.text.template import ChatTemplate
+from r1_cluster.text.tokenizer import Piece, Tokenizer
 
 THOUGHT, ANSWER = "Let me see.\n\nIt is 世界.", "The answer is 世界 🙂."
 
@@ -25,13 +27,17 @@ class ScriptedServer:
     """Answers every chat with THOUGHT and `answer` (None: the thought does not end), two tokens at a time. `bodies`
     holds what came in, `prompts` what the model would have read."""
 
-    def __init__(self, tokenizer, template):
+    def __init__(self, folder):
+        """`folder` is filled with a small checkpoint, for its tokenizer and template."""
+        make_checkpoint(folder, num_hidden_layers=1, n_routed_experts=8)
         self.bodies, self.prompts, self.answer = [], [], ANSWER
-        self._tokenizer, self._template = tokenizer, template
+        self._tokenizer = Tokenizer.from_folder(folder)
+        self._template = ChatTemplate.from_folder(folder, self._tokenizer)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/v1"
         app = FastAPI(openapi_url=None)
         app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"])
+        app.add_api_route("/v1/models", lambda: {"data": [{"id": "nano"}]})
         app.add_exception_handler(ApiError, lambda _, error: JSONResponse(error.body(), error.status))
         self._server = uvicorn.Server(
             uvicorn.Config(app, host="127.0.0.1", port=self.port, log_level="warning", lifespan="off")

@@ -3,11 +3,7 @@
 import os
 
 import pytest
-from make_checkpoint import make_checkpoint
 from scripted_server import ANSWER, ScriptedServer
-
-from r1_cluster.text.template import ChatTemplate
-from r1_cluster.text.tokenizer import Tokenizer
 
 # Read when the clients are first imported: nothing of theirs may look beyond this machine.
 os.environ |= {
@@ -20,9 +16,7 @@ os.environ |= {
 
 @pytest.fixture(scope="session")
 def scripted(tmp_path_factory):
-    folder = make_checkpoint(tmp_path_factory.mktemp("scripted"), num_hidden_layers=1, n_routed_experts=8)
-    tokenizer = Tokenizer.from_folder(folder)
-    with ScriptedServer(tokenizer, ChatTemplate.from_folder(folder, tokenizer)) as server:
+    with ScriptedServer(tmp_path_factory.mktemp("scripted")) as server:
         yield server
 
 
