@@ -1,9 +1,9 @@
 """Every Triton operation in plain torch: the definition that the kernels are tested against.
 
-Each function computes in the dtype of its inputs, so that the tests run it in float64. Signatures are those
-of the Triton wrappers, less what only a launch needs. Shape letters: T tokens · D model width · H heads ·
-C latent · R rope dims · E experts · K top-k (or a product's inner width, beside M rows and N columns) ·
-F expert width · V vocabulary · P pages · S sequences · G groups of 128.
+Each function computes in the dtype and on the device of its inputs, so that the tests run it in float64, and on
+a GPU where the kernel ran. Signatures are those of the Triton wrappers, less what only a launch needs. Shape
+letters: T tokens · D model width · H heads · C latent · R rope dims · E experts · K top-k (or a product's inner
+width, beside M rows and N columns) · F expert width · V vocabulary · P pages · S sequences · G groups of 128.
 """
 
 from itertools import pairwise
@@ -135,14 +135,14 @@ def sort_rows(expert_ids_TK: Tensor, num_experts: int, block: int) -> SortedRows
     padded_E = (count_E + block - 1) // block * block
     start_E = padded_E.cumsum(0) - padded_E
     num_slots = max_slots(ids_N.numel(), num_experts, block)
-    row_of_slot = torch.full((num_slots,), -1, dtype=torch.int32)
-    slot_of_row = torch.full((ids_N.numel(),), -1, dtype=torch.int32)
-    expert_of_block = torch.full((num_slots // block,), -1, dtype=torch.int32)
+    row_of_slot = ids_N.new_full((num_slots,), -1, dtype=torch.int32)
+    slot_of_row = ids_N.new_full((ids_N.numel(),), -1, dtype=torch.int32)
+    expert_of_block = ids_N.new_full((num_slots // block,), -1, dtype=torch.int32)
     for expert in range(num_experts):
         rows = (ids_N == expert).nonzero().flatten()
         start = int(start_E[expert])
         row_of_slot[start : start + rows.numel()] = rows.int()
-        slot_of_row[rows] = torch.arange(start, start + rows.numel(), dtype=torch.int32)
+        slot_of_row[rows] = torch.arange(start, start + rows.numel(), dtype=torch.int32, device=rows.device)
         expert_of_block[start // block : (start + int(padded_E[expert])) // block] = expert
     return SortedRows(row_of_slot, slot_of_row, count_E.int(), expert_of_block)
 
@@ -173,7 +173,7 @@ def combine(
     rows_MD: Tensor, slot_of_row_N: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None
 ) -> Tensor:
     """Sum over k, in order, of weight times the row in that slot (-1: none), then the shared output."""
-    out = torch.zeros(weights_TK.shape[0], rows_MD.shape[1], dtype=rows_MD.dtype)
+    out = rows_MD.new_zeros(weights_TK.shape[0], rows_MD.shape[1])
     slots_TK = slot_of_row_N.view(weights_TK.shape).long()
     for k in range(weights_TK.shape[1]):
         here = slots_TK[:, k] >= 0
@@ -195,7 +195,7 @@ def gather_latent(
     if latent_scale_PS2 is None:
         return latent
     scale = latent_scale_PS2[pages].flatten(0, 1)[:context_len]
-    widths = torch.tensor([num_latent, latent.shape[-1] - num_latent])
+    widths = torch.tensor([num_latent, latent.shape[-1] - num_latent], device=scale.device)
     return latent.to(scale.dtype) * scale.repeat_interleave(widths, -1)
 
 
@@ -203,7 +203,8 @@ def causal_attention(q_QHD: Tensor, k_LHD: Tensor, v_LHE: Tensor, scale: float) 
     """Softmax attention of the last Q of L positions over all before them, [Q, H, E]."""
     num_q, num_k = q_QHD.shape[0], k_LHD.shape[0]
     scores = torch.einsum("qhd,khd->hqk", q_QHD, k_LHD) * scale
-    visible = torch.arange(num_k) <= torch.arange(num_k - num_q, num_k)[:, None]
+    positions_L = torch.arange(num_k, device=k_LHD.device)
+    visible = positions_L <= positions_L[num_k - num_q :, None]
     return torch.einsum("hqk,khe->qhe", scores.masked_fill(~visible, float("-inf")).softmax(-1), v_LHE)
 
 
@@ -246,7 +247,7 @@ def mla_prefill(
     scale: float,
 ) -> Tensor:
     """Expanded multi-head latent attention, [T, H, 128]; queries are their sequence's last positions."""
-    out = torch.zeros(*q_nope_THD.shape[:2], v_LHE.shape[-1], dtype=q_nope_THD.dtype)
+    out = q_nope_THD.new_zeros(*q_nope_THD.shape[:2], v_LHE.shape[-1])
     queries, keys = query_start_S1.tolist(), key_start_S1.tolist()
     for q0, q1, k0, k1 in zip(queries, queries[1:], keys, keys[1:]):
         k_rope = k_rope_LR[k0:k1, None].expand(-1, k_nope_LHD.shape[1], -1)
