@@ -38,8 +38,8 @@ class Sequence:
     `suspected`: a worker died in a step that this sequence took part in; until it has been through a step
     it runs alone, so that, should it be the cause, it is found out. `suspected_at` (time.monotonic) is when
     that began, `num_kills` counts the deaths in steps that it had to itself; its next token clears it of
-    both. `turn` counts on whenever a sequence is planned: who has the lowest waits longest. `stop_ids` are the
-    tokens that end it now.
+    both. `turn` counts on whenever a sequence is planned: who has the lowest waits longest. `stop_ids` are
+    the tokens that end it now.
     """
 
     request: Request
