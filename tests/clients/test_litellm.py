@@ -1,6 +1,7 @@
 """LiteLLM, by each of the routes that people take to a server like this one."""
 
 import pytest
+from litellm_client import litellm_client
 from scripted_server import ANSWER, THOUGHT
 
 # It has pydantic make schemas of types that pydantic warns of.
@@ -9,36 +10,31 @@ pytestmark = pytest.mark.filterwarnings("ignore:Items? .* on TypedDict class:Use
 ROUTES = ["openai", "hosted_vllm", "deepseek"]
 
 
+@pytest.fixture(scope="module")
+def litellm():
+    with litellm_client() as module:
+        yield module
+
+
 @pytest.fixture(params=ROUTES)
-def complete(request, server):
-    import litellm
-
-    litellm.suppress_debug_info = True
-
+def complete(request, server, litellm):
     def ask(messages, **options):
         common = {"api_base": server.url, "api_key": "none", "max_retries": 0, "timeout": 30}
-        return litellm.completion(model=f"{request.param}/nano", messages=messages, **{**common, **options})
+        answer = litellm.completion(model=f"{request.param}/nano", messages=messages, **common, **options)
+        return litellm.stream_chunk_builder(list(answer)) if options.get("stream") else answer
 
-    yield ask
-    litellm.in_memory_llm_clients_cache.flush_cache()
-
-
-def whole(chunks):
-    import litellm
-
-    return litellm.stream_chunk_builder(list(chunks))
+    return ask
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_its_own_message_comes_back(complete, server, streamed):
     messages = [{"role": "user", "content": "Hi"}]
     for turn in range(3):
-        answer = complete(messages, stream=streamed)
-        message = (whole(answer) if streamed else answer).choices[0].message
+        message = complete(messages, stream=streamed).choices[0].message
         assert (message.reasoning_content, message.content) == (THOUGHT, ANSWER)
         assert server.prompts[-1].count(ANSWER) == turn
         messages += [message, {"role": "user", "content": "more"}]
-    assert "provider_specific_fields" in server.bodies[-1]["messages"][1] or streamed
+    assert streamed or "provider_specific_fields" in server.bodies[-1]["messages"][1]
     assert THOUGHT not in server.prompts[-1]
 
 
@@ -46,8 +42,7 @@ def test_its_own_message_comes_back(complete, server, streamed):
 def test_an_answer_that_was_thought_alone_comes_back(complete, server, streamed):
     server.answer = None
     messages = [{"role": "user", "content": "Hi"}]
-    answer = complete(messages, stream=streamed)
-    message = (whole(answer) if streamed else answer).choices[0].message
+    message = complete(messages, stream=streamed).choices[0].message
     assert message.reasoning_content == THOUGHT
     assert not message.content
     complete([*messages, message, {"role": "user", "content": "more"}])
@@ -81,8 +76,8 @@ def test_what_other_providers_left_in_its_messages(complete, server):
 
 
 def test_usage_of_a_stream(complete):
-    answer = whole(
-        complete([{"role": "user", "content": "Hi"}], stream=True, stream_options={"include_usage": True})
+    answer = complete(
+        [{"role": "user", "content": "Hi"}], stream=True, stream_options={"include_usage": True}
     )
     assert answer.usage.completion_tokens_details.reasoning_tokens > 0
 
@@ -116,9 +111,7 @@ def test_reasoning_effort(complete, server, effort):
     assert server.prompts[-1].endswith("</think>\n\n") == (effort == "none")
 
 
-def test_what_is_not_built_is_refused_once_and_by_name(complete, server):
-    import litellm
-
+def test_what_is_not_built_is_refused_once_and_by_name(complete, server, litellm):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
     with pytest.raises(litellm.BadRequestError, match="this value of tools is not supported yet"):
         complete([{"role": "user", "content": "Hi"}], tools=[tool])
