@@ -48,6 +48,11 @@ def max_model_len(service: Service, model: ModelConfig) -> int:
     return min(limits)
 
 
+def num_places(service: Service) -> int:
+    """How many requests one engine holds, running or queued."""
+    return service.engine.max_num_seqs + service.engine.max_queued
+
+
 class Engine:
     """See the module. Created by Serve. Holds an office (`actors.office`), or waits for one as a standby."""
 
@@ -157,15 +162,16 @@ class Engine:
 
         Serve counts, drains and cancels requests by this call.
         """
-        record = msgspec.msgpack.decode(request, type=Request)
         core, fan = await self._office()
         if core is None or fan is None:
             return Refusal("not_in_office", self._id)
-        capacity = self._service.engine.max_num_seqs + self._service.engine.max_queued
-        if len(self._ends) >= capacity:
+        if len(self._ends) >= num_places(self._service):
             return Refusal("overloaded")
         if core.ended:
             return core.end_refusal
+        record = msgspec.msgpack.decode(request, type=Request)
+        if core.refuses(record):
+            return Refusal("convicted")  # before the client is told that its request was taken
         if not fan.attached(record.sink):
             where = msgspec.msgpack.decode(endpoint, type=Endpoint)
             try:

@@ -176,6 +176,10 @@ class EngineCore:
         self._commands.append(request)
         self._wakeup.set()
 
+    def refuses(self, request: Request) -> bool:
+        """Whether it was convicted."""
+        return request in self._convicts
+
     def abort(self, request_id: str, attempt: int) -> None:
         """Ends a request, unless it is unknown or was asked for again since that attempt."""
         self._commands.append((request_id, attempt))

@@ -17,6 +17,7 @@ class Edge:
     _generate = module.Ingress._generate
     _attempt = module.Ingress._attempt
     _distribute = module.Ingress._distribute
+    _engine_lost = module.Ingress._engine_lost
 
     def __init__(self, *script):
         self._streams, self._endpoint = {}, b""
@@ -122,3 +123,17 @@ def test_a_token_of_a_former_engine_is_not_joined_to_the_continuation():
     tokens, asked = answer(lose, say(late, token(1), token(2, "length"), end=True))
     assert tokens == [100, 101, 102]
     assert asked == [[], [100]]
+
+
+def test_that_an_engine_has_taken_a_request_is_said_once_and_before_its_tokens():
+    async def collect():
+        taken = TokenDelta("r", 0, [])
+        edge = Edge(say(taken, token(0)), say(taken, token(1), token(2, "length"), end=True))
+        answer = edge._generate(RECORD)
+        first = await anext(answer)
+        assert (first.tokens, first.finish_reason) == ([], None)
+        assert (await anext(answer)).tokens == [100]
+        edge._engine_lost("replica", False)
+        assert [delta.tokens async for delta in answer] == [[101], [102]]
+
+    asyncio.run(asyncio.wait_for(collect(), 20))
