@@ -56,7 +56,7 @@ class Ingress:
         self._engine = engine
         model = ModelConfig.from_folder(service.model.path)
         self._max_model_len = max_model_len(service, model)
-        self._capacity = num_places(service) * service.engine.replicas
+        self.places = num_places(service) * service.engine.replicas
         self._pool = PreparePool(
             PrepareOptions(
                 service.model.path, service.served_name, service.serve.defaults, self._max_model_len
@@ -65,6 +65,7 @@ class Ingress:
         self._pool.warm()
         self._loop = asyncio.get_event_loop()
         self._streams: dict[str, _Attempt] = {}
+        self._in_hand: set[asyncio.Task[Any]] = set()
         self._draining = False
         self._sink = TokenSink(
             Listener(
@@ -118,18 +119,22 @@ class Ingress:
             "max_model_len": self._max_model_len,
         }
 
-    def check_open(self) -> None:
-        """Raises ApiError while the service drains, and where this ingress alone has given the engines all
-        that they can hold: what an engine would refuse is not worth the way to it."""
+    def enter(self) -> None:
+        """Counts a request in until its task ends. Raises ApiError while the service drains, and where this
+        ingress alone has as many in hand as the engines can hold: what an engine would refuse is not worth
+        the work before it."""
         if self._draining:
             raise unavailable("the service is being stopped; it takes no new requests")
-        if len(self._streams) >= self._capacity:
+        if len(self._in_hand) >= self.places:
             raise overloaded(retry_after_s=1)
+        task = asyncio.current_task()
+        assert task is not None
+        self._in_hand.add(task)
+        task.add_done_callback(self._in_hand.discard)
 
     async def chat(self, body: bytes) -> Answer:
         """Answers a chat, streamed or whole; raises ApiError up to when an engine has taken it."""
         chat, record = await self._pool.prepare(body)
-        self.check_open()  # it may have filled up meanwhile
         record = msgspec.structs.replace(record, request_id=uuid.uuid4().hex, sink=self._sink.name)
         stream = ChatStream(
             chat, self._pool.tokenizer, prompt_tokens=len(record.prompt), request_id=record.request_id

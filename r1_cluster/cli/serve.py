@@ -155,6 +155,8 @@ def _cluster(service: Service, layout: Layout) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # How long Ray asks an actor to end before its process is killed: one that hangs does not listen.
     os.environ.setdefault("RAY_kill_worker_timeout_milliseconds", "1000")
+    # Read by Serve's proxies when they start: see `actors.gate`.
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "actors.gate:middlewares")
     if service.cluster.address is None:
         require_token()
     import ray

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
@@ -20,12 +20,16 @@ logger = logging.getLogger("r1_cluster.edge")
 
 Answer = dict[str, object] | AsyncGenerator[bytes, None]
 """A whole answer, or the frames of a streamed one."""
+PLACES = "x-r1-places"
+"""By this header the proxies learn beyond how many requests none need come here."""
 SHOWN_CHARACTERS = 100
 """Of a path or method, in an error's message."""
 
 
 class Backend(Protocol):
-    """Who answers."""
+    """Who answers. `places`: how many requests all engines together hold, running or queued."""
+
+    places: int
 
     async def health(self) -> dict[str, Any]:
         """`status` is ready, recovering, draining or unavailable."""
@@ -33,8 +37,9 @@ class Backend(Protocol):
     def model_card(self) -> dict[str, Any]:
         """The one served model, as /v1/models lists it."""
 
-    def check_open(self) -> None:
-        """Raises ApiError where a request would be refused whatever is in it: draining, full."""
+    def enter(self) -> None:
+        """Called first of all, in the request's task; raises ApiError where a request is refused whatever is
+        in it: draining, full."""
 
     async def chat(self, body: bytes) -> Answer:
         """Answers a chat; raises ApiError up to when an engine has taken it."""
@@ -64,10 +69,13 @@ def build_edge(backend: Backend, reader: BodyReader, *, cors_origins: Sequence[s
     @edge.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         reader.check(request.scope["headers"])
-        backend.check_open()
+        backend.enter()
         # Not by `request.body()`, which has no bound and keeps what it read until the answer has ended.
         answer = await backend.chat(await reader.read(request.receive))
-        return await _response(answer, request.scope["http_version"])
+        headers = {PLACES: str(backend.places)}
+        if isinstance(answer, dict):
+            return JSONResponse(answer, headers=headers)
+        return await _streamed(answer, headers | HEADERS, request.scope["http_version"])
 
     edge.add_exception_handler(ApiError, _api_error)
     edge.add_exception_handler(HTTPException, _http_error)
@@ -83,13 +91,13 @@ def build_edge(backend: Backend, reader: BodyReader, *, cors_origins: Sequence[s
     return edge
 
 
-async def _response(answer: Answer, http_version: str) -> Response:
-    if isinstance(answer, dict):
-        return JSONResponse(answer)
+async def _streamed(
+    answer: AsyncGenerator[bytes, None], headers: Mapping[str, str], http_version: str
+) -> Response:
     if http_version == "1.0":
         # It has no chunks: the answer goes out as one, with its length.
-        return Response(b"".join([frame async for frame in answer]), 200, HEADERS, "text/event-stream")
-    return StreamingResponse(answer, 200, HEADERS, "text/event-stream")
+        return Response(b"".join([frame async for frame in answer]), 200, headers, "text/event-stream")
+    return StreamingResponse(answer, 200, headers, "text/event-stream")
 
 
 def _error_response(error: ApiError) -> Response:

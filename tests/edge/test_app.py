@@ -217,6 +217,7 @@ def test_the_headers_of_a_stream(post, backend):
     assert reply.headers["cache-control"] == ["no-cache"]
     assert reply.headers["x-accel-buffering"] == ["no"]
     assert reply.headers["transfer-encoding"] == ["chunked"]
+    assert reply.headers["x-r1-places"] == ["320"]
 
 
 def test_http_1_0_gets_a_stream_whole(post, backend):
