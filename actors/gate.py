@@ -83,8 +83,8 @@ class Gate:
             self._in_flight[path] -= 1
 
     def _outgoing(self, path: str, send: Send) -> Send:
-        """A `send` that learns from the ingress's answers how many places there are, and turns errors in plain
-        text, which are Serve's, into the API's."""
+        """A `send` that learns from the ingress's answers how many places there are, and turns errors in
+        plain text, which are Serve's, into the API's."""
         failed: Message | None = None
 
         async def translate(message: Message) -> None:

@@ -76,10 +76,7 @@ class PreparePool:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _ask(self, body: bytes) -> Prepared | ApiError:
-        with self._lock:
-            child = self._idle.pop() if self._idle else None
-        if child is None:
-            child = _Child(self._options)
+        child = self._take_idle() or _Child(self._options)
         try:
             answer = child.ask(body, self._timeout_s)
         except (EOFError, OSError) as error:
@@ -92,6 +89,16 @@ class PreparePool:
                 return answer
         child.end()
         return answer
+
+    def _take_idle(self) -> _Child | None:
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                child = self._idle.pop()
+            if child.alive:
+                return child
+            child.end()  # it died of nothing that was sent to it
 
 
 class _Child:
@@ -107,6 +114,10 @@ class _Child:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         self._connection.send(options)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     def ask(self, body: bytes, timeout_s: float) -> Prepared | ApiError:
         """Raises OSError or EOFError where the child is gone or takes too long."""

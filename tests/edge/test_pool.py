@@ -11,7 +11,7 @@ from r1_cluster.edge import pool as module
 from r1_cluster.edge.pool import INLINE_BYTES, PreparePool
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pool(options):
     made = PreparePool(options, children=2)
     yield made
@@ -41,7 +41,7 @@ def test_small_and_large_bodies_are_prepared_alike(pool):
 
     small, large = asyncio.run(ask())
     assert small == large
-    assert len(children(pool)) == 1
+    assert len(children(pool)) == 1  # one that is idle is asked again
 
 
 def test_errors_come_back_whole(pool):
@@ -80,18 +80,31 @@ def test_next_to_nothing_is_done_where_streams_run(pool, data, status):
     assert cpu_s < 0.05
 
 
-def test_who_dies_of_a_body_takes_no_other_along(pool):
+def test_who_dies_of_a_body_takes_no_other_along(pool, monkeypatch):
+    def killed(child, body, timeout_s):
+        os.kill(child._process.pid, signal.SIGKILL)
+        return ask_child(child, body, timeout_s)
+
     async def ask():
         await pool.prepare(body(5000))
-        (child,) = children(pool)
-        os.kill(child, signal.SIGKILL)
-        with pytest.raises(ApiError) as caught:
-            await pool.prepare(body(5000))
+        with monkeypatch.context() as patched:
+            patched.setattr(module._Child, "ask", killed)
+            with pytest.raises(ApiError) as caught:
+                await pool.prepare(body(500_000))
         await pool.prepare(body(5000))
         return caught.value
 
+    ask_child = module._Child.ask
     error = asyncio.run(ask())
     assert (error.status, error.headers["x-should-retry"]) == (500, "false")
+
+
+def test_who_dies_idle_is_replaced_and_nobody_blamed(pool):
+    asyncio.run(pool.prepare(body(5000)))
+    for child in pool._idle:
+        os.kill(child._process.pid, signal.SIGKILL)
+        child._process.wait()
+    asyncio.run(pool.prepare(body(5000)))
 
 
 def test_a_child_that_takes_too_long_is_ended(options):
@@ -120,6 +133,6 @@ def test_what_waits_is_bounded(pool, monkeypatch):
 
 def test_children_end_with_their_parent(pool):
     asyncio.run(pool.prepare(body(5000)))
-    (child,) = pool._idle
+    child = pool._idle.pop()
     child._connection.close()  # as the parent's death would
     assert child._process.wait(10) == 0
