@@ -59,7 +59,11 @@ class Ingress:
         self.places = num_places(service) * service.engine.replicas
         self._pool = PreparePool(
             PrepareOptions(
-                service.model.path, service.served_name, service.serve.defaults, self._max_model_len
+                service.model.path,
+                service.served_name,
+                service.serve.defaults,
+                self._max_model_len,
+                model.vocab_size,
             )
         )
         self._pool.warm()

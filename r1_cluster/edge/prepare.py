@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from r1_cluster.api.errors import context_length_exceeded, invalid_request, model_not_found
 from r1_cluster.api.protocol import ChatCompletionRequest, parse_chat_request
+from r1_cluster.api.sampling import check_stop_tokens, sampling_of
 from r1_cluster.config import Sampling
-from r1_cluster.records import Request, SamplingParams
+from r1_cluster.records import Request
 from r1_cluster.text.template import ChatTemplate, PromptTooLong, TemplateError
 from r1_cluster.text.tokenizer import Tokenizer
 
@@ -20,12 +21,13 @@ MAX_STOP_CHARACTERS = 4096
 
 
 class PrepareOptions(NamedTuple):
-    """What of a service its requests depend on; `max_model_len` in tokens."""
+    """What of a service its requests depend on; `max_model_len` in tokens, `vocab_size` the model's."""
 
     model_path: str
     served_name: str
     defaults: Sampling
     max_model_len: int
+    vocab_size: int
 
 
 class Prepared(NamedTuple):
@@ -53,6 +55,7 @@ class Preparer:
             raise invalid_request(
                 "stop", f"stop: all strings together may have {MAX_STOP_CHARACTERS} characters at most"
             )
+        check_stop_tokens(chat, self._options.vocab_size, self.tokenizer.think_end_id)
         prompt = self._prompt(chat)
         return Prepared(chat.model_copy(update={"messages": []}), self._record(chat, prompt))
 
@@ -72,18 +75,13 @@ class Preparer:
     def _record(self, chat: ChatCompletionRequest, prompt: list[int]) -> Request:
         defaults, wanted = self._options.defaults, chat.max_output_tokens
         room = self._options.max_model_len - len(prompt)
-        sampling = SamplingParams(
-            temperature=defaults.temperature if chat.temperature is None else chat.temperature,
-            top_p=defaults.top_p if chat.top_p is None else chat.top_p,
-            top_k=chat.top_k or 0,
-            seed=secrets.randbits(63) if chat.seed is None else chat.seed,
-        )
         return Request(
             request_id="",
             prompt=prompt,
-            sampling=sampling,
+            sampling=sampling_of(chat, defaults, drawn_seed=secrets.randbits(63)),
             max_tokens=min(room, defaults.max_tokens) if wanted is None else wanted,
             stop_token_ids=chat.stop_token_ids,
             sink="",
             ignore_eos=chat.ignore_eos,
+            sleeping_until=self.tokenizer.think_end_id if chat.stops_sleep else None,
         )

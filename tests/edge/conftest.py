@@ -133,4 +133,4 @@ def post(raw):
 @pytest.fixture(scope="session")
 def options(tmp_path_factory):
     folder = make_checkpoint(tmp_path_factory.mktemp("nano"), num_hidden_layers=1, n_routed_experts=8)
-    return PrepareOptions(str(folder), "tiny", Sampling(), 128)
+    return PrepareOptions(str(folder), "tiny", Sampling(), 128, 512)

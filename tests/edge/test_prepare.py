@@ -4,7 +4,6 @@ import pytest
 
 from r1_cluster.api.errors import ApiError
 from r1_cluster.edge.prepare import MAX_STOP_CHARACTERS, Preparer
-from r1_cluster.records import SamplingParams
 from r1_cluster.text.tokenizer import Tokenizer
 
 
@@ -25,7 +24,8 @@ def refused(preparer, data):
 
 def test_a_request_gets_the_services_defaults(preparer):
     chat, record = preparer.prepare(body(seed=5))
-    assert record.sampling == SamplingParams(temperature=0.6, top_p=0.95, top_k=0, seed=5)
+    assert (record.sampling.temperature, record.sampling.top_p) == pytest.approx((0.6, 0.95))
+    assert (record.sampling.top_k, record.sampling.seed) == (0, 5)
     assert record.max_tokens == 128 - len(record.prompt)
     assert (record.request_id, record.sink) == ("", "")
     assert preparer.tokenizer.decode(record.prompt).endswith("Hello<｜Assistant｜><think>\n")
@@ -66,6 +66,13 @@ def test_text_that_cannot_fit_is_not_tokenized(preparer, monkeypatch):
     error = refused(preparer, body("x " * 2_000_000))
     assert (error.status, error.code) == (400, "context_length_exceeded")
     assert "at least" in error.message
+
+
+def test_stop_tokens_are_the_models_and_sleep_until_the_answer(preparer):
+    assert refused(preparer, body(stop_token_ids=[512])).param == "stop_token_ids[0]"
+    end = preparer.tokenizer.think_end_id
+    assert preparer.prepare(body(stop_token_ids=[511])).record.sleeping_until == end
+    assert preparer.prepare(body(stop_in_thought=True)).record.sleeping_until is None
 
 
 def test_only_the_served_model_is_there(preparer):
