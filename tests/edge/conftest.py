@@ -72,8 +72,12 @@ def fresh(request):
 
 
 @pytest.fixture(scope="session")
-def port(backend):
-    reader = BodyReader(100_000, 1.0)
+def reader():
+    return BodyReader(100_000, 1.0, max_held_bytes=300_000)
+
+
+@pytest.fixture(scope="session")
+def port(backend, reader):
     with serving(build_edge(backend, reader, cors_origins=["https://chat.example"])) as number:
         yield number
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import time
 
 import pytest
@@ -189,6 +190,46 @@ def test_a_body_that_does_not_end_is_408_and_its_connection_is_closed(raw, backe
     check_error(reply, 408)
     assert reply.headers["connection"] == ["close"]
     assert backend.bodies == []
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["Content-Length: 2\r\nContent-Length: 3", "Content-Length: 2\r\nTransfer-Encoding: chunked", "Content-Length: -1",
+     "Content-Length: 2x", "Content-Length: 0x2", "Transfer-Encoding: gzip"],
+)  # fmt: skip
+def test_lengths_that_contradict_are_400(raw, backend, lines):
+    reply = raw(
+        f"POST {CHAT} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n{lines}\r\n\r\n{{}}".encode()
+    )
+    assert reply.status == 400
+    assert backend.bodies == []
+
+
+def test_a_client_that_leaves_amid_its_body_leaves_nothing(port, reader, backend):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(CHUNKED + chunk(b"x" * 5000))
+        wait_for(lambda: reader._held == 5000)
+    wait_for(lambda: reader._held == 0)
+    assert backend.bodies == []
+
+
+def test_bodies_together_are_bounded(port, post, reader):
+    connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+    for connection in connections:
+        connection.sendall(CHUNKED + chunk(b"x" * 90_000))
+    wait_for(lambda: reader._held == 270_000)
+    check_error(post(b"x" * 90_000), 429, "rate_limit_exceeded")
+    for connection in connections:
+        connection.close()
+    wait_for(lambda: reader._held == 0)
+    assert post(b"x" * 90_000).status == 200
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("body", [b"", b"\xef\xbb\xbf{}"])
