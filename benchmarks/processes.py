@@ -1,4 +1,4 @@
-"""An engine over worker processes of its own on this machine, without Ray: for benchmarks and tests of a device.
+"""An engine over worker processes of its own on one machine, without Ray: for a device's benchmarks and tests.
 
 What the supervisor does with actors is done with spawned processes: a worker's loop runs in each, tensors go
 between them as the transport says, and who dies is started anew in the same place.
@@ -36,7 +36,7 @@ HOST = "127.0.0.1"
 PORTS = (24000, 26999)
 SECRET = bytes(range(32))
 START_S = 300.0
-"""A process loads torch, its weights and, on a device, compiles, tunes and records: all of it, the first time."""
+"""A process loads torch and its weights, and on a device it compiles, tunes and records before it answers."""
 
 
 class Settings(msgspec.Struct, frozen=True):
