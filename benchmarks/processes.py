@@ -1,7 +1,8 @@
-"""An engine over worker processes of its own on one machine, without Ray: for a device's benchmarks and tests.
+"""An engine over worker processes of its own on one machine, without Ray: for a device's benchmarks and
+tests.
 
-What the supervisor does with actors is done with spawned processes: a worker's loop runs in each, tensors go
-between them as the transport says, and who dies is started anew in the same place.
+What the supervisor does with actors is done with spawned processes: a worker's loop runs in each, tensors
+go between them as the transport says, and who dies is started anew in the same place.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Every Triton operation in plain torch: the definition that the kernels are tested against.
 
 Each function computes in the dtype and on the device of its inputs, so that the tests run it in float64,
-and on a GPU where the kernel ran. Signatures are those of the Triton wrappers, less what only a launch needs.
-Shape letters: T tokens · D model width · H heads · C latent · R rope dims · E experts · K top-k (or a product's
-inner width, beside M rows and N columns) · F expert width · V vocabulary · P pages · S sequences · G groups of
-128.
+and on a GPU where the kernel ran. Signatures are those of the Triton wrappers, less what only a launch
+needs. Shape letters: T tokens · D model width · H heads · C latent · R rope dims · E experts · K top-k (or
+a product's inner width, beside M rows and N columns) · F expert width · V vocabulary · P pages · S
+sequences · G groups of 128.
 """
 
 from itertools import pairwise

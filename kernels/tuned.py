@@ -1,9 +1,10 @@
-"""Which configuration each kernel runs with: from a table in the package, else by measuring, once on a machine.
+"""Which configuration each kernel runs with: from a table in the package, else by measuring, once on a
+machine.
 
-A table holds what was measured on one device with one Triton version, `tuned/DEVICE-triton-VERSION.json`, written
-by `python -m benchmarks.kernels --write-tuned`. What it does not list is measured where it is first met, and
-kept in Triton's own cache on disk. Configurations of another version are not taken: a compiler's best tile is not
-the next one's.
+A table holds what was measured on one device with one Triton version, `tuned/DEVICE-triton-VERSION.json`,
+written by `python -m benchmarks.kernels --write-tuned`. What it does not list is measured where it is first
+met, and kept in Triton's own cache on disk. Configurations of another version are not taken: a compiler's
+best tile is not the next one's.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ Key: TypeAlias = tuple[Hashable, ...]
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """`key` is Triton's: the values that a kernel is tuned by, and the dtypes of its tensors; `config` what is
-    then passed to the kernel, launch options among it."""
+    """`key` is Triton's: the values that a kernel is tuned by, and the dtypes of its tensors; `config` what
+    is then passed to the kernel, launch options among it."""
 
     key: list[int | float | str | bool | None]
     config: dict[str, int]
