@@ -18,7 +18,7 @@ from r1_cluster.comm.wire import Flags, Header, Kind, LinkError, Message
 from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.graphs import DecodeGraphs, Recorder, cuda_recorder, dummy_plan
 from r1_cluster.engine.sampler import sample
-from r1_cluster.models.batch import AttentionBatch
+from r1_cluster.models.batch import AttentionBatch, buckets
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.records import StepPlan
 
@@ -158,15 +158,16 @@ class StageRole:
         router = self.moe if isinstance(self.moe, RouterRole) else None
         dispatcher = router.dispatcher if router is not None else None
         local = dispatcher if isinstance(dispatcher, DeviceDispatcher) else None
-        moe = self._moe_of(dummy_plan(1, 1, 1, self.page_size)) if local is not None else None
+        moe = self._moe_of(dummy_plan([1], [1], self.page_size)) if local is not None else None
         reach = min(limits.max_context_len, self.model.config.max_position_embeddings)
-        num_tokens = 1
-        while num_tokens <= min(limits.max_batch_tokens, reach):
-            plan = dummy_plan(1, num_tokens, num_tokens, self.page_size)
+        for num_tokens in buckets(limits.max_batch_tokens):
+            # More tokens than one context holds come in several sequences.
+            whole, rest = divmod(num_tokens, reach)
+            lengths = [reach] * whole + [rest] * (rest > 0)
+            plan = dummy_plan(lengths, lengths, self.page_size)
             batch = AttentionBatch.from_plan(plan, self.page_size, self.model)
             x_TD = self.model.hidden(batch.num_rows)
-            x_TD = self.model.forward(x_TD, batch, self.caches, moe or _no_experts)
-            num_tokens *= 2
+            self.model.forward(x_TD, batch, self.caches, moe or _no_experts)
         self.graphs = DecodeGraphs(
             self.model,
             self.caches,
