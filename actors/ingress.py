@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from actors.cluster import is_draining, secret
-from actors.engine import NOT_IN_OFFICE, max_model_len
+from actors.engine import NOT_IN_OFFICE
 from actors.routing import avoid, trust
 from r1_cluster.api.chat import ChatStream
 from r1_cluster.api.errors import (
@@ -38,6 +38,7 @@ from r1_cluster.comm.listener import Listener
 from r1_cluster.config import Service
 from r1_cluster.engine.streams import TokenSink
 from r1_cluster.models.config import ModelConfig
+from r1_cluster.planning.limits import max_model_len
 from r1_cluster.records import ENGINE_LOST, SamplingParams, TokenDelta
 from r1_cluster.records import Request as EngineRequest
 from r1_cluster.text.template import ChatTemplate, TemplateError

@@ -107,6 +107,7 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     from r1_cluster.models.config import ModelConfig, ModelConfigError
     from r1_cluster.models.fitting import check_fits
     from r1_cluster.planning.layout import build_layout
+    from r1_cluster.planning.limits import check_messages
     from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError
 
     device = torch.device(service.layout.device)
@@ -120,6 +121,7 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     except (ModelConfigError, CheckpointError) as error:
         raise ConfigError(f"model.path: {error}") from None
     layout = build_layout(service.layout, model)
+    check_messages(service, model)
     if service.cluster.address is None:
         from r1_cluster.cli.running import services
 

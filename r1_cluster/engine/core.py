@@ -17,8 +17,8 @@ from typing import Any
 
 from r1_cluster.comm.links import TcpLink, wait_any
 from r1_cluster.comm.wakeup import Wakeup
-from r1_cluster.engine.pipeline import Deposed, Member, Pipeline, WorkerLost
-from r1_cluster.engine.recovery import PROBE_S, EngineFailed, Recovery, Replace
+from r1_cluster.engine.pipeline import Deposed, EngineFailed, Member, Pipeline, WorkerLost
+from r1_cluster.engine.recovery import PROBE_S, Recovery, Replace
 from r1_cluster.engine.scheduler import Finished, Scheduler
 from r1_cluster.engine.streams import NOBODY, TokenFan
 from r1_cluster.records import ENGINE_LOST, Request, SamplingParams, StepPlan, StepResult, TokenDelta

@@ -9,6 +9,7 @@ assigned one.
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import suppress
 from typing import cast
@@ -24,7 +25,18 @@ from r1_cluster.comm.listener import Listener, connect
 from r1_cluster.comm.process_group import ProcessGroups
 from r1_cluster.comm.transports import backend_for
 from r1_cluster.comm.wakeup import Wakeup
-from r1_cluster.comm.wire import Header, Kind, LinkError, Message, pack, unpack
+from r1_cluster.comm.wire import (
+    Flags,
+    Header,
+    Kind,
+    LinkError,
+    Message,
+    Unsendable,
+    WireError,
+    only_tensor,
+    pack,
+    unpack,
+)
 from r1_cluster.engine.boot import Ready, StepLimits, Topology, WorkerBoot
 from r1_cluster.engine.held import HeldSequences
 from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole, local_dispatcher
@@ -35,6 +47,8 @@ from r1_cluster.planning.layout import Layout, WorkerSpec
 from r1_cluster.planning.memory import check_room, stage_bytes
 from r1_cluster.records import StepPlan, StepResult
 from r1_cluster.weights.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 FIRST_LEASE_S = 3600.0
 """How long a worker waits for its first engine, which links nobody before all have loaded their weights."""
@@ -64,7 +78,6 @@ class Worker:
         self._control: TcpLink | None = None
         self._links: dict[str, Link] = {}
         self._incarnations: dict[str, str] = {}
-        self._plans = msgspec.msgpack.Decoder(StepPlan)
         self.assign(boot.name)
         self._wakeup = Wakeup()
         self.listener = Listener(boot.name, boot.secret, boot.host, boot.link_ports)
@@ -264,20 +277,27 @@ class Worker:
         elif message.header.epoch < self.epoch:
             self.stale_dropped += 1
         else:
-            self._handle(link, message)
+            try:
+                self._handle(link, message)
+            except WireError as error:  # as if it had come in pieces: whoever waits for an answer sees it
+                logger.warning("%s sent what is no message of ours: %s", link.peer, error)
+                link.close()
 
     def _handle(self, link: Link, message: Message) -> None:
         kind = message.header.kind
         self.epoch = message.header.epoch
         if kind == Kind.PLAN:
-            plan = self._plans.decode(message.body)
+            plan = unpack(message.body, StepPlan)
             self.held.note(plan)
             self._step(plan, None, 0.0)
         elif kind == Kind.HIDDEN:
             hidden = unpack(message.body, Hidden)
-            self._step(hidden.plan, message.tensors[0], hidden.compute_s, link)
+            self._step(hidden.plan, only_tensor(message), hidden.compute_s, link)
         elif kind == Kind.MOE and self.router is not None:
-            self._reply(link, *self.router.answer(message))
+            try:
+                self._reply(link, *self.router.answer(message))
+            except Unsendable as error:
+                self._refuse(link, message.header._replace(kind=int(Kind.MOE_RESULT)), error)
         elif kind in (Kind.DISPATCH, Kind.BROADCAST) and self.experts is not None:
             reply = self._answer_experts(message)
             self._reply(link, reply.header, list(reply.tensors), reply.body)
@@ -300,8 +320,16 @@ class Worker:
     def _reply(self, link: Link, header: Header, tensors: list[torch.Tensor], body: bytes) -> None:
         try:
             link.send(header, tensors, body)
+        except Unsendable as error:
+            self._refuse(link, header, error)
         except LinkError:
             link.close()  # the next wait finds it closed and drops it
+
+    def _refuse(self, link: Link, header: Header, error: Unsendable) -> None:
+        """Says why there is no answer: nobody is lost, and whoever asked would get the same from another."""
+        logger.error("step %d cannot be computed: %s", header.step, error)
+        refused = header._replace(flags=Flags.REFUSED, rows=0)
+        self._reply(link, refused, [], str(error)[:1000].encode())
 
     def _connect(self, topology: Topology) -> list[str]:
         """Opens the links that this worker opens, but for those that stand already, and closes those to
@@ -334,9 +362,27 @@ class Worker:
     ) -> None:
         """Runs this stage's part of a step; `before` is the link over which its hidden states came."""
         assert self.stage is not None
-        started = time.perf_counter()
-        x_TD, tokens = self.stage.forward(plan, x_TD)
-        compute_s += time.perf_counter() - started
+        try:
+            x_TD, tokens = self.stage.forward(plan, x_TD)
+            compute_s += self.stage.compute_s
+            self._pass_on(plan, x_TD, tokens, compute_s, before)
+        except Unsendable as error:
+            self.stage.take_lost()
+            if self._control is not None:
+                header = Header(Kind.RESULT, plan.epoch, plan.step, -1, plan.micro_batch)
+                self._refuse(self._control, header, error)
+
+    def _pass_on(
+        self,
+        plan: StepPlan,
+        x_TD: torch.Tensor,
+        tokens: list[int] | None,
+        compute_s: float,
+        before: Link | None,
+    ) -> None:
+        """Gives a step to the next stage or, at its end, whichever that is, to the engine. Raises
+        Unsendable."""
+        assert self.stage is not None
         lost = self.stage.take_lost()
         if before is not None and before.closed:  # before they were whole, perhaps
             lost.append(before.peer)
@@ -349,6 +395,8 @@ class Worker:
                 link = self._links[following]
                 link.send(header, [x_TD.to(link.device)], pack(Hidden(plan, compute_s)))
                 return
+            except Unsendable:
+                raise
             except (LinkError, KeyError):
                 lost = [following]
         result = StepResult(plan.epoch, plan.step, tokens or [], lost, compute_s)
