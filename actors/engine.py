@@ -29,13 +29,11 @@ from r1_cluster.engine.streams import TokenFan
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.planning.layout import build_layout
 from r1_cluster.planning.limits import check_messages, max_model_len
-from r1_cluster.records import Request
+from r1_cluster.records import Refusal, Request
 from r1_cluster.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("r1_cluster.engine")
 
-NOT_IN_OFFICE = "not in office: "
-"""A standby's answer, with its replica id: ask another."""
 TAKEOVER_S = 10.0
 """How long a request waits for a standby that is about to take over."""
 RETRY_S = 0.5
@@ -54,7 +52,7 @@ class Engine:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._secret = secret()
         self._loop = asyncio.get_event_loop()
-        self._ends: dict[str, asyncio.Future[str | None]] = {}
+        self._ends: dict[str, asyncio.Future[Refusal | None]] = {}
         self._name = ""
         self._supervisor: Supervisor | None = None
         self._fan: TokenFan | None = None
@@ -146,7 +144,7 @@ class Engine:
         if self._fan is not None:
             self._fan.beat()
 
-    async def generate(self, request: bytes, endpoint: bytes) -> str | None:
+    async def generate(self, request: bytes, endpoint: bytes) -> Refusal | None:
         """Computes one answer; its tokens go to the sink at `endpoint`. Returns when the request has
         ended: None, or why it failed. Cancelling the call aborts the request.
 
@@ -155,27 +153,27 @@ class Engine:
         record = msgspec.msgpack.decode(request, type=Request)
         core, fan = await self._office()
         if core is None or fan is None:
-            return f"{NOT_IN_OFFICE}{self._id}"
+            return Refusal("not_in_office", self._id)
         capacity = self._service.engine.max_num_seqs + self._service.engine.max_queued
         if len(self._ends) >= capacity:
-            return "overloaded"
+            return Refusal("overloaded")
         if core.ended:
-            return core.end_reason
+            return core.end_refusal
         if not fan.attached(record.sink):
             where = msgspec.msgpack.decode(endpoint, type=Endpoint)
             try:
                 await asyncio.to_thread(fan.attach, record.sink, where)
             except LinkError as error:
-                return f"the ingress cannot be reached: {error}"
-        end: asyncio.Future[str | None] = self._loop.create_future()
+                return Refusal("failed", f"the ingress cannot be reached: {error}")
+        end: asyncio.Future[Refusal | None] = self._loop.create_future()
         self._ends[record.request_id] = end
         try:
-            fan.accept(record.sink, record.request_id)
+            fan.accept(record)
             core.submit(record)
             return await end
         except asyncio.CancelledError:
             if self._ends.get(record.request_id) is end:
-                core.abort(record.request_id)
+                core.abort(record.request_id, record.attempt)
             raise
         finally:
             # An ingress whose link broke may have asked again before this call was cancelled.
@@ -247,10 +245,10 @@ class Engine:
         if pulse is not None:
             pulse.close()
 
-    def _on_end(self, request_id: str, error: str | None) -> None:
+    def _on_end(self, request_id: str, error: Refusal | None) -> None:
         self._loop.call_soon_threadsafe(self._resolve, request_id, error)
 
-    def _resolve(self, request_id: str, error: str | None) -> None:
+    def _resolve(self, request_id: str, error: Refusal | None) -> None:
         end = self._ends.get(request_id)
         if end is not None and not end.done():
             end.set_result(error)

@@ -21,12 +21,13 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from actors.cluster import is_draining, secret
-from actors.engine import NOT_IN_OFFICE
 from actors.routing import avoid, trust
 from r1_cluster.api.chat import ChatStream
 from r1_cluster.api.errors import (
     ApiError,
     context_length_exceeded,
+    convicted,
+    failed_row,
     internal,
     invalid_request,
     model_not_found,
@@ -39,7 +40,7 @@ from r1_cluster.config import Service
 from r1_cluster.engine.streams import TokenSink
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.planning.limits import max_model_len
-from r1_cluster.records import ENGINE_LOST, SamplingParams, TokenDelta
+from r1_cluster.records import ENGINE_LOST, Refusal, SamplingParams, TokenDelta
 from r1_cluster.records import Request as EngineRequest
 from r1_cluster.text.template import ChatTemplate, TemplateError
 from r1_cluster.text.tokenizer import Tokenizer
@@ -211,12 +212,12 @@ class Ingress:
         in_hand_at, pause_s = time.monotonic(), RETRY_S
         while True:
             engine_lost = False
-            attempt = msgspec.structs.replace(record, generated=list(tokens))
+            record = msgspec.structs.replace(record, generated=list(tokens), attempt=record.attempt + 1)
             # Closed before the next attempt begins: left to the garbage collector, its end would come after
             # that beginning, and take the new attempt's queue away.
-            async with contextlib.aclosing(self._attempt(attempt)) as deltas:
+            async with contextlib.aclosing(self._attempt(record)) as deltas:
                 async for delta in deltas:
-                    if delta.error == ENGINE_LOST:
+                    if delta.error is not None and delta.error.kind == "engine_lost":
                         engine_lost = True
                         break
                     if delta.error is not None:
@@ -237,13 +238,13 @@ class Ingress:
             if not engine_lost:
                 return
             if time.monotonic() - in_hand_at > RESUME_S:
-                raise _engine_error(f"no engine took it up within {RESUME_S:g} s")
+                raise _engine_error(Refusal("failed", f"no engine took it up within {RESUME_S:g} s"))
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, 1.0)
 
     async def _attempt(self, record: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         """What one engine says of a request, up to the end or an error."""
-        attempt = self._streams[record.request_id] = _Attempt()
+        attempt = self._streams[record.request_id] = _Attempt(record.attempt)
         call = self._engine.generate.remote(msgspec.msgpack.encode(record), self._endpoint)
         waiter = asyncio.ensure_future(call)
         waiter.add_done_callback(lambda done: _report_failure(record.request_id, done, attempt.queue))
@@ -279,7 +280,8 @@ class Ingress:
         trust(replica)
         for delta in deltas:
             attempt = self._streams.get(delta.request_id)
-            if attempt is not None:
+            # What a former engine still sends may differ from what the present one computes.
+            if attempt is not None and attempt.number == delta.attempt:
                 attempt.replica = replica
                 attempt.queue.put_nowait(delta)
 
@@ -295,12 +297,13 @@ class Ingress:
 class _Attempt:
     """One engine's go at a request; `replica` is known once it has said something."""
 
+    number: int
     queue: asyncio.Queue[TokenDelta] = field(default_factory=asyncio.Queue)
     replica: str = ""
 
 
 def _report_failure(
-    request_id: str, done: asyncio.Future[str | None], queue: asyncio.Queue[TokenDelta]
+    request_id: str, done: asyncio.Future[Refusal | None], queue: asyncio.Queue[TokenDelta]
 ) -> None:
     """Puts a failed call into its stream. Of one that ended well the last token is on its way, or it was lost
     on it: then the answer is asked for again from where it is."""
@@ -310,8 +313,8 @@ def _report_failure(
     if failure is not None:
         logger.warning("the engine's call ended: %s: %s", type(failure).__name__, failure)
     error = ENGINE_LOST if failure is not None else done.result()
-    if error is not None and error.startswith(NOT_IN_OFFICE):
-        avoid(error.removeprefix(NOT_IN_OFFICE))
+    if error is not None and error.kind == "not_in_office":
+        avoid(error.text)
         error = ENGINE_LOST
     if error is not None:
         queue.put_nowait(TokenDelta(request_id, 0, [], "error", error))
@@ -321,10 +324,14 @@ def _report_failure(
         done.get_loop().call_later(LAST_TOKEN_S, queue.put_nowait, lost)
 
 
-def _engine_error(reason: str) -> ApiError:
-    if reason == "overloaded":
+def _engine_error(refusal: Refusal) -> ApiError:
+    if refusal.kind == "overloaded":
         return overloaded(retry_after_s=1)
-    logger.error("an answer failed: %s", reason)
+    logger.error("an answer failed: %s %s", refusal.kind, refusal.text)
+    if refusal.kind == "convicted":
+        return convicted()
+    if refusal.kind == "failed_row":
+        return failed_row()
     return unavailable("the engine could not finish this answer; please ask again")
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+_NO_RETRY = {"x-should-retry": "false"}
+"""What OpenAI's client libraries look at before they send a request again."""
+
 
 class ApiError(Exception):
     """An answer that is an error. `message` is one sentence for the client: no class names, no paths."""
@@ -79,6 +82,28 @@ def overloaded(retry_after_s: int) -> ApiError:
 def unavailable(message: str) -> ApiError:
     """No engine can answer now."""
     return ApiError(503, message, type_="server_error", code="service_unavailable")
+
+
+def convicted() -> ApiError:
+    """Workers die whenever this request runs. No client repeats a 400 by itself."""
+    return ApiError(
+        400,
+        "Workers of the model died each time that they computed this request; it is refused for some minutes."
+        " Please do not send it again.",
+        code="request_convicted",
+        headers=_NO_RETRY,
+    )
+
+
+def failed_row() -> ApiError:
+    """The model's logits for this request are not numbers; they would be none again."""
+    return ApiError(
+        500,
+        "The model computed no usable logits for this request; asking again would give the same.",
+        type_="server_error",
+        code="logits_not_finite",
+        headers=_NO_RETRY,
+    )
 
 
 def internal(error_id: str) -> ApiError:

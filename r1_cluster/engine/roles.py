@@ -81,7 +81,8 @@ class RouterRole:
 
     def answer(self, message: Message) -> tuple[Header, list[torch.Tensor], bytes]:
         """Serves a stage in another process: its MOE message → header, tensors and body of the reply, which
-        is how long the model's operators took, or who was lost. Raises Unsendable, and WireError for another message."""
+        is how long the model's operators took, or who was lost. Raises Unsendable, and WireError for another
+        message."""
         began, idle_s = time.perf_counter(), self.idle_s
         header = message.header
         tag = StepTag(header.epoch, header.step, header.layer, header.micro_batch)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from r1_cluster.engine.pages import PageAllocator
 from r1_cluster.engine.scheduler import Limits, Scheduler
-from r1_cluster.records import Request, SamplingParams, StepPlan, StepResult, unpack_int32
+from r1_cluster.records import NOBODY, Refusal, Request, SamplingParams, StepPlan, StepResult, unpack_int32
 
 GREEDY = SamplingParams(0.0, 1.0, 0, 0)
 
@@ -188,7 +188,7 @@ def test_suspects_run_alone_and_only_who_kills_alone_is_guilty():
             assert sched.suspect() == []
             (again,) = sched.replan(3)
             assert again.seq_ids == ["poison"]
-            assert sched.suspect() == ["poison"]
+            assert [sequence.seq_id for sequence in sched.suspect()] == ["poison"]
             sched.abort("poison")
             assert sched.replan(4) == []
         else:
@@ -225,7 +225,76 @@ def test_who_shares_the_workers_with_another_step_is_not_guilty():
     assert sched.schedule(2) is None
     assert sched.suspect() == []
     sched.replan(3)
-    assert sched.suspect() == ["poison"]
+    assert [sequence.seq_id for sequence in sched.suspect()] == ["poison"]
+
+
+def test_the_engines_own_request_is_tried_first_and_is_never_guilty():
+    sched, workers = scheduler(), FakeWorkers(4)
+    for name in ("suspect", "another"):
+        sched.add(request(name, [5, 6, 7], 4))
+    sched.schedule(1)
+    sched.suspect()
+    assert sched.replan(2) == []
+    sched.put_on_trial(Request("canary", [5], GREEDY, 1, [], NOBODY))
+    for epoch in range(2, 6):
+        assert sched.schedule(epoch) is None or epoch == 2
+        assert sched.suspect() == []
+        (plan,) = sched.replan(epoch)
+        assert plan.seq_ids == ["canary"]
+    sched.commit(workers.run(plan))
+    assert sched.schedule(6).seq_ids == ["suspect"]
+    sched.check()
+
+
+def test_a_failed_row_ends_its_own_request_and_no_other():
+    sched, workers, texts = scheduler(), FakeWorkers(4), {}
+    for name in ("good", "bad", "better"):
+        sched.add(request(name, [5, 6, 7], 4))
+    plan = sched.schedule(1)
+    result = workers.run(plan)
+    result.tokens[plan.seq_ids.index("bad")] = -1
+    finished = {item.delta.request_id: item.delta for item in sched.commit(result)}
+    assert finished["bad"].tokens == []
+    assert finished["bad"].finish_reason == "error"
+    assert finished["bad"].error == Refusal("failed_row")
+    for name in ("good", "better"):
+        assert finished[name].error is None
+        texts[name] = list(finished[name].tokens)
+    collect(sched, workers, texts)
+    assert texts == {name: expected([5, 6, 7], 4) for name in ("good", "better")}
+    sched.check()
+    assert sched.allocator.num_used == 0
+
+
+def test_where_more_decode_than_a_step_has_tokens_they_take_turns():
+    sched, workers = scheduler(num_pages=64, max_num_seqs=8, max_batch_tokens=3), FakeWorkers(4)
+    got = {f"r{i}": 0 for i in range(8)}
+    for name in got:
+        sched.add(request(name, [5, 6], 50))
+
+    def step():
+        for item in sched.commit(workers.run(sched.schedule(1))):
+            got[item.delta.request_id] += len(item.delta.tokens)
+
+    for _ in range(20):  # prompts, of which none may wait for the others' answers
+        step()
+    assert min(got.values()) >= 1
+    before = dict(got)
+    for _ in range(16):
+        step()
+    assert {got[name] - before[name] for name in got} == {6}
+
+
+def test_a_prompt_is_computed_while_as_many_decode_as_a_step_has_tokens():
+    sched, workers = scheduler(num_pages=64, max_num_seqs=9, max_batch_tokens=8), FakeWorkers(4)
+    for i in range(8):
+        sched.add(request(f"r{i}", [5], 50))
+    sched.commit(workers.run(sched.schedule(1)))
+    sched.add(request("late", [5] * 20, 50))
+    got = set()
+    for _ in range(12):
+        got |= {item.delta.request_id for item in sched.commit(workers.run(sched.schedule(1)))}
+    assert "late" in got
 
 
 def test_after_a_stage_lost_its_kv_everything_is_computed_again():

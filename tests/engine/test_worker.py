@@ -247,7 +247,7 @@ def test_abort_frees_the_pages(cluster):
         Request("long", [7, 8, 9], SamplingParams(0.0, 1.0, 0, 0), 190, [], "sink", ignore_eos=True)
     )
     cluster.deltas.get(timeout=60)
-    cluster.core.abort("long")
+    cluster.core.abort("long", 0)
     assert cluster.ends.get(timeout=10) == ("long", None)
     cluster.run(requests(1))
     assert cluster.scheduler.allocator.num_used == 0
