@@ -286,11 +286,11 @@ class Worker:
     def _handle(self, link: Link, message: Message) -> None:
         kind = message.header.kind
         self.epoch = message.header.epoch
-        if kind == Kind.PLAN:
+        if kind == Kind.PLAN and self.stage is not None:
             plan = unpack(message.body, StepPlan)
             self.held.note(plan)
             self._step(plan, None, 0.0)
-        elif kind == Kind.HIDDEN:
+        elif kind == Kind.HIDDEN and self.stage is not None:
             hidden = unpack(message.body, Hidden)
             self._step(hidden.plan, only_tensor(message), hidden.compute_s, link)
         elif kind == Kind.MOE and self.router is not None:
@@ -311,6 +311,8 @@ class Worker:
                 self.held = HeldSequences()
             ready = Ready(self._connect(topology), self.held.all() if topology.read_back else {})
             self._reply(link, message.header, [], pack(ready))
+        else:
+            raise WireError(f"{message.header} is nothing for {'+'.join(self.spec.roles) or 'a spare'}")
 
     def _answer_experts(self, message: Message) -> Message:
         assert self.experts is not None
