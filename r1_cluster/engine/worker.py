@@ -44,7 +44,7 @@ from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.fitting import check_fits
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.planning.layout import Layout, WorkerSpec
-from r1_cluster.planning.memory import check_room, stage_bytes
+from r1_cluster.planning.memory import check_room, worker_bytes
 from r1_cluster.records import StepPlan, StepResult
 from r1_cluster.weights.checkpoint import Checkpoint
 
@@ -55,6 +55,11 @@ FIRST_LEASE_S = 3600.0
 BROADCAST_TOKENS = 64
 """Steps of so many tokens are broadcast to expert shards on devices: cheaper than to learn where they go."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def free_device_bytes(device: torch.device) -> int | None:
+    """What is free of a device's memory; None for the host's, which is nobody's alone."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 class Hidden(msgspec.Struct, frozen=True, array_like=True):
@@ -129,6 +134,7 @@ class Worker:
             self.router = RouterRole(router)
             if self.experts is not None and self.layout.shards == (spec,):
                 self.router.dispatcher = local_dispatcher(self.experts, config.n_routed_experts)
+        stage: StageModel | None = None
         if spec.stage is not None:
             stage = StageModel.load(
                 config,
@@ -138,15 +144,16 @@ class Worker:
                 device=device,
                 deterministic=boot.deterministic,
             )
+        checkpoint.close()
+        if boot.limits is not None:
+            self._check_memory(config, boot.limits)
+        if stage is not None:
             serving = self.layout.router_of(spec)
             if serving is not None and serving is not spec:
                 # Longer than the router waits for its experts, so that each blames the one that is silent.
                 self._remote = RemoteRouter(serving.name, boot.step_timeout_s + 0.5)
             moe = self._remote or self.router
-            if device.type == "cuda" and boot.limits is not None:
-                self._check_memory(config, boot.limits)
             self.stage = StageRole(stage, moe, num_pages=boot.num_pages, page_size=boot.page_size)
-        checkpoint.close()
         if device.type == "cuda" and boot.limits is not None:
             self._prepare(boot.limits, config.num_experts_per_tok)
 
@@ -161,19 +168,21 @@ class Worker:
             self.experts.warm_up_shares(min(BROADCAST_TOKENS, limits.max_batch_tokens), top_k)
 
     def _check_memory(self, config: ModelConfig, limits: StepLimits) -> None:
-        """Before the pages are taken: whether they and a step's workspace fit beside the weights."""
-        assert self.spec.stage is not None
-        parts = stage_bytes(
+        """Once the weights are there, and before any page: whether what these roles need fits beside them."""
+        free_bytes = free_device_bytes(torch.device(self.boot.device))
+        if free_bytes is None:
+            return
+        parts = worker_bytes(
             config,
-            self.spec.stage[1] - self.spec.stage[0],
+            self.layout,
+            self.spec,
             num_pages=self.boot.num_pages,
             page_size=self.boot.page_size,
             max_num_seqs=limits.max_num_seqs,
             max_batch_tokens=limits.max_batch_tokens,
             max_context_len=min(limits.max_context_len, config.max_position_embeddings),
-            num_links=len(self.layout.connects_to(self.spec)) + int(self.spec.stage[0] > 0),
         )
-        check_room(parts, torch.cuda.mem_get_info()[0])
+        check_room(parts, free_bytes)
 
     def _link_experts(self) -> None:
         """Gives the router a dispatcher over the expert shards to which links stand."""

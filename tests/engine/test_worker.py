@@ -5,6 +5,7 @@ import queue
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -14,7 +15,8 @@ from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.listener import Listener, connect
 from r1_cluster.comm.wire import Header, Kind, LinkClosed, LinkError
 from r1_cluster.config import Layout as LayoutConfig
-from r1_cluster.engine.boot import ENGINE, WorkerBoot
+from r1_cluster.engine import worker as worker_module
+from r1_cluster.engine.boot import ENGINE, StepLimits, WorkerBoot
 from r1_cluster.engine.core import EngineCore
 from r1_cluster.engine.pages import PageAllocator
 from r1_cluster.engine.pipeline import Member, Pipeline
@@ -24,6 +26,7 @@ from r1_cluster.engine.streams import TokenFan, TokenSink
 from r1_cluster.engine.worker import Worker
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.planning.layout import build_layout
+from r1_cluster.planning.memory import OutOfDeviceMemory, worker_bytes
 from r1_cluster.records import Request, SamplingParams
 
 SECRET = b"a secret for tests only"
@@ -445,3 +448,30 @@ def test_nonsense_costs_its_sender_the_link_and_nobody_else(checkpoint):
         cluster.run(requests(1))
     finally:
         cluster.close()
+
+
+@pytest.mark.parametrize("name", ["stage-0", "stage-1", "router-0", "experts-1"])
+def test_every_role_asks_for_the_memory_that_it_needs(checkpoint, monkeypatch, name):
+    """By a stand-in for a device's free memory, which counts once the weights are there."""
+    config = ModelConfig.from_folder(checkpoint)
+    layout = build_layout(LayoutConfig(**LAYOUTS["disaggregated"]), config)
+    (spec,) = [worker for worker in layout.workers if worker.name == name]
+    limits = StepLimits(16, 64, 200)
+    parts = worker_bytes(
+        config,
+        layout,
+        spec,
+        num_pages=256,
+        page_size=PAGE_SIZE,
+        max_num_seqs=16,
+        max_batch_tokens=64,
+        max_context_len=200,
+    )
+    cluster = SimpleNamespace(layout=layout, transport="sockets")
+    boot = msgspec.structs.replace(Cluster.boot(cluster, checkpoint, name, 256, 5.0, 2.0), limits=limits)
+    free = sum(parts.values())
+    monkeypatch.setattr(worker_module, "free_device_bytes", lambda device: free)
+    Worker(boot).close()
+    free -= 1
+    with pytest.raises(OutOfDeviceMemory, match=next(iter(parts))):
+        Worker(boot)
