@@ -125,7 +125,7 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     if service.cluster.address is None:
         from r1_cluster.cli.running import services
 
-        if any(other.name == service.name for other in services()):
+        if services(service.name):
             raise ConfigError(f"{service.name} is running already; stop it with: r1-cluster stop")
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -213,13 +213,17 @@ def _deploy(service: Service, app: Any, started: float) -> str | None:
 def _wait(service: Service, stop: threading.Event, started: float) -> None:
     import ray
 
-    from r1_cluster.cli.running import Running, remember
+    from r1_cluster.cli.running import Running, remember, start_time
 
+    pid = os.getpid()
+    started_at = start_time(pid)
+    assert started_at is not None
     url = f"http://{service.serve.host}:{service.serve.port}"
     remember(
         Running(
             name=service.name,
-            pid=os.getpid(),
+            pid=pid,
+            started=started_at,
             address=ray.get_runtime_context().gcs_address,
             url=url,
             model=service.served_name,
