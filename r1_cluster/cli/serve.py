@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     _on_signals(on_signal)
     print(f"{service.name}: {_describe(service, layout, model)}")
-    with _cluster(service, layout):
+    with _cluster(service, layout), _quiet(service):
         _on_signals(on_signal)  # again: ray.init has put its own in their place
         from actors.app import build_app
         from actors.cluster import drain, remove_service
@@ -147,6 +147,15 @@ def _describe(service: Service, layout: Layout, model: ModelConfig) -> str:
     )
 
 
+def _quiet(service: Service) -> contextlib.AbstractContextManager[None]:
+    """Of what Ray prints about processes that die: a line of ours, and the rest in a file."""
+    from actors.cluster import process_name
+    from r1_cluster.cli.quiet import quiet
+    from r1_cluster.cli.running import private_folder
+
+    return quiet(sys.stdout, private_folder() / f"{service.name}.log", process_name)
+
+
 @contextlib.contextmanager
 def _cluster(service: Service, layout: Layout) -> Iterator[None]:
     """A Ray cluster that can hold the service: a local one of our own, or the one at `address`."""
@@ -155,6 +164,8 @@ def _cluster(service: Service, layout: Layout) -> Iterator[None]:
     # Ray's own defaults report usage and warn about things that a person who types `serve` cannot change.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Each of several deaths has a line: we count repeats ourselves (`quiet`).
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     # How long Ray asks an actor to end before its process is killed: one that hangs does not listen.
     os.environ.setdefault("RAY_kill_worker_timeout_milliseconds", "1000")
     if service.cluster.address is None:
