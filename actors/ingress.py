@@ -35,12 +35,13 @@ from r1_cluster.api.errors import (
     unavailable,
 )
 from r1_cluster.api.protocol import ChatCompletionRequest, parse_chat_request
+from r1_cluster.api.sampling import check_stop_tokens, sampling_of
 from r1_cluster.comm.listener import Listener
 from r1_cluster.config import Service
 from r1_cluster.engine.streams import TokenSink
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.planning.limits import max_model_len
-from r1_cluster.records import ENGINE_LOST, Refusal, SamplingParams, TokenDelta
+from r1_cluster.records import ENGINE_LOST, Refusal, TokenDelta
 from r1_cluster.records import Request as EngineRequest
 from r1_cluster.text.template import ChatTemplate, TemplateError
 from r1_cluster.text.tokenizer import Tokenizer
@@ -102,6 +103,7 @@ class Ingress:
         self._engine = engine
         model = ModelConfig.from_folder(service.model.path)
         self._max_model_len = max_model_len(service, model)
+        self._vocab_size = model.vocab_size
         self._tokenizer = Tokenizer.from_folder(service.model.path)
         self._template = ChatTemplate.from_folder(service.model.path, self._tokenizer)
         self._loop = asyncio.get_event_loop()
@@ -183,12 +185,8 @@ class Ingress:
         wanted = chat.max_output_tokens
         if room < 1 or (wanted is not None and wanted > room):
             raise context_length_exceeded(self._max_model_len, len(prompt), wanted)
-        sampling = SamplingParams(
-            temperature=defaults.temperature if chat.temperature is None else chat.temperature,
-            top_p=defaults.top_p if chat.top_p is None else chat.top_p,
-            top_k=chat.top_k or 0,
-            seed=secrets.randbits(63) if chat.seed is None else chat.seed,
-        )
+        check_stop_tokens(chat, self._vocab_size, self._tokenizer.think_end_id)
+        sampling = sampling_of(chat, defaults, drawn_seed=secrets.randbits(63))
         record = EngineRequest(
             request_id=uuid.uuid4().hex,
             prompt=prompt,
@@ -197,6 +195,7 @@ class Ingress:
             stop_token_ids=chat.stop_token_ids,
             sink=self._sink.name,
             ignore_eos=chat.ignore_eos,
+            sleeping_until=self._tokenizer.think_end_id if chat.stops_sleep else None,
         )
         stream = ChatStream(chat, self._tokenizer, prompt_tokens=len(prompt), request_id=record.request_id)
         return stream, record

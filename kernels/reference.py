@@ -1,16 +1,21 @@
 """Every Triton operation in plain torch: the definition that the kernels are tested against.
 
-Each function computes in the dtype of its inputs, so that the tests run it in float64. Signatures are those
-of the Triton wrappers, less what only a launch needs. Shape letters: T tokens · D model width · H heads ·
-C latent · R rope dims · E experts · K top-k (or a product's inner width, beside M rows and N columns) ·
-F expert width · V vocabulary · P pages · S sequences · G groups of 128.
+Each function computes in the dtype and on the device of its inputs, so that the tests run it in float64,
+and on a GPU where the kernel ran. Signatures are those of the Triton wrappers, less what only a launch
+needs. Shape letters: T tokens · D model width · H heads · C latent · R rope dims · E experts · K top-k (or
+a product's inner width, beside M rows and N columns) · F expert width · V vocabulary · P pages · S
+sequences · G groups of 128.
 """
 
-from itertools import pairwise
+import math
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels.cpu_sampler import COLDEST, inverse_of, keys_of, masses_of, odd_draw
+from kernels.ops import FAILED
 
 GROUP = 128
 """Width of one quantization group: DeepSeek-V3 report, section 3.3.2."""
@@ -135,14 +140,14 @@ def sort_rows(expert_ids_TK: Tensor, num_experts: int, block: int) -> SortedRows
     padded_E = (count_E + block - 1) // block * block
     start_E = padded_E.cumsum(0) - padded_E
     num_slots = max_slots(ids_N.numel(), num_experts, block)
-    row_of_slot = torch.full((num_slots,), -1, dtype=torch.int32)
-    slot_of_row = torch.full((ids_N.numel(),), -1, dtype=torch.int32)
-    expert_of_block = torch.full((num_slots // block,), -1, dtype=torch.int32)
+    row_of_slot = ids_N.new_full((num_slots,), -1, dtype=torch.int32)
+    slot_of_row = ids_N.new_full((ids_N.numel(),), -1, dtype=torch.int32)
+    expert_of_block = ids_N.new_full((num_slots // block,), -1, dtype=torch.int32)
     for expert in range(num_experts):
         rows = (ids_N == expert).nonzero().flatten()
         start = int(start_E[expert])
         row_of_slot[start : start + rows.numel()] = rows.int()
-        slot_of_row[rows] = torch.arange(start, start + rows.numel(), dtype=torch.int32)
+        slot_of_row[rows] = torch.arange(start, start + rows.numel(), dtype=torch.int32, device=rows.device)
         expert_of_block[start // block : (start + int(padded_E[expert])) // block] = expert
     return SortedRows(row_of_slot, slot_of_row, count_E.int(), expert_of_block)
 
@@ -173,7 +178,7 @@ def combine(
     rows_MD: Tensor, slot_of_row_N: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None
 ) -> Tensor:
     """Sum over k, in order, of weight times the row in that slot (-1: none), then the shared output."""
-    out = torch.zeros(weights_TK.shape[0], rows_MD.shape[1], dtype=rows_MD.dtype)
+    out = rows_MD.new_zeros(weights_TK.shape[0], rows_MD.shape[1])
     slots_TK = slot_of_row_N.view(weights_TK.shape).long()
     for k in range(weights_TK.shape[1]):
         here = slots_TK[:, k] >= 0
@@ -195,7 +200,7 @@ def gather_latent(
     if latent_scale_PS2 is None:
         return latent
     scale = latent_scale_PS2[pages].flatten(0, 1)[:context_len]
-    widths = torch.tensor([num_latent, latent.shape[-1] - num_latent])
+    widths = torch.tensor([num_latent, latent.shape[-1] - num_latent], device=scale.device)
     return latent.to(scale.dtype) * scale.repeat_interleave(widths, -1)
 
 
@@ -203,7 +208,8 @@ def causal_attention(q_QHD: Tensor, k_LHD: Tensor, v_LHE: Tensor, scale: float) 
     """Softmax attention of the last Q of L positions over all before them, [Q, H, E]."""
     num_q, num_k = q_QHD.shape[0], k_LHD.shape[0]
     scores = torch.einsum("qhd,khd->hqk", q_QHD, k_LHD) * scale
-    visible = torch.arange(num_k) <= torch.arange(num_k - num_q, num_k)[:, None]
+    positions_L = torch.arange(num_k, device=k_LHD.device)
+    visible = positions_L <= positions_L[num_k - num_q :, None]
     return torch.einsum("hqk,khe->qhe", scores.masked_fill(~visible, float("-inf")).softmax(-1), v_LHE)
 
 
@@ -246,7 +252,7 @@ def mla_prefill(
     scale: float,
 ) -> Tensor:
     """Expanded multi-head latent attention, [T, H, 128]; queries are their sequence's last positions."""
-    out = torch.zeros(*q_nope_THD.shape[:2], v_LHE.shape[-1], dtype=q_nope_THD.dtype)
+    out = q_nope_THD.new_zeros(*q_nope_THD.shape[:2], v_LHE.shape[-1])
     queries, keys = query_start_S1.tolist(), key_start_S1.tolist()
     for q0, q1, k0, k1 in zip(queries, queries[1:], keys, keys[1:]):
         k_rope = k_rope_LR[k0:k1, None].expand(-1, k_nope_LHD.shape[1], -1)
@@ -397,3 +403,44 @@ def sample(
     mass = ((scaled - scaled.amax(-1, keepdim=True)).exp() * kept).cumsum(-1)
     target = counter_uniform(seed_S, position_S)[:, None].to(mass.dtype) * mass[:, -1:]
     return torch.where(temperature_S > 0, (mass > target).int().argmax(-1), greedy)
+
+
+def sample_exactly(
+    logits_SV: Tensor,
+    temperature_S: Tensor,
+    top_k_S: Tensor,
+    top_p_S: Tensor,
+    min_p_S: Tensor,
+    seed_S: Tensor,
+    position_S: Tensor,
+) -> Tensor:
+    """int64 [S]: each row's token as `kernels.cpu_sampler` defines it, or FAILED, in Python's integers."""
+    columns = (temperature_S, top_k_S, top_p_S, min_p_S, seed_S, position_S)
+    rows = zip(logits_SV.float().cpu(), *(column.tolist() for column in columns))
+    return torch.tensor([_sample_row(*row) for row in rows], dtype=torch.int64)
+
+
+def _sample_row(
+    logits_V: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, seed: int, position: int
+) -> int:
+    largest = float(logits_V.max())
+    if not math.isfinite(largest) or any(math.isnan(x) for x in (temperature, top_p, min_p)):
+        return FAILED
+    if temperature < COLDEST:
+        return logits_V.tolist().index(largest)
+    inverse = inverse_of(torch.tensor([[temperature]]))
+    keys: list[int] = keys_of(logits_V[None], torch.tensor([[largest]]), inverse)[0].tolist()
+    masses: list[int] = masses_of(torch.tensor(keys, dtype=torch.int32)).tolist()
+    ranked = sorted(range(len(keys)), key=lambda token: keys[token])
+    limit = keys[ranked[-1]]
+    if 0 < top_k < len(keys):
+        limit = keys[ranked[top_k - 1]]
+    share = int(min(max(top_p, 0.0), 1.0) * 2**31)
+    if share < 2**31:
+        wanted = max(sum(masses) * share // 2**31, 1)
+        reached = accumulate(masses[token] for token in ranked)
+        limit = min(limit, next(keys[token] for token, mass in zip(ranked, reached) if mass >= wanted))
+    least = int(min(max(min_p, 0.0), 1.0) * 2**40)
+    kept = [mass if key <= limit and mass >= least else 0 for key, mass in zip(keys, masses)]
+    target = sum(kept) * odd_draw(seed, position) // 2**25
+    return next(token for token, mass in enumerate(accumulate(kept)) if mass > target)

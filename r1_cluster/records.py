@@ -54,8 +54,10 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     """One answer asked for. Filled by the ingress, read by the engine.
 
     `prompt` and `generated` are token ids; `generated` holds what a former engine had already
-    produced, so that a replayed request goes on at the next token. `attempt` counts how often the ingress
-    has asked for this answer: what comes of a former attempt is no longer listened to.
+    produced, so that a replayed request goes on at the next token. `stop_token_ids` end the answer once
+    `sleeping_until` (the id of `</think>`) has been generated; where that is None, from the first token on.
+    `attempt` counts how often the ingress has asked for this answer: what comes of a former attempt is no
+    longer listened to.
     """
 
     request_id: str
@@ -66,6 +68,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     sink: str
     generated: list[int] = []
     ignore_eos: bool = False
+    sleeping_until: int | None = None
     attempt: int = 0
 
 

@@ -55,7 +55,7 @@ class Digest(io.TextIOBase):
         self._file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self._pending: dict[int, str] = {}
         self._lock = threading.Lock()
-        self._since: dict[str, float] = {}  # what was said, and when
+        self._since: dict[str, float] = {}  # what was said lately, and when
         self._repeats: Counter[str] = Counter()
         self._timer: threading.Timer | None = None
 
@@ -106,7 +106,8 @@ class Digest(io.TextIOBase):
     def _report(self, what: str, said: str) -> None:
         now = time.monotonic()
         with self._lock:
-            if now - self._since.get(what, -REPEATS_S) < REPEATS_S:
+            self._since = {said: at for said, at in self._since.items() if now - at < REPEATS_S}
+            if what in self._since:
                 self._repeats[what] += 1
                 if self._timer is None:
                     self._timer = threading.Timer(REPEATS_S, self._say_repeats)

@@ -102,7 +102,7 @@ class HostMemory:
 
 
 class CudaMemory:
-    """A GPU's memory, by CUDA IPC as `torch.multiprocessing` uses it. Never run, for want of a GPU.
+    """A GPU's memory, by CUDA IPC as `torch.multiprocessing` uses it.
 
     Needs the default allocator: what `expandable_segments` allocates has no IPC handle of this kind.
     """
@@ -234,5 +234,6 @@ class SharedPair:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's bytes as a view."""
-    return tensor.view(-1).view(torch.uint8)
+    """A contiguous tensor's bytes as a view. One element counts as contiguous whatever its stride is, but
+    torch shows bytes only where that is 1."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -234,7 +234,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy; writable where the tensor is."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    return tensor.view(-1).view(_dtypes()[_UINT8]).numpy().data
+    # One element counts as contiguous whatever its stride is, but torch shows bytes only where that is 1.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(_dtypes()[_UINT8]).numpy().data
 
 
 def only_tensor(message: Message) -> Tensor:

@@ -38,7 +38,8 @@ class Sequence:
     `suspected`: a worker died in a step that this sequence took part in; until it has been through a step
     it runs alone, so that, should it be the cause, it is found out. `suspected_at` (time.monotonic) is when
     that began, `num_kills` counts the deaths in steps that it had to itself; its next token clears it of
-    both. `turn` counts on whenever a sequence is planned: who has the lowest waits longest.
+    both. `turn` counts on whenever a sequence is planned: who has the lowest waits longest. `stop_ids` are
+    the tokens that end it now.
     """
 
     request: Request
@@ -57,6 +58,10 @@ class Sequence:
     @property
     def seq_id(self) -> str:
         return self.request.request_id
+
+    def wake_stops(self) -> None:
+        """From the next token on, the request's stop tokens end it. EOS never sleeps."""
+        self.stop_ids = self.stop_ids.union(self.request.stop_token_ids)
 
     @property
     def num_generated(self) -> int:
@@ -114,12 +119,13 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a new request. The ingress has checked its length against `max_model_len` and the pages."""
-        stop_ids = frozenset(request.stop_token_ids)
-        if not request.ignore_eos:
-            stop_ids |= self._eos_ids
         tokens = array("i", request.prompt)
         tokens.extend(request.generated)
+        stop_ids = frozenset() if request.ignore_eos else self._eos_ids
         sequence = Sequence(request, tokens, stop_ids)
+        # What a former engine generated may hold the end of the thought.
+        if request.sleeping_until is None or request.sleeping_until in request.generated:
+            sequence.wake_stops()
         self._by_request[request.request_id] = sequence
         if not self._take_over(sequence):
             self.waiting.append(sequence)
@@ -412,9 +418,11 @@ class Scheduler:
             or len(sequence.tokens) >= self.limits.max_model_len
         ):
             reason = "length"
+        request = sequence.request
         if reason is not None:
             self._close(sequence)
-        request = sequence.request
+        elif token == request.sleeping_until:
+            sequence.wake_stops()
         delta = TokenDelta(request.request_id, position, [token], reason, attempt=request.attempt)
         return Finished(request.sink, delta)
 

@@ -154,5 +154,5 @@ class TokenFan:
 
     def close(self) -> None:
         """Closes all links."""
-        for link in self._links.values():
+        for link in list(self._links.values()):  # an ingress may be attaching at this moment
             link.close()

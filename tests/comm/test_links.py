@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,6 +26,9 @@ from r1_cluster.comm.wire import (
     WireError,
 )
 
+# Every wait here would end by itself after 10 s or more, or never: whoever needs less has noticed. A loaded
+# machine may need some tenths.
+NOTICED_S = 5.0
 SHAPES = st.lists(st.integers(0, 9), max_size=4)
 FIXTURE_ONCE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
@@ -157,11 +159,9 @@ def test_close_wakes_whoever_is_blocked(pair, blocked_in):
         blocked = pool.submit(block)
         time.sleep(0.1)
         assert not blocked.done()
-        start = time.monotonic()
         left.close()
         with pytest.raises(LinkClosed):
-            blocked.result(2)
-        assert time.monotonic() - start < 0.5
+            blocked.result(NOTICED_S)
     with pytest.raises(LinkClosed):
         right.recv(5) if blocked_in == "recv" else [right.recv(5) for _ in range(2)]
 
@@ -185,11 +185,13 @@ def test_many_closes_and_receivers_do_not_disturb_other_links(pair):
 
 def test_a_dead_peer_is_noticed_at_once(start_peer):
     process, link = start_peer("time.sleep(60)")
-    start = time.monotonic()
-    threading.Timer(0.1, process.kill).start()
-    with pytest.raises(LinkClosed):
-        link.recv(30)
-    assert time.monotonic() - start < 0.6
+    with ThreadPoolExecutor(1) as pool:
+        receiving = pool.submit(link.recv, 30)
+        time.sleep(0.1)
+        process.kill()
+        process.wait()  # by then its sockets are closed
+        with pytest.raises(LinkClosed):
+            receiving.result(NOTICED_S)
 
 
 def test_a_peer_that_dies_in_mid_message_is_noticed_at_once(start_peer):
@@ -199,11 +201,10 @@ def test_a_peer_that_dies_in_mid_message_is_noticed_at_once(start_peer):
         receiving = pool.submit(link.recv, 30)
         time.sleep(0.3)
         assert not receiving.done()
-        start = time.monotonic()
         process.kill()
+        process.wait()
         with pytest.raises(LinkClosed):
-            receiving.result(5)
-        assert time.monotonic() - start < 0.5
+            receiving.result(NOTICED_S)
 
 
 def test_wait_any_names_those_that_have_something(pair):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 import subprocess
 import threading
 import time
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from r1_cluster.comm.dispatch import LinkDispatcher, LocalDispatcher, StepTag
-from r1_cluster.comm.links import TcpLink, wait_any
+from r1_cluster.comm.links import wait_any
 from r1_cluster.comm.process_group import ProcessGroupLink, ProcessGroups
 from r1_cluster.comm.shared_memory import SLOT_BYTES, SLOTS
 from r1_cluster.comm.transports import backend_for
@@ -44,6 +43,9 @@ while True:
     link.send(*handle(link.recv(None), lambda layer, x_ND, counts: x_ND * 2 + layer))
 """
 )
+# From the peer's death on. Every wait here would end by itself after 20 s or more, so whoever needs less has
+# noticed the death and not run out of time; a loaded machine may need some tenths.
+NOTICED_S = 5.0
 Join = Callable[[str], tuple[subprocess.Popen[bytes], ProcessGroupLink]]
 
 
@@ -51,6 +53,12 @@ def make_groups(transport: str) -> ProcessGroups:
     backend = backend_for(transport, "127.0.0.1")
     assert backend is not None
     return ProcessGroups(backend, 20)
+
+
+def die(process: subprocess.Popen[bytes]) -> None:
+    """Kills a process and waits until the kernel has closed what it held, which takes a while with a device."""
+    process.kill()
+    process.wait()
 
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -94,6 +102,10 @@ def test_messages_arrive_as_sent(join):
         torch.randn(64, 7168),
         torch.arange(SLOTS * SLOT_BYTES // 4 + 5),  # twice a ring of shared memory, and some
         torch.randn(4, 2).to(torch.float8_e4m3fn),
+        torch.randn(3).as_strided((1,), (0,)),  # contiguous in torch's eyes
+        torch.randn(9).as_strided((1, 1), (7, 3)),
+        torch.tensor(5).expand(4),
+        torch.tensor(True).to(torch.int8),
     ]
     tensors = [tensor.to(link.device) for tensor in tensors]
     header = Header(Kind.DISPATCH, 1, 2, 3, 4, 5, Flags.TAINTED)
@@ -136,11 +148,9 @@ def test_a_killed_peer_is_noticed_by_whoever_waits_and_the_others_go_on(join):
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(lost.recv, 30)
         time.sleep(0.1)
-        start = time.monotonic()
-        victim.kill()
+        die(victim)
         with pytest.raises(LinkClosed):
-            waiting.result(5)
-        assert time.monotonic() - start < 0.5
+            waiting.result(NOTICED_S)
     with pytest.raises(LinkClosed):
         lost.send(Header(1), [torch.zeros(4, device=lost.device)])
     other.send(Header(1), [torch.ones(4, device=other.device)])
@@ -149,8 +159,8 @@ def test_a_killed_peer_is_noticed_by_whoever_waits_and_the_others_go_on(join):
 
 def test_a_killed_peer_is_noticed_though_nobody_waits(join):
     victim, link = join(ECHO)
-    victim.kill()
-    deadline = time.monotonic() + 0.5
+    die(victim)
+    deadline = time.monotonic() + NOTICED_S
     while not link.closed:
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -166,11 +176,9 @@ def test_a_peer_that_dies_before_its_payload_is_noticed(join):
         waiting = pool.submit(link.recv, 30)
         time.sleep(0.2)
         assert not waiting.done()
-        start = time.monotonic()
-        victim.kill()
+        die(victim)
         with pytest.raises(LinkClosed):
-            waiting.result(5)
-        assert time.monotonic() - start < 0.5
+            waiting.result(NOTICED_S)
     assert link.closed
 
 
@@ -192,7 +200,7 @@ def test_close_wakes_whoever_is_blocked(join):
         waiting = pool.submit(link.recv, None)
         threading.Timer(0.1, link.close).start()
         with pytest.raises(LinkClosed):
-            waiting.result(2)
+            waiting.result(NOTICED_S)
 
 
 def test_a_peer_that_joins_no_group_is_an_error(groups, pair):
@@ -203,19 +211,11 @@ def test_a_peer_that_joins_no_group_is_an_error(groups, pair):
     assert left.closed
 
 
-def test_a_plain_message_on_a_group_link_ends_it(groups, transport):
-    theirs = make_groups(transport)
-    near, far = (TcpLink(sock, "twin") for sock in socket.socketpair())
-    with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(theirs.join, far, 1)
-        link = groups.join(near, 0)
-        twin = other.result(20)
-    far.send(Header(1), [torch.zeros(1)])
+def test_a_plain_message_on_a_group_link_ends_it(join):
+    _, link = join(JOIN + "link._header_link.send(Header(1), [torch.zeros(1)]); time.sleep(60)")
     with pytest.raises(WireError, match="announcement"):
-        link.recv(1)
+        link.recv(10)
     assert link.closed
-    twin.close()
-    theirs.close()
 
 
 def test_a_peer_that_dies_while_it_is_sent_to(join):
@@ -227,33 +227,44 @@ def test_a_peer_that_dies_while_it_is_sent_to(join):
         )
         time.sleep(0.2)
         assert not sending.done()
-        start = time.monotonic()
-        victim.kill()
+        die(victim)
         with pytest.raises(LinkClosed):
-            sending.result(5)
-        assert time.monotonic() - start < 0.5
+            sending.result(NOTICED_S)
     assert link.closed
 
 
-def test_nothing_is_left_of_links_that_ended(groups, transport):
-    theirs = make_groups(transport)
-
-    def once() -> None:
-        near, far = (TcpLink(sock, "twin") for sock in socket.socketpair())
-        with ThreadPoolExecutor(1) as pool:
-            other = pool.submit(theirs.join, far, 1)
-            links = [groups.join(near, 0), other.result(20)]
-            received = pool.submit(links[1].recv, 5)
-            links[0].send(Header(1), [torch.ones(3, device=links[0].device)])
-            assert received.result().tensors[0].tolist() == [1, 1, 1]
-        for link in links:
-            link.close()
-
-    once()
+REJOIN = """
+import gc
+from r1_cluster.comm.process_group import ProcessGroups
+from r1_cluster.comm.transports import backend_for
+groups = ProcessGroups(backend_for(sys.argv[3], "127.0.0.1"), 20)
+while True:
+    link = groups.join(link, 1)
+    header, tensors, _ = link.recv(20)
     gc.collect()
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(3):
-        once()
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) <= before
-    theirs.close()
+    link.send(header, tensors, str(len(os.listdir("/proc/self/fd"))).encode())
+    try:
+        link.recv(20)
+    except LinkClosed:
+        link.close()
+    link = connect(endpoint, Hello(sys.argv[2], "1", 0, "tensor"), bytes(range(32)), 20)
+"""
+
+
+def test_nothing_is_left_of_links_that_ended(groups, transport, listener, start_peer):
+    """On either side. The first two links are not counted: libraries open what they keep with them."""
+    _, header_link = start_peer(REJOIN, transport)
+    ours, theirs = [], []
+    for _ in range(5):
+        link = groups.join(header_link, 0)
+        link.send(Header(1), [torch.ones(3, device=link.device)])
+        message = link.recv(20)
+        assert message.tensors[0].tolist() == [1, 1, 1]
+        theirs.append(int(message.body))
+        link.close()
+        _, header_link = listener.accept(60)
+        gc.collect()
+        ours.append(len(os.listdir("/proc/self/fd")))
+    header_link.close()
+    assert max(ours[2:]) <= ours[1]
+    assert max(theirs[2:]) <= theirs[1]

@@ -124,3 +124,12 @@ def test_tensor_bytes_are_a_view():
     assert tensor[0].tolist() == [0.0, 1.5, 0.0]
     assert len(wire.tensor_bytes(torch.empty(0, 4))) == 0
     assert len(wire.tensor_bytes(torch.tensor(1.0))) == 4
+
+
+def test_bytes_of_one_element_whatever_its_strides():
+    """torch calls these contiguous, but shows the bytes of none of them."""
+    values = torch.arange(9, dtype=torch.int32)
+    for size, stride in [((1,), (0,)), ((1, 1), (7, 3)), ((), ())]:
+        one = values[5:].as_strided(size, stride, 5)
+        assert one.is_contiguous()
+        assert bytes(wire.tensor_bytes(one)) == b"\x05\0\0\0"

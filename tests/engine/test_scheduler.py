@@ -2,12 +2,22 @@
 
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1_cluster.engine.pages import PageAllocator
 from r1_cluster.engine.scheduler import Limits, Scheduler
-from r1_cluster.records import NOBODY, Refusal, Request, SamplingParams, StepPlan, StepResult, unpack_int32
+from r1_cluster.records import (
+    NOBODY,
+    HeldSequence,
+    Refusal,
+    Request,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    unpack_int32,
+)
 
 GREEDY = SamplingParams(0.0, 1.0, 0, 0)
 
@@ -135,6 +145,70 @@ def test_stop_token_and_ignore_eos():
     collect(sched, FakeWorkers(4), texts)
     assert texts["a"][-1] == stop
     assert len(texts["a"]) <= 3
+
+
+# The model's text after this prompt, of which every token may be the stop token or the end of the thought.
+SLEEPY = [3, 4]
+WHOLE = expected(SLEEPY, 12)
+
+
+def asleep(stops, until, **fields):
+    return Request("a", SLEEPY, GREEDY, 12, stops, "sink", sleeping_until=until, **fields)
+
+
+def test_stop_tokens_sleep_until_the_end_of_the_thought():
+    assert len(set(WHOLE)) == len(WHOLE) == 12
+    for stops, until, length in (
+        ([WHOLE[2], WHOLE[7]], WHOLE[4], 8),
+        ([WHOLE[2]], WHOLE[4], 12),
+        ([WHOLE[4], WHOLE[5]], WHOLE[4], 6),  # the end of the thought wakes them, and is none of them yet
+        ([WHOLE[2]], 1000, 12),
+        ([WHOLE[2]], None, 3),
+    ):
+        sched, texts = scheduler(), {}
+        sched.add(asleep(stops, until))
+        collect(sched, FakeWorkers(4), texts)
+        assert texts["a"] == WHOLE[:length]
+
+
+def test_eos_never_sleeps():
+    sched, texts = Scheduler(Limits(8, 16, 64), PageAllocator(16, 4), frozenset({WHOLE[3]})), {}
+    sched.add(asleep([], WHOLE[5]))
+    collect(sched, FakeWorkers(4), texts)
+    assert texts["a"] == WHOLE[:4]
+    # Ignored, and given as a stop token, it sleeps like any other.
+    sched.add(asleep([WHOLE[3]], WHOLE[5], ignore_eos=True))
+    texts.clear()
+    collect(sched, FakeWorkers(4), texts)
+    assert texts["a"] == WHOLE
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+@pytest.mark.parametrize("known", range(9))
+def test_an_engine_that_takes_over_knows_whether_stop_tokens_sleep(known, adopted):
+    stops, until = [WHOLE[2], WHOLE[4], WHOLE[8]], WHOLE[4]
+    workers, sched, texts = FakeWorkers(4), scheduler(), {"a": WHOLE[:known]}
+    if adopted:
+        former = scheduler()
+        former.add(asleep(stops, until))
+        for _ in range(min(known + 1, 8)):  # the ingress may have missed the last token
+            former.commit(workers.run(former.schedule(1)))
+        (sequence,) = former.running
+        held = HeldSequence(sequence.tokens.tobytes(), sequence.pages.tobytes(), sequence.num_computed)
+        sched.adopt({"a": held})
+    sched.add(asleep(stops, until, generated=WHOLE[:known]))
+    collect(sched, workers, texts)
+    assert texts["a"] == WHOLE[:9]
+
+
+def test_stop_tokens_stay_awake_when_a_sequence_is_computed_again():
+    workers, sched, texts = FakeWorkers(4), scheduler(), {"a": WHOLE[:6]}
+    sched.add(asleep([WHOLE[2], WHOLE[8]], WHOLE[4]))
+    for _ in range(6):
+        sched.commit(workers.run(sched.schedule(1)))
+    sched.forget_kv()
+    collect(sched, workers, texts)
+    assert texts["a"] == WHOLE[:9]
 
 
 def test_micro_batches_split_the_running_sequences():

@@ -140,3 +140,23 @@ def _error(out: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.fixture
 def relative_error():
     return _error
+
+
+HOPPER_FP8 = 2**-11
+"""Ada's and Hopper's matrix units add FP8 products in accumulators of about 14 bits (DeepSeek-V3 report, section
+3.3.2), 128 products at a time here: each cut costs up to 2^-13 of the largest term. The most that was seen of these
+tests' numbers on an H200 is 2^-13.2 of the sum of the terms' magnitudes; inputs are new each time, hence two bits
+more. One product of 128 that were lost would be 2^-7."""
+FLOAT32_UNITS = 2**-17
+"""Units with float32 accumulators cut once an instruction: K / 32 times 2^-23, K up to 1,152 here."""
+FLOAT32_HOST = 2**-20
+"""The interpreter rounds to nearest; K roundings of 2^-24, of which most cancel."""
+
+
+@pytest.fixture(scope="session")
+def fp8_sums() -> float:
+    """What a sum of FP8 products may be off by on this device, as a share of Σ |a| |b|."""
+    if DEVICE == "cpu":
+        return FLOAT32_HOST
+    narrow = not torch.version.hip and torch.cuda.get_device_capability()[0] < 10
+    return HOPPER_FP8 if narrow else FLOAT32_UNITS
