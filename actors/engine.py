@@ -28,6 +28,7 @@ from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.engine.streams import TokenFan
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.planning.layout import build_layout
+from r1_cluster.planning.limits import check_messages, max_model_len
 from r1_cluster.records import Refusal, Request
 from r1_cluster.text.tokenizer import Tokenizer
 
@@ -39,13 +40,9 @@ RETRY_S = 0.5
 HEAD_TIMEOUT_S = 1.0
 
 
-def max_model_len(service: Service, model: ModelConfig) -> int:
-    """Tokens that prompt and answer may have together: by the model, by configuration, by the pages."""
-    engine = service.engine
-    limits = [model.max_position_embeddings, engine.num_pages * engine.page_size]
-    if engine.max_model_len is not None:
-        limits.append(engine.max_model_len)
-    return min(limits)
+def num_places(service: Service) -> int:
+    """How many requests one engine holds, running or queued."""
+    return service.engine.max_num_seqs + service.engine.max_queued
 
 
 class Engine:
@@ -56,6 +53,7 @@ class Engine:
         self._model = ModelConfig.from_folder(service.model.path)
         self._eos_ids = frozenset(Tokenizer.from_folder(service.model.path).eos_ids)
         self._layout = build_layout(service.layout, self._model)
+        check_messages(service, self._model)
         self._id = serve.get_replica_context().replica_id.unique_id
         self._secret = secret()
         self._loop = asyncio.get_event_loop()
@@ -157,15 +155,16 @@ class Engine:
 
         Serve counts, drains and cancels requests by this call.
         """
-        record = msgspec.msgpack.decode(request, type=Request)
         core, fan = await self._office()
         if core is None or fan is None:
             return Refusal("not_in_office", self._id)
-        capacity = self._service.engine.max_num_seqs + self._service.engine.max_queued
-        if len(self._ends) >= capacity:
+        if len(self._ends) >= num_places(self._service):
             return Refusal("overloaded")
         if core.ended:
             return core.end_refusal
+        record = msgspec.msgpack.decode(request, type=Request)
+        if core.refuses(record):
+            return Refusal("convicted")  # before the client is told that its request was taken
         if not fan.attached(record.sink):
             where = msgspec.msgpack.decode(endpoint, type=Endpoint)
             try:

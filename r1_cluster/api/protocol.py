@@ -18,7 +18,11 @@ MAX_MESSAGES = 16_384
 MAX_STOPS = 16
 MAX_STOP_TOKENS = 256
 MAX_NUMBER_LENGTH = 100
+MAX_VALUES = 500_000
+"""Commas, colons and opening brackets of a body: 16,384 messages with tool calls have some 300,000."""
 _INT32_MAX = 2**31 - 1
+# A string of JSON. One that never ends goes to the end, or the search would begin anew at each quote in it.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)', re.DOTALL)
 _EXACT_INTEGERS = 2**53
 """Up to here a float64 holds every integer, so that a JSON number like 1e3 means one and not several."""
 
@@ -149,8 +153,10 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
 def parse_json_object(body: bytes) -> dict[str, object]:
     """A JSON object, read strictly: UTF-8 without lone surrogates, no key twice, numbers that are numbers.
 
-    Raises ApiError (400).
+    Raises ApiError (400). The cost grows with the body's length alone.
     """
+    if _num_values(body) > MAX_VALUES:
+        raise invalid_request(None, f"the body has more than {MAX_VALUES} keys and values")
     try:
         value = json.loads(
             body.decode("utf-8"),
@@ -174,11 +180,23 @@ def parse_json_object(body: bytes) -> dict[str, object]:
     return value
 
 
+def _num_values(body: bytes) -> int:
+    """How many structural characters a body has, which bounds what its values will take in memory."""
+    count = _num_structural(body)
+    # Text has commas too: only where they could decide it are strings told from the rest.
+    return count if count <= MAX_VALUES else _num_structural(_STRING.sub(b"", body))
+
+
+def _num_structural(text: bytes) -> int:
+    return sum(map(text.count, (b",", b":", b"[", b"{")))
+
+
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        seen: set[str] = set()
+        # `add` returns None, so that each key is looked up and noted once.
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {_shown(twice)} stands there twice")
     return value
 
@@ -188,6 +206,7 @@ def _refuse_constant(text: str) -> NoReturn:
 
 
 def _float(text: str) -> float:
+    _check_length(text)
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:30]} is too large")
@@ -195,9 +214,13 @@ def _float(text: str) -> float:
 
 
 def _int(text: str) -> int:
-    if len(text) > MAX_NUMBER_LENGTH:
-        raise ValueError(f"a number has {len(text)} digits")
+    _check_length(text)
     return int(text)
+
+
+def _check_length(number: str) -> None:
+    if len(number) > MAX_NUMBER_LENGTH:
+        raise ValueError(f"a number has {len(number)} digits")
 
 
 def _without_ignored(fields: dict[str, object]) -> dict[str, object]:

@@ -7,6 +7,7 @@ A client repeats what failed, and each repetition would cost two starts of a wor
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from array import array
 from collections import OrderedDict
@@ -18,24 +19,27 @@ MAX_REMEMBERED = 1024
 
 
 class Convicts:
-    """The fingerprints of convicted requests. Owned by the engine's loop."""
+    """The fingerprints of convicted requests. Any thread may ask."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._until: OrderedDict[bytes, float] = OrderedDict()
 
     def convict(self, request: Request) -> None:
         """Remembers a request for `REMEMBERED_S`; of more than `MAX_REMEMBERED` the oldest is forgotten."""
         fingerprint = _fingerprint(request)
-        self._until[fingerprint] = time.monotonic() + REMEMBERED_S
-        self._until.move_to_end(fingerprint)
-        if len(self._until) > MAX_REMEMBERED:
-            self._until.popitem(last=False)
+        with self._lock:
+            self._until[fingerprint] = time.monotonic() + REMEMBERED_S
+            self._until.move_to_end(fingerprint)
+            if len(self._until) > MAX_REMEMBERED:
+                self._until.popitem(last=False)
 
     def __contains__(self, request: Request) -> bool:
         now = time.monotonic()
-        while self._until and next(iter(self._until.values())) < now:
-            self._until.popitem(last=False)
-        return bool(self._until) and _fingerprint(request) in self._until
+        with self._lock:
+            while self._until and next(iter(self._until.values())) < now:
+                self._until.popitem(last=False)
+            return bool(self._until) and _fingerprint(request) in self._until
 
 
 def _fingerprint(request: Request) -> bytes:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from r1_cluster.comm.links import TcpLink, wait_any
 from r1_cluster.comm.wakeup import Wakeup
 from r1_cluster.engine.convicts import Convicts
-from r1_cluster.engine.pipeline import Deposed, Member, Pipeline, WorkerLost
-from r1_cluster.engine.recovery import PROBE_S, EngineFailed, Recovery, Replace
+from r1_cluster.engine.pipeline import Deposed, EngineFailed, Member, Pipeline, WorkerLost
+from r1_cluster.engine.recovery import PROBE_S, Recovery, Replace
 from r1_cluster.engine.scheduler import Finished, Scheduler, refused
 from r1_cluster.engine.streams import TokenFan
 from r1_cluster.records import (
@@ -175,6 +175,10 @@ class EngineCore:
         """Queues a request whose sink is attached to the fan."""
         self._commands.append(request)
         self._wakeup.set()
+
+    def refuses(self, request: Request) -> bool:
+        """Whether it was convicted."""
+        return request in self._convicts
 
     def abort(self, request_id: str, attempt: int) -> None:
         """Ends a request, unless it is unknown or was asked for again since that attempt."""
