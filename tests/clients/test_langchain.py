@@ -83,6 +83,11 @@ def test_its_options_are_taken(model, server):
     assert any(chunk.usage_metadata for chunk in chunks)
 
 
+@pytest.mark.usefixtures("slow_server")
+def test_signs_of_life_are_no_chunks(model):
+    check(functools.reduce(operator.add, model().stream(TURN)), model.func.__name__)
+
+
 def test_structured_output_is_refused_by_name(model):
     schema = {
         "title": "Answer",

@@ -82,6 +82,12 @@ def test_usage_of_a_stream(complete):
     assert answer.usage.completion_tokens_details.reasoning_tokens > 0
 
 
+@pytest.mark.usefixtures("slow_server")
+def test_signs_of_life_are_no_chunks(complete):
+    message = complete([{"role": "user", "content": "Hi"}], stream=True).choices[0].message
+    assert (message.reasoning_content, message.content) == (THOUGHT, ANSWER)
+
+
 def test_its_fields_are_taken(complete, server):
     options = {
         "temperature": 0.5,

@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 
+import httpx
 import openai
 import pytest
 from scripted_server import ANSWER, THOUGHT
@@ -77,6 +78,13 @@ def test_streams_and_their_usage(client):
         chunks = list(stream)
     assert text_of(chunks) == (THOUGHT, ANSWER)
     assert chunks[-1].usage.completion_tokens_details.reasoning_tokens > 0
+
+
+def test_signs_of_life_are_no_chunks(client, slow_server):
+    chunks = list(client.chat.completions.create(**ASK, stream=True))
+    assert text_of(chunks) == (THOUGHT, ANSWER)
+    raw = httpx.post(f"{slow_server.url}/chat/completions", json={**ASK, "stream": True})
+    assert raw.text.startswith(": keep-alive\n\n: keep-alive\n\n")
 
 
 async def async_answers(url):
