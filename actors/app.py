@@ -12,7 +12,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from actors.cluster import ENGINE_CPUS, ENGINE_DEPLOYMENT, INGRESS_CPUS, INGRESS_DEPLOYMENT
-from actors.engine import Engine
+from actors.engine import Engine, num_places
 from actors.ingress import Ingress
 from actors.routing import OfficeRouter
 from r1_cluster.config import Service, load_service
@@ -28,7 +28,7 @@ def build(args: dict[str, str]) -> Application:
 def build_app(service: Service) -> Application:
     """The application of a service. Serve's limits are set here, each with its reason."""
     engine, edge = service.engine, service.serve
-    capacity = engine.max_num_seqs + engine.max_queued
+    capacity = num_places(service)
     engines = serve.deployment(
         Engine,
         name=ENGINE_DEPLOYMENT,
@@ -50,8 +50,9 @@ def build_app(service: Service) -> Application:
         Ingress,
         name=INGRESS_DEPLOYMENT,
         num_replicas=edge.ingress_replicas,
-        # An ingress only waits; requests beyond the engines' capacity must reach it to be refused.
-        max_ongoing_requests=2 * capacity * engine.replicas + 64,
+        # An ingress only waits; requests beyond the engines' capacity must reach it to be refused, and bodies
+        # that come slowly must leave room.
+        max_ongoing_requests=2 * capacity * engine.replicas + 1024,
         max_queued_requests=-1,
         graceful_shutdown_timeout_s=edge.drain_s,
         health_check_period_s=2.0,

@@ -28,26 +28,21 @@ from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.engine.streams import TokenFan
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.planning.layout import build_layout
-from r1_cluster.records import Request
+from r1_cluster.planning.limits import check_messages, max_model_len
+from r1_cluster.records import Refusal, Request
 from r1_cluster.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("r1_cluster.engine")
 
-NOT_IN_OFFICE = "not in office: "
-"""A standby's answer, with its replica id: ask another."""
 TAKEOVER_S = 10.0
 """How long a request waits for a standby that is about to take over."""
 RETRY_S = 0.5
 HEAD_TIMEOUT_S = 1.0
 
 
-def max_model_len(service: Service, model: ModelConfig) -> int:
-    """Tokens that prompt and answer may have together: by the model, by configuration, by the pages."""
-    engine = service.engine
-    limits = [model.max_position_embeddings, engine.num_pages * engine.page_size]
-    if engine.max_model_len is not None:
-        limits.append(engine.max_model_len)
-    return min(limits)
+def num_places(service: Service) -> int:
+    """How many requests one engine holds, running or queued."""
+    return service.engine.max_num_seqs + service.engine.max_queued
 
 
 class Engine:
@@ -58,10 +53,11 @@ class Engine:
         self._model = ModelConfig.from_folder(service.model.path)
         self._eos_ids = frozenset(Tokenizer.from_folder(service.model.path).eos_ids)
         self._layout = build_layout(service.layout, self._model)
+        check_messages(service, self._model)
         self._id = serve.get_replica_context().replica_id.unique_id
         self._secret = secret()
         self._loop = asyncio.get_event_loop()
-        self._ends: dict[str, asyncio.Future[str | None]] = {}
+        self._ends: dict[str, asyncio.Future[Refusal | None]] = {}
         self._name = ""
         self._supervisor: Supervisor | None = None
         self._fan: TokenFan | None = None
@@ -153,36 +149,37 @@ class Engine:
         if self._fan is not None:
             self._fan.beat()
 
-    async def generate(self, request: bytes, endpoint: bytes) -> str | None:
+    async def generate(self, request: bytes, endpoint: bytes) -> Refusal | None:
         """Computes one answer; its tokens go to the sink at `endpoint`. Returns when the request has
         ended: None, or why it failed. Cancelling the call aborts the request.
 
         Serve counts, drains and cancels requests by this call.
         """
-        record = msgspec.msgpack.decode(request, type=Request)
         core, fan = await self._office()
         if core is None or fan is None:
-            return f"{NOT_IN_OFFICE}{self._id}"
-        capacity = self._service.engine.max_num_seqs + self._service.engine.max_queued
-        if len(self._ends) >= capacity:
-            return "overloaded"
+            return Refusal("not_in_office", self._id)
+        if len(self._ends) >= num_places(self._service):
+            return Refusal("overloaded")
         if core.ended:
-            return core.end_reason
+            return core.end_refusal
+        record = msgspec.msgpack.decode(request, type=Request)
+        if core.refuses(record):
+            return Refusal("convicted")  # before the client is told that its request was taken
         if not fan.attached(record.sink):
             where = msgspec.msgpack.decode(endpoint, type=Endpoint)
             try:
                 await asyncio.to_thread(fan.attach, record.sink, where)
             except LinkError as error:
-                return f"the ingress cannot be reached: {error}"
-        end: asyncio.Future[str | None] = self._loop.create_future()
+                return Refusal("failed", f"the ingress cannot be reached: {error}")
+        end: asyncio.Future[Refusal | None] = self._loop.create_future()
         self._ends[record.request_id] = end
         try:
-            fan.accept(record.sink, record.request_id)
+            fan.accept(record)
             core.submit(record)
             return await end
         except asyncio.CancelledError:
             if self._ends.get(record.request_id) is end:
-                core.abort(record.request_id)
+                core.abort(record.request_id, record.attempt)
             raise
         finally:
             # An ingress whose link broke may have asked again before this call was cancelled.
@@ -254,10 +251,10 @@ class Engine:
         if pulse is not None:
             pulse.close()
 
-    def _on_end(self, request_id: str, error: str | None) -> None:
+    def _on_end(self, request_id: str, error: Refusal | None) -> None:
         self._loop.call_soon_threadsafe(self._resolve, request_id, error)
 
-    def _resolve(self, request_id: str, error: str | None) -> None:
+    def _resolve(self, request_id: str, error: Refusal | None) -> None:
         end = self._ends.get(request_id)
         if end is not None and not end.done():
             end.set_result(error)

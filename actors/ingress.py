@@ -14,34 +14,26 @@ from typing import Any
 
 import msgspec
 import ray
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
 
 from actors.cluster import is_draining, secret
-from actors.engine import NOT_IN_OFFICE, max_model_len
+from actors.engine import num_places
 from actors.routing import avoid, trust
 from r1_cluster.api.chat import ChatStream
-from r1_cluster.api.errors import (
-    ApiError,
-    context_length_exceeded,
-    internal,
-    invalid_request,
-    model_not_found,
-    overloaded,
-    unavailable,
-)
-from r1_cluster.api.protocol import ChatCompletionRequest, parse_chat_request
+from r1_cluster.api.errors import ApiError, convicted, failed_row, overloaded, unavailable
 from r1_cluster.comm.listener import Listener
 from r1_cluster.config import Service
+from r1_cluster.edge.app import Answer, build_edge
+from r1_cluster.edge.body import BodyReader
+from r1_cluster.edge.pool import PreparePool
+from r1_cluster.edge.prepare import PrepareOptions
+from r1_cluster.edge.sse import frames
 from r1_cluster.engine.streams import TokenSink
 from r1_cluster.models.config import ModelConfig
-from r1_cluster.records import ENGINE_LOST, SamplingParams, TokenDelta
-from r1_cluster.records import Request as EngineRequest
-from r1_cluster.text.template import ChatTemplate, TemplateError
-from r1_cluster.text.tokenizer import Tokenizer
+from r1_cluster.planning.limits import max_model_len
+from r1_cluster.records import ENGINE_LOST, Refusal, Request, TokenDelta
 
 logger = logging.getLogger("r1_cluster.ingress")
 
@@ -56,42 +48,7 @@ HEALTH_TIMEOUT_S = 3.0
 HEALTH_TRIES = 3
 
 
-def build_edge() -> FastAPI:
-    """The routes; each asks the ingress of its replica. Serve calls this in the replica, because an app
-    that travels to it pickled arrives without its annotations and error handlers."""
-    edge = FastAPI(openapi_url=None)
-
-    def ingress() -> Any:
-        return serve.get_replica_context().servable_object
-
-    @edge.get("/health")
-    async def health() -> Response:
-        state = await ingress().health()
-        return JSONResponse(state, 200 if state["status"] in ("ready", "recovering") else 503)
-
-    @edge.get("/v1/models")
-    async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [ingress().model_card()]})
-
-    @edge.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        card = ingress().model_card()
-        if name != card["id"]:
-            raise model_not_found(name)
-        return JSONResponse(card)
-
-    @edge.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        answer: Response = await ingress().chat(parse_chat_request(await request.body()))
-        return answer
-
-    edge.add_exception_handler(ApiError, _api_error)
-    edge.add_exception_handler(HTTPException, _http_error)
-    edge.add_exception_handler(Exception, _unexpected)
-    return edge
-
-
-@serve.ingress(build_edge)
+@serve.ingress()
 class Ingress:
     """See the module. Created by Serve."""
 
@@ -100,10 +57,20 @@ class Ingress:
         self._engine = engine
         model = ModelConfig.from_folder(service.model.path)
         self._max_model_len = max_model_len(service, model)
-        self._tokenizer = Tokenizer.from_folder(service.model.path)
-        self._template = ChatTemplate.from_folder(service.model.path, self._tokenizer)
+        self.places = num_places(service) * service.engine.replicas
+        self._pool = PreparePool(
+            PrepareOptions(
+                service.model.path,
+                service.served_name,
+                service.serve.defaults,
+                self._max_model_len,
+                model.vocab_size,
+            )
+        )
+        self._pool.warm()
         self._loop = asyncio.get_event_loop()
         self._streams: dict[str, _Attempt] = {}
+        self._in_hand: set[asyncio.Task[Any]] = set()
         self._draining = False
         self._sink = TokenSink(
             Listener(
@@ -117,6 +84,13 @@ class Ingress:
         )
         self._endpoint = msgspec.msgpack.encode(self._sink.endpoint)
         self._watcher = self._loop.create_task(self._watch_for_drain())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve asks for the app in the replica: one that travels there pickled arrives without its
+        annotations and error handlers."""
+        edge = self._service.serve
+        reader = BodyReader(edge.max_body_bytes, edge.body_timeout_s)
+        return build_edge(self, reader, cors_origins=edge.cors_origins)
 
     async def health(self) -> dict[str, Any]:
         """The state of the engine that a request would be sent to; `status` is ready, recovering, draining
@@ -150,72 +124,56 @@ class Ingress:
             "max_model_len": self._max_model_len,
         }
 
-    async def chat(self, chat: ChatCompletionRequest) -> Response:
-        """Answers a chat, streamed or whole; raises ApiError."""
+    def enter(self) -> None:
+        """Counts a request in until its task ends. Raises ApiError while the service drains, and where this
+        ingress alone has as many in hand as the engines can hold: what an engine would refuse is not worth
+        the work before it."""
         if self._draining:
             raise unavailable("the service is being stopped; it takes no new requests")
-        if chat.model != self._service.served_name:
-            raise model_not_found(chat.model)
-        stream, record = self._prepare(chat)
+        if len(self._in_hand) >= self.places:
+            raise overloaded(retry_after_s=1)
+        task = asyncio.current_task()
+        assert task is not None
+        self._in_hand.add(task)
+        task.add_done_callback(self._in_hand.discard)
+
+    async def chat(self, body: bytes) -> Answer:
+        """Answers a chat, streamed or whole; raises ApiError up to when an engine has taken it."""
+        chat, record = await self._pool.prepare(body)
+        record = msgspec.structs.replace(record, request_id=uuid.uuid4().hex, sink=self._sink.name)
+        stream = ChatStream(
+            chat, self._pool.tokenizer, prompt_tokens=len(record.prompt), request_id=record.request_id
+        )
         answer = self._generate(record)
-        # The first delta is waited for here, so that an error becomes a status and not a broken stream.
+        # Until an engine has taken the request, an error is a status, and not a broken stream.
         first = await anext(answer)
+        begun = stream.feed(first) if first.tokens or first.finish_reason else []
         if chat.stream:
-            frames = self._frames(stream, first, answer)
-            return StreamingResponse(frames, media_type="text/event-stream")
-        stream.feed(first)
+            return frames(stream, begun, answer)
         while not stream.finished:
             stream.feed(await anext(answer))
         await answer.aclose()
-        return JSONResponse(stream.whole())
+        return stream.whole()
 
-    def _prepare(self, chat: ChatCompletionRequest) -> tuple[ChatStream, EngineRequest]:
-        """The request as the engine knows it, and the stream that will make text of its tokens."""
-        defaults = self._service.serve.defaults
-        thinking = chat.thinking
-        try:
-            prompt = self._template.prompt_ids(chat.messages, thinking=thinking)
-        except TemplateError as error:
-            raise invalid_request("messages", str(error)) from None
-        room = self._max_model_len - len(prompt)
-        wanted = chat.max_output_tokens
-        if room < 1 or (wanted is not None and wanted > room):
-            raise context_length_exceeded(self._max_model_len, len(prompt), wanted)
-        sampling = SamplingParams(
-            temperature=defaults.temperature if chat.temperature is None else chat.temperature,
-            top_p=defaults.top_p if chat.top_p is None else chat.top_p,
-            top_k=chat.top_k or 0,
-            seed=secrets.randbits(63) if chat.seed is None else chat.seed,
-        )
-        record = EngineRequest(
-            request_id=uuid.uuid4().hex,
-            prompt=prompt,
-            sampling=sampling,
-            max_tokens=min(room, defaults.max_tokens) if wanted is None else wanted,
-            stop_token_ids=chat.stop_token_ids,
-            sink=self._sink.name,
-            ignore_eos=chat.ignore_eos,
-        )
-        stream = ChatStream(chat, self._tokenizer, prompt_tokens=len(prompt), request_id=record.request_id)
-        return stream, record
-
-    async def _generate(self, record: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
-        """The deltas of one answer; raises ApiError where the engine refuses or fails. Closing it, or
-        cancelling its task, aborts the request on the engine.
+    async def _generate(self, record: Request) -> AsyncGenerator[TokenDelta, None]:
+        """The deltas of one answer, the first as soon as an engine has taken the request, with or without
+        tokens; raises ApiError where the engine refuses or fails. Closing it, or cancelling its task, aborts
+        the request on the engine.
 
         When the engine dies, the request goes to the next one with the tokens that are known so far, and the
         answer goes on at the next token.
         """
         tokens: list[int] = []
+        taken = False
         in_hand_at, pause_s = time.monotonic(), RETRY_S
         while True:
             engine_lost = False
-            attempt = msgspec.structs.replace(record, generated=list(tokens))
+            record = msgspec.structs.replace(record, generated=list(tokens), attempt=record.attempt + 1)
             # Closed before the next attempt begins: left to the garbage collector, its end would come after
             # that beginning, and take the new attempt's queue away.
-            async with contextlib.aclosing(self._attempt(attempt)) as deltas:
+            async with contextlib.aclosing(self._attempt(record)) as deltas:
                 async for delta in deltas:
-                    if delta.error == ENGINE_LOST:
+                    if delta.error is not None and delta.error.kind == "engine_lost":
                         engine_lost = True
                         break
                     if delta.error is not None:
@@ -231,18 +189,19 @@ class Ingress:
                         continue
                     new = delta.tokens[len(tokens) - delta.position :]
                     tokens += new
-                    if new or delta.finish_reason is not None:
+                    if new or delta.finish_reason is not None or not taken:
+                        taken = True
                         yield delta
             if not engine_lost:
                 return
             if time.monotonic() - in_hand_at > RESUME_S:
-                raise _engine_error(f"no engine took it up within {RESUME_S:g} s")
+                raise _engine_error(Refusal("failed", f"no engine took it up within {RESUME_S:g} s"))
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, 1.0)
 
-    async def _attempt(self, record: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+    async def _attempt(self, record: Request) -> AsyncGenerator[TokenDelta, None]:
         """What one engine says of a request, up to the end or an error."""
-        attempt = self._streams[record.request_id] = _Attempt()
+        attempt = self._streams[record.request_id] = _Attempt(record.attempt)
         call = self._engine.generate.remote(msgspec.msgpack.encode(record), self._endpoint)
         waiter = asyncio.ensure_future(call)
         waiter.add_done_callback(lambda done: _report_failure(record.request_id, done, attempt.queue))
@@ -257,20 +216,6 @@ class Ingress:
             if not ended:
                 call.cancel()
 
-    async def _frames(
-        self, stream: ChatStream, first: TokenDelta, answer: AsyncGenerator[TokenDelta, None]
-    ) -> AsyncGenerator[bytes, None]:
-        try:
-            yield b"".join(stream.feed(first))
-            while not stream.finished:
-                frames = stream.feed(await anext(answer))
-                if frames:
-                    yield b"".join(frames)
-        except ApiError as error:
-            yield b"".join(stream.fail(error))
-        finally:
-            await answer.aclose()
-
     def _from_sink(self, handler: Callable[..., None], *arguments: object) -> None:
         self._loop.call_soon_threadsafe(handler, *arguments)
 
@@ -278,7 +223,8 @@ class Ingress:
         trust(replica)
         for delta in deltas:
             attempt = self._streams.get(delta.request_id)
-            if attempt is not None:
+            # What a former engine still sends may differ from what the present one computes.
+            if attempt is not None and attempt.number == delta.attempt:
                 attempt.replica = replica
                 attempt.queue.put_nowait(delta)
 
@@ -294,12 +240,13 @@ class Ingress:
 class _Attempt:
     """One engine's go at a request; `replica` is known once it has said something."""
 
+    number: int
     queue: asyncio.Queue[TokenDelta] = field(default_factory=asyncio.Queue)
     replica: str = ""
 
 
 def _report_failure(
-    request_id: str, done: asyncio.Future[str | None], queue: asyncio.Queue[TokenDelta]
+    request_id: str, done: asyncio.Future[Refusal | None], queue: asyncio.Queue[TokenDelta]
 ) -> None:
     """Puts a failed call into its stream. Of one that ended well the last token is on its way, or it was lost
     on it: then the answer is asked for again from where it is."""
@@ -309,8 +256,8 @@ def _report_failure(
     if failure is not None:
         logger.warning("the engine's call ended: %s: %s", type(failure).__name__, failure)
     error = ENGINE_LOST if failure is not None else done.result()
-    if error is not None and error.startswith(NOT_IN_OFFICE):
-        avoid(error.removeprefix(NOT_IN_OFFICE))
+    if error is not None and error.kind == "not_in_office":
+        avoid(error.text)
         error = ENGINE_LOST
     if error is not None:
         queue.put_nowait(TokenDelta(request_id, 0, [], "error", error))
@@ -320,30 +267,12 @@ def _report_failure(
         done.get_loop().call_later(LAST_TOKEN_S, queue.put_nowait, lost)
 
 
-def _engine_error(reason: str) -> ApiError:
-    if reason == "overloaded":
+def _engine_error(refusal: Refusal) -> ApiError:
+    if refusal.kind == "overloaded":
         return overloaded(retry_after_s=1)
-    logger.error("an answer failed: %s", reason)
+    logger.error("an answer failed: %s %s", refusal.kind, refusal.text)
+    if refusal.kind == "convicted":
+        return convicted()
+    if refusal.kind == "failed_row":
+        return failed_row()
     return unavailable("the engine could not finish this answer; please ask again")
-
-
-async def _api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JSONResponse(error.body(), error.status, headers=error.headers)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 405:
-        message = f"{request.method} is not allowed for {request.url.path}"
-    else:
-        message = f"there is nothing at {request.url.path}"
-    failure = invalid_request(None, message, status=error.status_code)
-    return JSONResponse(failure.body(), failure.status)
-
-
-async def _unexpected(_: Request, error: Exception) -> Response:
-    error_id = uuid.uuid4().hex
-    logger.error("error %s", error_id, exc_info=error)
-    failure = internal(error_id)
-    return JSONResponse(failure.body(), failure.status)

@@ -26,6 +26,9 @@ ROW_TILE = 8
 ATTENTION_SPLIT = 64
 """Positions of the context that one product covers in absorbed attention."""
 
+FAILED = -1
+"""What `Ops.sample` answers for a row from which no token can be drawn."""
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -74,7 +77,8 @@ class ModelShape:
 @dataclass(frozen=True)
 class Draws:
     """How each of S rows of logits becomes a token: one list entry a row. `top_k` 0 keeps all tokens;
-    temperature 0 is greedy; the random number is a function of (seed, position)."""
+    temperature 0 is greedy; the random number is a function of (seed, position), modulo 2^64. Any number may
+    stand in any place: what it means, and that NaN fails its row, is said in `kernels.cpu_sampler`."""
 
     temperatures: Sequence[float]
     top_ks: Sequence[int]
@@ -201,7 +205,9 @@ class Ops(Protocol):
         """FP8 weight [N, K] times its scales [ceil(N / rows), ceil(K / columns)] of each block."""
 
     def sample(self, logits_SV: Tensor, draws: Draws) -> list[int]:
-        """One token per row of float32 logits, by inverse CDF over the kept tokens in the order of ids."""
+        """One token per row of float32 logits, by inverse CDF over the kept tokens in the order of ids;
+        FAILED for a row that holds NaN, has no finite largest logit, or whose parameters are NaN. The same
+        on every device, bit for bit: `kernels.cpu_sampler` has the definition."""
 
 
 class DeviceOps(Ops, Protocol):

@@ -7,11 +7,15 @@ a product's inner width, beside M rows and N columns) · F expert width · V voc
 sequences · G groups of 128.
 """
 
-from itertools import pairwise
+import math
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels.cpu_sampler import COLDEST, inverse_of, keys_of, masses_of, odd_draw
+from kernels.ops import FAILED
 
 GROUP = 128
 """Width of one quantization group: DeepSeek-V3 report, section 3.3.2."""
@@ -399,3 +403,44 @@ def sample(
     mass = ((scaled - scaled.amax(-1, keepdim=True)).exp() * kept).cumsum(-1)
     target = counter_uniform(seed_S, position_S)[:, None].to(mass.dtype) * mass[:, -1:]
     return torch.where(temperature_S > 0, (mass > target).int().argmax(-1), greedy)
+
+
+def sample_exactly(
+    logits_SV: Tensor,
+    temperature_S: Tensor,
+    top_k_S: Tensor,
+    top_p_S: Tensor,
+    min_p_S: Tensor,
+    seed_S: Tensor,
+    position_S: Tensor,
+) -> Tensor:
+    """int64 [S]: each row's token as `kernels.cpu_sampler` defines it, or FAILED, in Python's integers."""
+    columns = (temperature_S, top_k_S, top_p_S, min_p_S, seed_S, position_S)
+    rows = zip(logits_SV.float().cpu(), *(column.tolist() for column in columns))
+    return torch.tensor([_sample_row(*row) for row in rows], dtype=torch.int64)
+
+
+def _sample_row(
+    logits_V: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, seed: int, position: int
+) -> int:
+    largest = float(logits_V.max())
+    if not math.isfinite(largest) or any(math.isnan(x) for x in (temperature, top_p, min_p)):
+        return FAILED
+    if temperature < COLDEST:
+        return logits_V.tolist().index(largest)
+    inverse = inverse_of(torch.tensor([[temperature]]))
+    keys: list[int] = keys_of(logits_V[None], torch.tensor([[largest]]), inverse)[0].tolist()
+    masses: list[int] = masses_of(torch.tensor(keys, dtype=torch.int32)).tolist()
+    ranked = sorted(range(len(keys)), key=lambda token: keys[token])
+    limit = keys[ranked[-1]]
+    if 0 < top_k < len(keys):
+        limit = keys[ranked[top_k - 1]]
+    share = int(min(max(top_p, 0.0), 1.0) * 2**31)
+    if share < 2**31:
+        wanted = max(sum(masses) * share // 2**31, 1)
+        reached = accumulate(masses[token] for token in ranked)
+        limit = min(limit, next(keys[token] for token, mass in zip(ranked, reached) if mass >= wanted))
+    least = int(min(max(min_p, 0.0), 1.0) * 2**40)
+    kept = [mass if key <= limit and mass >= least else 0 for key, mass in zip(keys, masses)]
+    target = sum(kept) * odd_draw(seed, position) // 2**25
+    return next(token for token, mass in enumerate(accumulate(kept)) if mass > target)

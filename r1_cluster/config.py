@@ -87,12 +87,19 @@ class Sampling(_Section):
 
 
 class Serve(_Section):
-    """The HTTP edge. `drain_s` must exceed the longest answer: so long a replica may finish its streams."""
+    """The HTTP edge. `drain_s` must exceed the longest answer: so long a replica may finish its streams.
+
+    A longer body than `max_body_bytes` is refused (413), as is one that is not there whole after
+    `body_timeout_s` (408). `cors_origins` are those whose web pages may ask (`["*"]`: all).
+    """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     ingress_replicas: Annotated[int, Field(ge=1)] = 1
     drain_s: Annotated[float, Field(gt=0)] = 1800.0
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 2**24
+    body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    cors_origins: list[str] = []
     defaults: Sampling = Sampling()
 
 

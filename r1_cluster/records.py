@@ -18,8 +18,23 @@ FinishReason = Literal["stop", "length", "error", "abort"]
 Int32Array = npt.NDArray[np.int32]
 
 
-ENGINE_LOST = "the engine was lost"
-"""The error of a request whose engine ended: it goes on at another one."""
+class Refusal(msgspec.Struct, frozen=True, array_like=True):
+    """Why an engine does not answer a request, or no further. Filled by the engine, read by the ingress.
+
+    engine_lost: the engine, or the link to it, ended; the answer goes on elsewhere. not_in_office: `text` is
+    the id of a process that runs no engine; another one must be asked. overloaded: the queue is full.
+    convicted: workers die whenever this request runs. failed_row: the logits of its next token are not
+    numbers. failed: the engine cannot go on, and `text` says why.
+    """
+
+    kind: Literal["engine_lost", "not_in_office", "overloaded", "convicted", "failed_row", "failed"]
+    text: str = ""
+
+
+ENGINE_LOST = Refusal("engine_lost")
+"""The refusal of a request whose engine ended: it goes on at another one."""
+NOBODY = ""
+"""The sink of the engine's own requests, which see whether a token can be computed."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
@@ -39,7 +54,10 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     """One answer asked for. Filled by the ingress, read by the engine.
 
     `prompt` and `generated` are token ids; `generated` holds what a former engine had already
-    produced, so that a replayed request goes on at the next token.
+    produced, so that a replayed request goes on at the next token. `stop_token_ids` end the answer once
+    `sleeping_until` (the id of `</think>`) has been generated; where that is None, from the first token on.
+    `attempt` counts how often the ingress has asked for this answer: what comes of a former attempt is no
+    longer listened to.
     """
 
     request_id: str
@@ -50,6 +68,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     sink: str
     generated: list[int] = []
     ignore_eos: bool = False
+    sleeping_until: int | None = None
+    attempt: int = 0
 
 
 class SampleSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -88,7 +108,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """What a step gave. Filled by the last stage, committed by the engine.
 
-    `tokens[j]` answers `plan.samples[j]`. `lost` names peers that went missing during the step: the
+    `tokens[j]` answers `plan.samples[j]`; a negative one says that the row's logits are not numbers, which
+    fails its request and no other. `lost` names peers that went missing during the step: the
     result is then tainted, and the step must be done again under the next epoch. `compute_s` is the
     time that the model's own operators took, for the overhead figures.
     """
@@ -113,14 +134,16 @@ class HeldSequence(msgspec.Struct, array_like=True):
 
 
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
-    """New tokens of one request. `position` is the index of the first among the generated tokens."""
+    """New tokens of one request. `position` is the index of the first among the generated tokens; `attempt`
+    is the request's."""
 
     request_id: str
     position: int
     tokens: list[int]
     finish_reason: FinishReason | None = None
-    error: str | None = None
+    error: Refusal | None = None
     num_cached_prompt: int = 0
+    attempt: int = 0
 
 
 class TokenBatch(msgspec.Struct, frozen=True, array_like=True):

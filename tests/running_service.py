@@ -52,8 +52,8 @@ class Service:
             "name": name,
             "model": {"path": str(checkpoint), "name": "tiny"},
             "layout": layout,
-            "serve": {"port": self.port},
             **sections,
+            "serve": {"port": self.port, **sections.get("serve", {})},
         }
         self.write()
         self.environment = {

@@ -14,7 +14,7 @@ PACKAGES = ("kernels", "r1_cluster", "actors")
 FLOORS = [
     {"records", "config", "text"},
     {"models", "comm", "api"},
-    {"weights", "planning", "evaluation"},
+    {"weights", "planning", "evaluation", "edge"},
     {"engine"},
     {"cli"},
 ]
@@ -54,6 +54,8 @@ def test_r1_cluster_knows_no_ray(path):
     forbidden = {"ray", "fastapi", "starlette", "transformers"}
     if path.relative_to(ROOT).parts[:2] == ("r1_cluster", "cli"):
         forbidden = {"transformers", "fastapi", "starlette"}
+    elif path.relative_to(ROOT).parts[:2] == ("r1_cluster", "edge"):
+        forbidden = {"ray", "actors", "transformers"}
     else:
         forbidden.add("actors")
     assert not tops(path) & forbidden
@@ -105,6 +107,8 @@ def test_nothing_imports_in_a_circle():
         "r1_cluster.engine.core",
         "r1_cluster.engine.streams",
         "r1_cluster.text.tokenizer",
+        "actors.engine",
+        "actors.ingress",
     ],
 )
 def test_light_processes_import_no_torch(module):

@@ -48,6 +48,7 @@ class ChatStream:
         self._hidden_ids = tokenizer.eos_ids.union(request.stop_token_ids)
         self._splitter = ReasoningSplitter(tokenizer, thinking=request.thinking)
         self._stop = StopChecker(request.stop)
+        self._stops_sleep = request.stops_sleep
         self._frames = ChunkFrames(self.id, self._created, self._model, include_usage=self._include_usage)
         self._role_sent = False
         self._in_content = False
@@ -143,7 +144,7 @@ class ChatStream:
 
     def _visible(self, reasoning: str, content: str) -> tuple[str, str]:
         """Text that a stop string can no longer take away. None spans thought and content."""
-        if reasoning:
+        if reasoning and not self._stops_sleep:
             reasoning = self._stop.feed(reasoning)
             if self._stop.found is not None:
                 return reasoning, ""

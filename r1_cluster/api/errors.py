@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+_NO_RETRY = {"x-should-retry": "false"}
+"""What OpenAI's client libraries look at before they send a request again."""
 
 
 class ApiError(Exception):
@@ -26,6 +31,16 @@ class ApiError(Exception):
         self.code = code
         self.headers = dict(headers or {})
 
+    def __reduce__(self) -> tuple[Callable[..., ApiError], tuple[int, str]]:
+        """By this an error passes between processes."""
+        named: dict[str, Any] = {
+            "type_": self.type,
+            "param": self.param,
+            "code": self.code,
+            "headers": self.headers,
+        }
+        return partial(ApiError, **named), (self.status, self.message)
+
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON body."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
@@ -39,14 +54,36 @@ def invalid_request(
     return ApiError(status, message, param=param, code=code)
 
 
-def context_length_exceeded(max_model_len: int, num_prompt_tokens: int, max_tokens: int | None) -> ApiError:
-    """Prompt and answer (None: at least one token) do not fit; all lengths in tokens."""
+def context_length_exceeded(
+    max_model_len: int, num_prompt_tokens: int, max_tokens: int | None, *, at_least: bool = False
+) -> ApiError:
+    """Prompt and answer (None: at least one token) do not fit; all lengths in tokens. `at_least`: the prompt
+    was not tokenized, and may be longer."""
     asked = "" if max_tokens is None else f" and {max_tokens} in the answer"
     message = (
         f"This model's maximum context length is {max_model_len} tokens, but the request asks for"
-        f" {num_prompt_tokens} in the messages{asked}."
+        f" {'at least ' * at_least}{num_prompt_tokens} in the messages{asked}."
     )
     return invalid_request("messages", message, code="context_length_exceeded")
+
+
+def body_too_large(max_bytes: int) -> ApiError:
+    """The body is longer than the service takes."""
+    return ApiError(
+        413, f"The body is longer than {max_bytes} bytes, which is the most that this service takes."
+    )
+
+
+def body_too_slow(timeout_s: float) -> ApiError:
+    """The body did not come to its end in time; its connection is closed, as the rest might still come."""
+    return ApiError(
+        408, f"The body was not there whole within {timeout_s:g} s.", headers={"Connection": "close"}
+    )
+
+
+def unsupported_media_type(message: str, headers: Mapping[str, str] | None = None) -> ApiError:
+    """Something other than plain JSON was sent."""
+    return ApiError(415, message, headers=headers)
 
 
 def model_not_found(name: str) -> ApiError:
@@ -79,6 +116,39 @@ def overloaded(retry_after_s: int) -> ApiError:
 def unavailable(message: str) -> ApiError:
     """No engine can answer now."""
     return ApiError(503, message, type_="server_error", code="service_unavailable")
+
+
+def convicted() -> ApiError:
+    """Workers die whenever this request runs. No client repeats a 400 by itself."""
+    return ApiError(
+        400,
+        "Workers of the model died each time that they computed this request; it is refused for some minutes."
+        " Please do not send it again.",
+        code="request_convicted",
+        headers=_NO_RETRY,
+    )
+
+
+def failed_row() -> ApiError:
+    """The model's logits for this request are not numbers; they would be none again."""
+    return ApiError(
+        500,
+        "The model computed no usable logits for this request; asking again would give the same.",
+        type_="server_error",
+        code="logits_not_finite",
+        headers=_NO_RETRY,
+    )
+
+
+def unprepared() -> ApiError:
+    """A process died, or took too long, over this body; the next might too."""
+    return ApiError(
+        500,
+        "The request could not be read; please do not send it again.",
+        type_="server_error",
+        code="internal_error",
+        headers=_NO_RETRY,
+    )
 
 
 def internal(error_id: str) -> ApiError:

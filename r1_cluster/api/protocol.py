@@ -5,75 +5,26 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
-from typing import Annotated, Literal, NoReturn, NotRequired
+from typing import Annotated, Literal, NoReturn
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
-from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
 from r1_cluster.api.errors import ApiError, invalid_request
+from r1_cluster.api.fields import IGNORED_FIELDS, NEUTRAL_VALUES, is_neutral
+from r1_cluster.api.messages import ROLES, Message
 
 MAX_MESSAGES = 16_384
 MAX_STOPS = 16
 MAX_STOP_TOKENS = 256
 MAX_NUMBER_LENGTH = 100
+MAX_VALUES = 500_000
+"""Commas, colons and opening brackets of a body: 16,384 messages with tool calls have some 300,000."""
 _INT32_MAX = 2**31 - 1
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-
-# Sent by known clients whether or not they mean anything by it; nothing here depends on them.
-IGNORED_FIELDS = frozenset(
-    {
-        "user",
-        "store",
-        "metadata",
-        "service_tier",
-        "parallel_tool_calls",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "reasoning_effort",
-        "verbosity",
-    }
-)
-# Not supported yet: only the values with which nothing changes are taken.
-NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
-    "min_p": (0, 0.0),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "thinking_budget": (),
-}
-
-
-def _joined_text(value: object) -> object:
-    """Content is a string, or a list of text parts, which stand on lines of their own."""
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise PydanticCustomError("part", "only parts of type 'text' are supported")
-        text = part.get("text")
-        if not isinstance(text, str) or part.keys() - {"type", "text"}:
-            raise PydanticCustomError("part", "a text part has a string 'text' and nothing else")
-        texts.append(text)
-    if not texts:
-        raise PydanticCustomError("part", "a list of parts must not be empty")
-    return "\n".join(texts)
+# A string of JSON. One that never ends goes to the end, or the search would begin anew at each quote in it.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)', re.DOTALL)
+_EXACT_INTEGERS = 2**53
+"""Up to here a float64 holds every integer, so that a JSON number like 1e3 means one and not several."""
 
 
 def _as_list(value: object) -> object:
@@ -87,78 +38,21 @@ def _false_if_null(value: object) -> object:
     return False if value is None else value
 
 
+def _whole(value: object) -> object:
+    """JSON does not tell 1.0 from 1, and some clients write all their numbers as floats."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT_INTEGERS:
+        return int(value)
+    return value
+
+
 def _no_top_k(value: int | None) -> int | None:
     """-1 and 0 both mean all tokens."""
     return value and max(value, 0)
 
 
-_Text = Annotated[str, BeforeValidator(_joined_text)]
-_STRICT = ConfigDict(strict=True, extra="forbid")
-
-
-class Function(TypedDict):
-    """Name and arguments (JSON, as text) of a call that the assistant made."""
-
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
-    name: str
-    arguments: str
-
-
-class ToolCall(TypedDict):
-    """A call in an assistant's turn."""
-
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
-    id: str
-    type: Literal["function"]
-    function: Function
-    index: NotRequired[int]
-
-
-class InstructionMessage(TypedDict):
-    """The system prompt; `developer` is OpenAI's later word for it."""
-
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
-    role: Literal["system", "developer"]
-    content: _Text
-    name: NotRequired[str | None]
-
-
-class UserMessage(TypedDict):
-    """A user's turn."""
-
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
-    role: Literal["user"]
-    content: _Text
-    name: NotRequired[str | None]
-
-
-class AssistantMessage(TypedDict):
-    """A former answer, as clients send it back: from `reasoning_content` on, nothing is looked at."""
-
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
-    role: Literal["assistant"]
-    content: NotRequired[Annotated[str | None, BeforeValidator(_joined_text)]]
-    tool_calls: NotRequired[list[ToolCall] | None]
-    reasoning_content: NotRequired[object]
-    reasoning: NotRequired[object]
-    name: NotRequired[object]
-    refusal: NotRequired[object]
-    annotations: NotRequired[object]
-    audio: NotRequired[object]
-    function_call: NotRequired[None]
-
-
-class ToolMessage(TypedDict):
-    """What a call gave."""
-
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
-    role: Literal["tool"]
-    content: _Text
-    tool_call_id: NotRequired[str]
-    name: NotRequired[str | None]
-
-
-Message = InstructionMessage | UserMessage | AssistantMessage | ToolMessage
+_Integer = Annotated[int, BeforeValidator(_whole)]
+_Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
+_Flag = Annotated[bool, BeforeValidator(_false_if_null)]
 
 
 class _Fields(pydantic.BaseModel):
@@ -166,10 +60,12 @@ class _Fields(pydantic.BaseModel):
 
 
 class StreamOptions(_Fields):
-    """`include_obfuscation` is OpenAI's, and without effect."""
+    """`include_obfuscation` is OpenAI's, and without effect; `continuous_usage_stats` is vLLM's, and is not
+    supported yet."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class TemplateArguments(_Fields):
@@ -178,31 +74,41 @@ class TemplateArguments(_Fields):
     thinking: bool | None = None
 
 
+class Thinking(_Fields):
+    """DeepSeek's switch for the thought. A budget (Anthropic's word for it) is not supported yet."""
+
+    type: Literal["enabled", "disabled"]
+    budget_tokens: None = None
+
+
 class ChatCompletionRequest(_Fields):
     """`POST /v1/chat/completions`. Where a field is null the service's default holds."""
 
     model: Annotated[str, Field(min_length=1)]
-    messages: Annotated[
-        list[Annotated[Message, Field(discriminator="role")]], Field(min_length=1, max_length=MAX_MESSAGES)
-    ]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[int | None, Field(ge=-1, le=_INT32_MAX), pydantic.AfterValidator(_no_top_k)] = None
-    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    top_k: Annotated[_Integer | None, Field(ge=-1, le=_INT32_MAX), pydantic.AfterValidator(_no_top_k)] = None
+    seed: Annotated[_Integer | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)
     ] = []
     stop_token_ids: Annotated[
-        list[Annotated[int, Field(ge=0, le=_INT32_MAX)]],
+        list[Annotated[_Integer, Field(ge=0, le=_INT32_MAX)]],
         Field(max_length=MAX_STOP_TOKENS),
         BeforeValidator(_as_list),
     ] = []
-    max_tokens: Annotated[int | None, Field(ge=1, le=_INT32_MAX)] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1, le=_INT32_MAX)] = None
+    stop_in_thought: _Flag = False
+    max_tokens: Annotated[_Integer | None, Field(ge=1, le=_INT32_MAX)] = None
+    max_completion_tokens: Annotated[_Integer | None, Field(ge=1, le=_INT32_MAX)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: Annotated[bool, BeforeValidator(_false_if_null)] = False
+    ignore_eos: _Flag = False
     chat_template_kwargs: TemplateArguments | None = None
+    thinking_switch: Annotated[Thinking | None, Field(alias="thinking")] = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"] | None = (
+        None
+    )
 
     @property
     def max_output_tokens(self) -> int | None:
@@ -211,9 +117,18 @@ class ChatCompletionRequest(_Fields):
 
     @property
     def thinking(self) -> bool:
-        """Whether the model thinks first; it does unless it was told not to."""
-        arguments = self.chat_template_kwargs
-        return arguments is None or arguments.thinking is not False
+        """Whether the model thinks first; it does unless it was told not to. Where several fields speak of
+        it, the most explicit one counts."""
+        if self.chat_template_kwargs is not None and self.chat_template_kwargs.thinking is not None:
+            return self.chat_template_kwargs.thinking
+        if self.thinking_switch is not None:
+            return self.thinking_switch.type == "enabled"
+        return self.reasoning_effort != "none"
+
+    @property
+    def stops_sleep(self) -> bool:
+        """Whether `stop` and `stop_token_ids` wait for the end of the thought."""
+        return self.thinking and not self.stop_in_thought
 
     @property
     def include_usage(self) -> bool:
@@ -232,23 +147,16 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
         raise invalid_request("max_tokens", "only one of max_tokens and max_completion_tokens may be given")
     if request.stream_options is not None and not request.stream:
         raise invalid_request("stream_options", "stream_options is only allowed together with stream: true")
-    for i, message in enumerate(request.messages):
-        if (
-            message["role"] == "assistant"
-            and message.get("content") is None
-            and not message.get("tool_calls")
-        ):
-            raise invalid_request(
-                f"messages[{i}].content", f"messages[{i}].content is required where there are no tool_calls"
-            )
     return request
 
 
 def parse_json_object(body: bytes) -> dict[str, object]:
     """A JSON object, read strictly: UTF-8 without lone surrogates, no key twice, numbers that are numbers.
 
-    Raises ApiError (400).
+    Raises ApiError (400). The cost grows with the body's length alone.
     """
+    if _num_values(body) > MAX_VALUES:
+        raise invalid_request(None, f"the body has more than {MAX_VALUES} keys and values")
     try:
         value = json.loads(
             body.decode("utf-8"),
@@ -272,11 +180,23 @@ def parse_json_object(body: bytes) -> dict[str, object]:
     return value
 
 
+def _num_values(body: bytes) -> int:
+    """How many structural characters a body has, which bounds what its values will take in memory."""
+    count = _num_structural(body)
+    # Text has commas too: only where they could decide it are strings told from the rest.
+    return count if count <= MAX_VALUES else _num_structural(_STRING.sub(b"", body))
+
+
+def _num_structural(text: bytes) -> int:
+    return sum(map(text.count, (b",", b":", b"[", b"{")))
+
+
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        seen: set[str] = set()
+        # `add` returns None, so that each key is looked up and noted once.
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {_shown(twice)} stands there twice")
     return value
 
@@ -286,6 +206,7 @@ def _refuse_constant(text: str) -> NoReturn:
 
 
 def _float(text: str) -> float:
+    _check_length(text)
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:30]} is too large")
@@ -293,9 +214,13 @@ def _float(text: str) -> float:
 
 
 def _int(text: str) -> int:
-    if len(text) > MAX_NUMBER_LENGTH:
-        raise ValueError(f"a number has {len(text)} digits")
+    _check_length(text)
     return int(text)
+
+
+def _check_length(number: str) -> None:
+    if len(number) > MAX_NUMBER_LENGTH:
+        raise ValueError(f"a number has {len(number)} digits")
 
 
 def _without_ignored(fields: dict[str, object]) -> dict[str, object]:
@@ -306,20 +231,15 @@ def _without_ignored(fields: dict[str, object]) -> dict[str, object]:
             continue
         if name not in NEUTRAL_VALUES:
             kept[name] = value
-        elif value is not None and not _is_one_of(value, NEUTRAL_VALUES[name]):
+        elif not is_neutral(name, value):
             raise invalid_request(name, f"this value of {name} is not supported yet")
     return kept
-
-
-def _is_one_of(value: object, candidates: Iterable[object]) -> bool:
-    """Equality as in JSON: true is not 1."""
-    return any(type(value) is type(candidate) and value == candidate for candidate in candidates)
 
 
 def _first_fault(error: pydantic.ValidationError) -> ApiError:
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = list(fault["loc"])
-    if where[:1] == ["messages"] and len(where) > 2 and where[2] in _ROLES:
+    if where[:1] == ["messages"] and len(where) > 2 and where[2] in ROLES:
         del where[2]  # pydantic names the kind of message between its index and its field
     kind = fault["type"]
     if kind.startswith("union_tag"):
@@ -331,7 +251,7 @@ def _first_fault(error: pydantic.ValidationError) -> ApiError:
     elif kind == "missing":
         message = f"{param} is required"
     elif kind.startswith("union_tag"):
-        message = f"{param} must be one of {', '.join(_ROLES)}"
+        message = f"{param} must be one of {', '.join(ROLES)}"
     else:
         message = f"{param}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
     return invalid_request(param, message)

@@ -9,6 +9,10 @@ import msgspec
 from r1_cluster.api.errors import ApiError
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which clients skip; proxies that cut silent connections see that something comes."""
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Without the second, nginx gathers a whole stream before it passes it on."""
 _encode = msgspec.json.encode
 
 

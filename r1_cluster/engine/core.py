@@ -13,15 +13,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from r1_cluster.comm.links import TcpLink, wait_any
 from r1_cluster.comm.wakeup import Wakeup
-from r1_cluster.engine.pipeline import Deposed, Member, Pipeline, WorkerLost
-from r1_cluster.engine.recovery import PROBE_S, EngineFailed, Recovery, Replace
-from r1_cluster.engine.scheduler import Finished, Scheduler
-from r1_cluster.engine.streams import NOBODY, TokenFan
-from r1_cluster.records import ENGINE_LOST, Request, SamplingParams, StepPlan, StepResult, TokenDelta
+from r1_cluster.engine.convicts import Convicts
+from r1_cluster.engine.pipeline import Deposed, EngineFailed, Member, Pipeline, WorkerLost
+from r1_cluster.engine.recovery import PROBE_S, Recovery, Replace
+from r1_cluster.engine.scheduler import Finished, Scheduler, refused
+from r1_cluster.engine.streams import TokenFan
+from r1_cluster.records import (
+    ENGINE_LOST,
+    NOBODY,
+    Refusal,
+    Request,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+)
 
 HELD_S = 30.0
 """How long the KV that a former engine left waits for its requests to come again."""
@@ -37,26 +46,35 @@ MAX_RECOVERY_S = 600.0
 
 logger = logging.getLogger(__name__)
 
+_CONVICTED = Refusal("convicted")
 
-def _canary(request_id: str) -> Request:
-    """One token for nobody."""
-    return Request(request_id, [0], SamplingParams(0.0, 1.0, 0, 0), 1, [], NOBODY)
+
+class _Sent(NamedTuple):
+    """When a plan was sent and, of a step that decodes one sequence and nothing else, when that began; both
+    by time.perf_counter."""
+
+    at: float
+    began_at: float | None
 
 
 class StepTimes:
     """Of the latest steps that decoded one sequence and nothing else: wall time, and the part of it that the
-    model's operators took, in seconds."""
+    model's operators took, in seconds. One thread notes them, any thread may ask."""
 
     def __init__(self, size: int = 1000) -> None:
-        self.samples: deque[tuple[float, float]] = deque(maxlen=size)
+        self._samples: deque[tuple[float, float]] = deque(maxlen=size)
+
+    def note(self, wall_s: float, compute_s: float) -> None:
+        """One more step."""
+        self._samples.append((wall_s, compute_s))
 
     def step_ms(self) -> float | None:
         """Median wall time, from the result before to this one; None before there are any."""
-        return self._median_ms([wall for wall, _ in self.samples])
+        return self._median_ms([wall for wall, _ in self._samples.copy()])
 
     def overhead_ms(self) -> float | None:
         """Median of wall − compute: scheduling, plan, links, commit, stream."""
-        return self._median_ms([wall - compute for wall, compute in self.samples])
+        return self._median_ms([wall - compute for wall, compute in self._samples.copy()])
 
     @staticmethod
     def _median_ms(values: list[float]) -> float | None:
@@ -74,11 +92,11 @@ class EngineCore:
         *,
         lease_s: float,
         step_timeout_s: float,
-        on_end: Callable[[str, str | None], None],
+        on_end: Callable[[str, Refusal | None], None],
         replace: Replace,
         on_recovery: Callable[[list[str], float], None] = lambda lost, took_s: None,
     ) -> None:
-        """`on_end(request_id, error)` is called from the loop's thread once for every request.
+        """`on_end(request_id, refusal)` is called from the loop's thread once for every request.
         `replace` starts a lost worker anew in the background, for `arrived` to bring; `on_recovery` is told
         who was lost and for how long nothing was computed."""
         self.scheduler = scheduler
@@ -93,13 +111,14 @@ class EngineCore:
         self._on_end = on_end
         self._heartbeat_s = min(HEARTBEAT_S, lease_s / 3)
         self._step_timeout_s = step_timeout_s + DEADLINE_SLACK_S
-        self._commands: deque[Request | str] = deque()
+        self._commands: deque[Request | tuple[str, int]] = deque()
         self._wakeup = Wakeup()
         self.recovery = Recovery(scheduler, pipeline, replace, self._wakeup.set, on_recovery)
         self._stopping = False
-        self._sinks: dict[str, str] = {}
-        self._sent_at: dict[int, float] = {}
-        self._began_at: dict[int, float] = {}
+        self._requests: dict[str, Request] = {}
+        self._convicts = Convicts()
+        self._num_canaries = 0
+        self._sent: dict[int, _Sent] = {}
         self._ready_at = 0.0
         self._release_at = time.monotonic() + HELD_S
         self._thread = threading.Thread(target=self._run, name="engine-core", daemon=True)
@@ -110,10 +129,10 @@ class EngineCore:
         return self._thread.ident is not None and not self._thread.is_alive()
 
     @property
-    def end_reason(self) -> str:
+    def end_refusal(self) -> Refusal:
         """What becomes of requests when the loop has ended: they go on elsewhere, or the engine has failed
         for good."""
-        return self.failure or ENGINE_LOST
+        return ENGINE_LOST if self.failure is None else Refusal("failed", self.failure)
 
     @property
     def well(self) -> bool:
@@ -127,7 +146,7 @@ class EngineCore:
     def health(self) -> dict[str, Any]:
         """ready: a token passed through every stage lately; recovering: it will again; else why not."""
         if self.ended:
-            return {"status": "unavailable", "reason": self.end_reason}
+            return {"status": "unavailable", "reason": self.failure or "the engine was lost"}
         missing = sorted(self.recovery.missing)
         idle_s = time.monotonic() - self.stepped_at
         state: dict[str, Any] = {"missing": missing, "last_step_s": round(idle_s, 3)}
@@ -157,9 +176,13 @@ class EngineCore:
         self._commands.append(request)
         self._wakeup.set()
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request; unknown ones are ignored."""
-        self._commands.append(request_id)
+    def refuses(self, request: Request) -> bool:
+        """Whether it was convicted."""
+        return request in self._convicts
+
+    def abort(self, request_id: str, attempt: int) -> None:
+        """Ends a request, unless it is unknown or was asked for again since that attempt."""
+        self._commands.append((request_id, attempt))
         self._wakeup.set()
 
     def arrived(self, name: str, member: Member | Exception) -> None:
@@ -178,7 +201,7 @@ class EngineCore:
             # The next engine may do better; its workers and their KV are as they were.
             logger.exception("the engine's loop failed")
         finally:
-            self._end_all(self.end_reason)
+            self._end_all(self.end_refusal)
             self.pipeline.close()
             self.fan.close()
 
@@ -216,7 +239,7 @@ class EngineCore:
         if self.scheduler.idle:
             self.scheduler.check()
             if now - self.stepped_at > CANARY_S:
-                self.scheduler.add(_canary(f"canary-{self.num_steps}"))
+                self.scheduler.add(self._canary())
         if now > self._release_at:
             self.scheduler.release_held()
             self._release_at = float("inf")
@@ -227,35 +250,49 @@ class EngineCore:
     def _deadline_s(self) -> float:
         """How long the oldest step may still take; raises WorkerLost, of whoever hangs in it, once it may
         not any more."""
-        if not self._sent_at or self.recovery.under_way:
+        if not self._sent or self.recovery.under_way:
             return math.inf
-        left_s = min(self._sent_at.values()) + self._step_timeout_s - time.perf_counter()
+        left_s = min(sent.at for sent in self._sent.values()) + self._step_timeout_s - time.perf_counter()
         if left_s <= 0:
-            members, workers = self.pipeline.members, self.pipeline.layout.workers
-            silent = self.pipeline.probe(members, PROBE_S)
+            # Who is loading takes no part in the step, and answers nobody until it has loaded.
+            taking_part = self.pipeline.members.keys() - self.pipeline.assigned
+            silent = self.pipeline.probe(taking_part, PROBE_S)
             # If all are well, it was lost on a link between them.
-            names = silent or [worker.name for worker in workers if worker.name in members]
+            names = silent or [w.name for w in self.pipeline.layout.workers if w.name in taking_part]
             raise WorkerLost(names, "a step did not end in time", accused=not silent)
         return left_s
 
     def _lose(self, error: WorkerLost) -> None:
         logger.warning("%s: %s", ", ".join(error.names), error)
         guilty = self.recovery.accuse(error.names) if error.accused else self.recovery.lose(error.names)
-        for request_id in guilty:
-            sink = self._sinks.get(request_id)
-            if sink is None:
-                continue
-            words = "workers died whenever this request ran"
-            self.fan.emit([Finished(sink, TokenDelta(request_id, 0, [], "error", words))])
-            self.scheduler.abort(request_id)
-            self._end(request_id, words)
+        for request in guilty:
+            self._convict(request)
+
+    def _convict(self, request: Request) -> None:
+        """Fails a request in whose steps workers die, with all that are the same. The next step is a
+        canary's: should it kill too, then it was the workers' fault, and counts."""
+        self._convicts.convict(request)
+        for other in self.scheduler.requests():
+            if other.request_id in self._requests and other in self._convicts:
+                self.scheduler.abort(other.request_id)
+                self._refuse(other, _CONVICTED)
+        self.scheduler.put_on_trial(self._canary())
+
+    def _refuse(self, request: Request, refusal: Refusal) -> None:
+        self.fan.emit([refused(request, refusal)])
+        self._end(request.request_id, refusal)
+
+    def _canary(self) -> Request:
+        """One token for nobody."""
+        self._num_canaries += 1
+        return Request(f"canary-{self._num_canaries}", [0], SamplingParams(0.0, 1.0, 0, 0), 1, [], NOBODY)
 
     def _recover(self) -> None:
-        plans = self.recovery.advance(idle=not self._sent_at)
+        plans = self.recovery.advance(idle=not self._sent)
         if plans is None:
             return
         self.fan.epoch = self.pipeline.epoch
-        self._sent_at.clear()
+        self._sent.clear()
         for plan in plans:
             self._send(plan, time.perf_counter())
 
@@ -263,15 +300,23 @@ class EngineCore:
         while self._commands:
             command = self._commands.popleft()
             if isinstance(command, Request):
-                self._sinks[command.request_id] = command.sink
-                missed = self.scheduler.catch_up(command)
-                if missed is None:
-                    self.scheduler.add(command)
-                else:
-                    self._emit([missed])
-            elif command in self._sinks:
-                self.scheduler.abort(command)
-                self._end(command, None)
+                self._take(command)
+                continue
+            request_id, attempt = command
+            if request_id in self._requests and self._requests[request_id].attempt <= attempt:
+                self.scheduler.abort(request_id)
+                self._end(request_id, None)
+
+    def _take(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+        if request in self._convicts:
+            self._refuse(request, _CONVICTED)
+            return
+        missed = self.scheduler.catch_up(request)
+        if missed is None:
+            self.scheduler.add(request)
+        else:
+            self._emit([missed])
 
     def _send_plans(self) -> None:
         while self.scheduler.num_in_flight < self.scheduler.limits.micro_batches:
@@ -284,26 +329,24 @@ class EngineCore:
             self._ready_at = 0.0
 
     def _send(self, plan: StepPlan, began_at: float) -> None:
-        self._sent_at[plan.step] = time.perf_counter()
-        if plan.num_new == [1]:
-            self._began_at[plan.step] = began_at
+        self._sent[plan.step] = _Sent(time.perf_counter(), began_at if plan.num_new == [1] else None)
         self.pipeline.send(plan)
 
     def _finish(self, result: StepResult) -> None:
         """Commits a result, gets the next step going, and only then sends the tokens."""
-        if result.step not in self._sent_at:
+        sent = self._sent.pop(result.step, None)
+        if sent is None:
             return  # done again meanwhile
-        del self._sent_at[result.step]
-        began_at = self._began_at.pop(result.step, None)
         if result.lost:
             raise WorkerLost(result.lost, "lost by their peers in a step", accused=True)
         arrived = time.perf_counter()
         finished = self.scheduler.commit(result)
+        self.recovery.stepped()
         self.num_steps += 1
         self.stepped_at = time.monotonic()
-        self.num_tokens += len(finished)
-        if began_at is not None:
-            self.times.samples.append((arrived - began_at, result.compute_s))
+        self.num_tokens += sum(len(item.delta.tokens) for item in finished)
+        if sent.began_at is not None:
+            self.times.note(arrived - sent.began_at, result.compute_s)
         self._take_commands()
         if not self.recovery.under_way:
             self._ready_at = arrived
@@ -316,24 +359,21 @@ class EngineCore:
 
     def _emit(self, finished: list[Finished]) -> None:
         for sink in self.fan.emit(finished):
-            for request_id in [name for name, where in self._sinks.items() if where == sink]:
+            for request_id in [name for name, request in self._requests.items() if request.sink == sink]:
                 self.scheduler.abort(request_id)
                 self._end(request_id, ENGINE_LOST)  # if the ingress lives, it asks again
         for item in finished:
-            if item.delta.finish_reason is not None and item.delta.request_id in self._sinks:
-                self._end(item.delta.request_id, None)
+            if item.delta.finish_reason is not None and item.delta.request_id in self._requests:
+                self._end(item.delta.request_id, item.delta.error)
 
-    def _end(self, request_id: str, error: str | None) -> None:
-        del self._sinks[request_id]
-        self._on_end(request_id, error)
+    def _end(self, request_id: str, refusal: Refusal | None) -> None:
+        del self._requests[request_id]
+        self._on_end(request_id, refusal)
 
-    def _end_all(self, error: str) -> None:
+    def _end_all(self, refusal: Refusal) -> None:
         self._take_commands()
-        ending = dict(self._sinks)
+        ending = list(self._requests.values())
         if not self.deposed:  # else its streams are another's
-            self.fan.emit(
-                Finished(sink, TokenDelta(request_id, 0, [], "error", error))
-                for request_id, sink in ending.items()
-            )
-        for request_id in ending:
-            self._end(request_id, error)
+            self.fan.emit(refused(request, refusal) for request in ending)
+        for request in ending:
+            self._end(request.request_id, refusal)

@@ -11,14 +11,15 @@ for good and with a reason.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from r1_cluster.engine.pipeline import Deposed, Member, Pipeline, WorkerLost
-from r1_cluster.engine.scheduler import Scheduler
-from r1_cluster.records import StepPlan
+from r1_cluster.engine.pipeline import Deposed, EngineFailed, Member, Pipeline, WorkerLost
+from r1_cluster.engine.scheduler import Scheduler, Sequence
+from r1_cluster.records import Request, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,6 @@ MAX_ACCUSATIONS = 3
 ACCUSATION_WINDOW_S = 30.0
 PROBE_S = 0.5
 """How soon a worker that others call lost must answer, to keep its place."""
-
-
-class EngineFailed(Exception):
-    """The engine cannot go on; the text is why."""
 
 
 class Replace(Protocol):
@@ -70,6 +67,7 @@ class Recovery:
         self._began = 0.0
         self._lost: list[str] = []
         self._losses: dict[str, list[float]] = {}
+        self._excused_since = math.inf
         self._accusations: dict[str, list[float]] = {}
         self._failed_starts: dict[str, int] = {}
 
@@ -99,7 +97,7 @@ class Recovery:
         for spare in absent:
             self._replace(spare, None, 0.0)
 
-    def accuse(self, names: Iterable[str]) -> list[str]:
+    def accuse(self, names: Iterable[str]) -> list[Request]:
         """Peers of these workers lost them. Those that answer us have lost a link, which is made anew; the
         others, and those that are accused again and again, are lost (see `lose`). Who is loading has taken
         the place of the one that was meant."""
@@ -118,13 +116,17 @@ class Recovery:
             self._spoil(accused[0])
         return guilty
 
-    def lose(self, names: Iterable[str]) -> list[str]:
+    def lose(self, names: Iterable[str]) -> list[Request]:
         """Workers are gone: their replacement begins. Returns the requests that must be failed because
-        workers died whenever they ran."""
+        workers died whenever they ran. Their kills are excused, unless the very next step kills as well:
+        then it was the workers' own fault (see `stepped`)."""
         # Whoever is no member any more was lost before.
         lost = [name for name in dict.fromkeys(names) if name in self._pipeline.members]
         needed = [name for name in lost if name in self._roles]
-        guilty = self._scheduler.suspect() if needed and not self._spoiled else []
+        guilty: list[Sequence] = []
+        if needed and not self._spoiled:
+            guilty = self._scheduler.suspect()
+            self._excused_since = min((sequence.suspected_at for sequence in guilty), default=math.inf)
         for name in lost:
             self._pipeline.drop(name)
         for name in lost:
@@ -132,13 +134,21 @@ class Recovery:
             if name not in self._roles:
                 self._replace(name, None, 0.0)
                 continue
-            if _count(self._losses, name, RESTART_WINDOW_S) > MAX_RESTARTS:
-                times = len(self._losses[name])
+            _count(self._losses, name, RESTART_WINDOW_S)
+            times = sum(at < self._excused_since for at in self._losses[name])
+            if times > MAX_RESTARTS:
                 raise EngineFailed(f"{name} was lost {times} times within {RESTART_WINDOW_S:.0f} s")
             self._spoil(name)
             self._kv_lost |= name in self._stages
             self._replace(name, self._take_spare(name), 0.0)
-        return guilty
+        return [sequence.request for sequence in guilty]
+
+    def stepped(self) -> None:
+        """A step was computed by all workers: what a convicted request killed before counts for nothing."""
+        if self._excused_since < math.inf:
+            for name, times in self._losses.items():
+                self._losses[name] = [at for at in times if at < self._excused_since]
+            self._excused_since = math.inf
 
     def arrived(self, name: str, member: Member | Exception) -> None:
         """A replacement is ready, or could not be made; `Deposed` where that is another engine's business."""

@@ -11,7 +11,8 @@ from r1_cluster.records import SampleSpec
 
 
 def sample(ops: Ops, logits_SV: torch.Tensor, specs: Sequence[SampleSpec]) -> list[int]:
-    """One token per row of float32 logits [S, V], row j by `specs[j].sampling`."""
+    """One token per row of float32 logits [S, V], row j by `specs[j].sampling`; FAILED (-1) for a row that
+    gives none (`kernels.ops`), which concerns that row's request alone."""
     params = [spec.sampling for spec in specs]
     draws = Draws(
         temperatures=[one.temperature for one in params],

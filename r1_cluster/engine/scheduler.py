@@ -7,14 +7,18 @@ again later ("preemption by recomputation"), which changes no text, only its tim
 
 from __future__ import annotations
 
+import math
+import time
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
 
 from r1_cluster.engine.pages import OutOfPages, PageAllocator
 from r1_cluster.records import (
+    NOBODY,
     FinishReason,
     HeldSequence,
+    Refusal,
     Request,
     SampleSpec,
     StepPlan,
@@ -32,8 +36,10 @@ class Sequence:
     """A request inside the engine. `tokens` is prompt + generated; `num_computed` of them have KV.
 
     `suspected`: a worker died in a step that this sequence took part in; until it has been through a step
-    it runs alone, so that, should it be the cause, it is found out. `num_kills` counts the deaths in
-    steps that it had to itself.
+    it runs alone, so that, should it be the cause, it is found out. `suspected_at` (time.monotonic) is when
+    that began, `num_kills` counts the deaths in steps that it had to itself; its next token clears it of
+    both. `turn` counts on whenever a sequence is planned: who has the lowest waits longest. `stop_ids` are
+    the tokens that end it now.
     """
 
     request: Request
@@ -45,11 +51,17 @@ class Sequence:
     in_flight: bool = False
     aborted: bool = False
     suspected: bool = False
+    suspected_at: float = math.inf
     num_kills: int = 0
+    turn: int = -1
 
     @property
     def seq_id(self) -> str:
         return self.request.request_id
+
+    def wake_stops(self) -> None:
+        """From the next token on, the request's stop tokens end it. EOS never sleeps."""
+        self.stop_ids = self.stop_ids.union(self.request.stop_token_ids)
 
     @property
     def num_generated(self) -> int:
@@ -74,6 +86,12 @@ class Finished:
     delta: TokenDelta
 
 
+def refused(request: Request, refusal: Refusal) -> Finished:
+    """The delta that ends a request by a refusal."""
+    delta = TokenDelta(request.request_id, 0, [], "error", refusal, attempt=request.attempt)
+    return Finished(request.sink, delta)
+
+
 class Scheduler:
     """Holds all sequences of one engine. Not thread-safe: one loop owns it."""
 
@@ -89,6 +107,7 @@ class Scheduler:
         self._closed: list[str] = []
         self._held: dict[str, HeldSequence] = {}
         self._next_step = 0
+        self._next_turn = 0
 
     @property
     def num_in_flight(self) -> int:
@@ -100,12 +119,13 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a new request. The ingress has checked its length against `max_model_len` and the pages."""
-        stop_ids = frozenset(request.stop_token_ids)
-        if not request.ignore_eos:
-            stop_ids |= self._eos_ids
         tokens = array("i", request.prompt)
         tokens.extend(request.generated)
+        stop_ids = frozenset() if request.ignore_eos else self._eos_ids
         sequence = Sequence(request, tokens, stop_ids)
+        # What a former engine generated may hold the end of the thought.
+        if request.sleeping_until is None or request.sleeping_until in request.generated:
+            sequence.wake_stops()
         self._by_request[request.request_id] = sequence
         if not self._take_over(sequence):
             self.waiting.append(sequence)
@@ -117,9 +137,22 @@ class Scheduler:
         if sequence is None:
             return None
         sequence.aborted = False  # its step may not have ended since
+        sequence.request = request
         known = len(request.generated)
         missed = sequence.tokens[len(request.prompt) + known :].tolist()
-        return Finished(request.sink, TokenDelta(request.request_id, known, missed))
+        delta = TokenDelta(request.request_id, known, missed, attempt=request.attempt)
+        return Finished(request.sink, delta)
+
+    def put_on_trial(self, request: Request) -> None:
+        """A new request that is computed alone, and before all that is suspected."""
+        self.add(request)
+        sequence = self.waiting.pop()
+        sequence.admitted = sequence.suspected = True
+        self.running.insert(0, sequence)
+
+    def requests(self) -> list[Request]:
+        """All that have not ended."""
+        return [sequence.request for sequence in self._by_request.values() if not sequence.aborted]
 
     def abort(self, request_id: str) -> None:
         """Ends a request without a further token. One in flight gives up its pages when its step ends."""
@@ -142,9 +175,11 @@ class Scheduler:
             self._pick_prefills(batch)
         if not batch:
             return None
+        step = self._next_step
         for sequence, _ in batch:
             sequence.in_flight = True
-        step = self._next_step
+            sequence.turn = self._next_turn
+            self._next_turn += 1
         self._next_step += 1
         self._planned[step] = batch
         closed, self._closed = self._closed, []
@@ -182,17 +217,20 @@ class Scheduler:
                 self._close(sequence)
         self.release_held()
 
-    def suspect(self) -> list[str]:
+    def suspect(self) -> list[Sequence]:
         """A worker died while the planned steps ran: their sequences are suspected, and run alone until
-        each has been through a step. Returns the requests that have killed twice when alone."""
+        each has been through a step. Returns those that have killed twice when alone; the engine's own
+        requests are never among them."""
         guilty = []
+        now = time.monotonic()
         for batch in self._planned.values():
             for sequence, _ in batch:
                 sequence.suspected = True
+                sequence.suspected_at = min(sequence.suspected_at, now)
                 if len(batch) == len(self._planned) == 1:
                     sequence.num_kills += 1
-                    if sequence.num_kills >= MAX_KILLS:
-                        guilty.append(sequence.seq_id)
+                    if sequence.num_kills >= MAX_KILLS and sequence.request.sink != NOBODY:
+                        guilty.append(sequence)
         return guilty
 
     def replan(self, epoch: int) -> list[StepPlan]:
@@ -224,7 +262,7 @@ class Scheduler:
             if sequence.aborted:
                 self._close(sequence)
             elif token is not None:
-                deltas.append(self._append(sequence, token))
+                deltas.append(self._append(sequence, token) if token >= 0 else self._fail(sequence))
         return deltas
 
     def check(self) -> None:
@@ -270,11 +308,21 @@ class Scheduler:
             for s in self.running
             if not s.in_flight and not s.suspected and len(s.tokens) - s.num_computed == 1
         ]
+        # Who waits longest comes first: where there are more than the budget has room for, they take turns.
+        ready.sort(key=lambda sequence: sequence.turn)
         share = -(-len(ready) // max(1, self.limits.micro_batches - self.num_in_flight))
-        for sequence in ready[: min(share, self.limits.max_batch_tokens)]:
+        for sequence in ready[: min(share, self._decode_budget())]:
             if sequence.admitted and self._make_room(sequence, sequence.num_computed + 1, taken=batch):
                 batch.append((sequence, 1))
         return batch
+
+    def _decode_budget(self) -> int:
+        """Tokens of a step that decodes may take. A quarter is kept for prompts while one waits: else they
+        would starve where as many sequences may decode as a step has tokens."""
+        budget = self.limits.max_batch_tokens
+        prefilling = any(len(s.tokens) - s.num_computed > 1 for s in self.running)
+        admissible = bool(self.waiting) and len(self.running) < self.limits.max_num_seqs
+        return budget - max(budget // 4, min(1, budget - 1)) if prefilling or admissible else budget
 
     def _pick_prefills(self, batch: list[tuple[Sequence, int]]) -> None:
         budget = self.limits.max_batch_tokens - len(batch)
@@ -360,7 +408,8 @@ class Scheduler:
     def _append(self, sequence: Sequence, token: int) -> Finished:
         position = sequence.num_generated
         sequence.tokens.append(token)
-        sequence.num_kills = 0  # what killed before did so again before it came this far
+        # What killed before did so again before it came this far.
+        sequence.num_kills, sequence.suspected_at = 0, math.inf
         reason: FinishReason | None = None
         if token in sequence.stop_ids:
             reason = "stop"
@@ -369,10 +418,18 @@ class Scheduler:
             or len(sequence.tokens) >= self.limits.max_model_len
         ):
             reason = "length"
+        request = sequence.request
         if reason is not None:
             self._close(sequence)
-        request = sequence.request
-        return Finished(request.sink, TokenDelta(request.request_id, position, [token], reason))
+        elif token == request.sleeping_until:
+            sequence.wake_stops()
+        delta = TokenDelta(request.request_id, position, [token], reason, attempt=request.attempt)
+        return Finished(request.sink, delta)
+
+    def _fail(self, sequence: Sequence) -> Finished:
+        """The sampler had no token for this sequence: its request ends, and no other."""
+        self._close(sequence)
+        return refused(sequence.request, Refusal("failed_row"))
 
     def _close(self, sequence: Sequence) -> None:
         if sequence.admitted:

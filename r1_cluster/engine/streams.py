@@ -18,13 +18,11 @@ from r1_cluster.comm.wakeup import Wakeup
 from r1_cluster.comm.wire import Header, Kind, LinkError, pack, unpack
 from r1_cluster.engine.pulse import SILENCE_S
 from r1_cluster.engine.scheduler import Finished
-from r1_cluster.records import TokenBatch, TokenDelta
+from r1_cluster.records import NOBODY, Request, TokenBatch, TokenDelta
 
 SEND_TIMEOUT_S = 0.5
 """An ingress that reads nothing for so long is given up, or all other streams would wait for it. If it lives,
 it asks again."""
-NOBODY = ""
-"""The sink of a request whose tokens nobody waits for."""
 
 
 class TokenSink:
@@ -129,9 +127,9 @@ class TokenFan:
         link = self._links.get(sink)
         return link is not None and not link.closed
 
-    def accept(self, sink: str, request_id: str) -> None:
+    def accept(self, request: Request) -> None:
         """Tells an ingress that its request is here, before there is a token."""
-        self.emit([Finished(sink, TokenDelta(request_id, 0, []))])
+        self.emit([Finished(request.sink, TokenDelta(request.request_id, 0, [], attempt=request.attempt))])
 
     def beat(self) -> None:
         """Tells all ingresses that this engine lives."""
@@ -156,5 +154,5 @@ class TokenFan:
 
     def close(self) -> None:
         """Closes all links."""
-        for link in self._links.values():
+        for link in list(self._links.values()):  # an ingress may be attaching at this moment
             link.close()

@@ -27,6 +27,7 @@ class StopChecker:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._fallbacks = [_fallback_table(stop) for stop in stops]
+        self._first = frozenset(stop[0] for stop in stops)
         self._matched = [0] * len(stops)
         self._held = ""
         self.found: str | None = None
@@ -35,7 +36,8 @@ class StopChecker:
     def feed(self, text: str) -> str:
         """The text that is now certain to come before any stop string. Once one is found, `found` is that
         string and `rest` the text behind it."""
-        if not self._stops:
+        # No stop string is under way, and none begins here: so it is for most of a text.
+        if not self._held and self._first.isdisjoint(text):
             return text
         buffer = self._held + text
         for position, character in enumerate(text, len(self._held) + 1):

@@ -64,6 +64,14 @@ class TemplateError(Exception):
     """Messages that cannot be rendered, or a template that cannot be used; the text says why."""
 
 
+class PromptTooLong(Exception):
+    """A prompt of `at_least` so many tokens, which is more than there is room for."""
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__(f"the prompt has {at_least} tokens or more")
+        self.at_least = at_least
+
+
 class _UserText(str):
     """Text of a message while a template runs: as a string it is a marker, to be replaced afterwards.
 
@@ -157,8 +165,11 @@ class ChatTemplate:
             source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
         return cls(source if isinstance(source, str) else R1_CHAT_TEMPLATE, tokenizer)
 
-    def prompt_ids(self, messages: Sequence[Mapping[str, object]], *, thinking: bool = True) -> list[int]:
-        """Token ids of the prompt; raises TemplateError with a sentence for the client.
+    def prompt_ids(
+        self, messages: Sequence[Mapping[str, object]], *, thinking: bool = True, limit: int | None = None
+    ) -> list[int]:
+        """Token ids of the prompt; raises TemplateError with a sentence for the client, and PromptTooLong,
+        before any text is tokenized, where it is plain that there are more than `limit`.
 
         A message has `role` (system, developer, user, assistant or tool) and `content`, an assistant's may
         have `tool_calls` in OpenAI's form. The prompt ends in an open thought, `<think>\\n`; without
@@ -170,8 +181,10 @@ class ChatTemplate:
             tail += _OPEN_THOUGHT.removeprefix(THINK_START) if tail.endswith(THINK_START) else _OPEN_THOUGHT
         if not thinking:
             tail += _CLOSE_THOUGHT
-        ids = self._tokenizer.encode_pieces([*pieces[:-1], Piece(tail, True)])
-        return self._with_one_bos(ids)
+        pieces[-1] = Piece(tail, True)
+        if limit is not None and (at_least := self._tokenizer.at_least(pieces)) > limit:
+            raise PromptTooLong(at_least)
+        return self._with_one_bos(self._tokenizer.encode_pieces(pieces))
 
     def _render(self, messages: Sequence[Mapping[str, object]]) -> list[Piece]:
         book = _MarkerBook()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
+
+# Each text is encoded by the thread that asks: the library's pool of threads would wait for nothing.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 THINK_START, THINK_END = "<think>", "</think>"
 
@@ -62,6 +67,7 @@ class Tokenizer:
         self._check_plain()
         vocabulary: dict[str, int] = self._plain.get_vocab(with_added_tokens=False)
         self._tokens = {token_id: token for token, token_id in vocabulary.items()}
+        self._longest = _longest_token(stripped, vocabulary, self._added)
         self._bytes: dict[int, bytes] = {
             added.id: b"" if added.special else text.encode() for text, added in self._added.items()
         }
@@ -112,8 +118,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ordinary text: no control tokens, no BOS. The text must be free of surrogates."""
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        # Of the library's ways this one computes no offsets, which nobody reads, and lets go of the GIL.
+        (encoding,) = self._plain.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoding.ids
         return ids
+
+    def at_least(self, pieces: Iterable[Piece]) -> int:
+        """A number of tokens below which these pieces cannot stay, by the bytes of the longest token."""
+        if self._longest is None:
+            return 0
+        return -(-sum(len(piece.text.encode()) for piece in pieces) // self._longest)
 
     def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
         """Token ids of a prompt: control tokens where trusted text names them, all else as ordinary text.
@@ -186,6 +200,17 @@ def _added_tokens(definition: Mapping[str, object]) -> dict[str, _AddedToken]:
             raise TokenizerError(f"added token {entry['content']!r} wants lstrip, rstrip or single_word")
         added[entry["content"]] = _AddedToken(entry["id"], bool(entry.get("special")))
     return added
+
+
+def _longest_token(
+    definition: Mapping[str, object], vocabulary: Iterable[str], added: Iterable[str]
+) -> int | None:
+    """Bytes of text that one token stands for at most; None where text may shrink before it is cut."""
+    normalizer = definition.get("normalizer")
+    if normalizer is not None and (not isinstance(normalizer, dict) or normalizer.get("normalizers") != []):
+        return None
+    # The vocabulary of byte-level BPE writes each byte as one character.
+    return max(chain(map(len, vocabulary), (len(text.encode()) for text in added)))
 
 
 def _check_byte_level(definition: Mapping[str, object]) -> None:

@@ -5,6 +5,10 @@ from r1_cluster.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
-    folder = make_checkpoint(tmp_path_factory.mktemp("nano"), num_hidden_layers=1, n_routed_experts=8)
-    return Tokenizer.from_folder(folder)
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("nano"), num_hidden_layers=1, n_routed_experts=8)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(checkpoint):
+    return Tokenizer.from_folder(checkpoint)

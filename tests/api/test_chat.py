@@ -13,7 +13,7 @@ from r1_cluster.api.errors import ApiError, unavailable
 from r1_cluster.api.protocol import parse_chat_request
 from r1_cluster.api.streaming import ChunkFrames
 from r1_cluster.records import TokenDelta
-from r1_cluster.text.tokenizer import Piece
+from r1_cluster.text.tokenizer import Piece, Tokenizer
 
 
 def request(**fields):
@@ -148,28 +148,70 @@ def test_without_thinking_all_is_content(tokenizer):
     assert stream.usage()["completion_tokens_details"] == {"reasoning_tokens": 0}
 
 
+IN_CONTENT = [
+    ("ab</think>cd END ef", ["END"], ("ab", "cd ", "stop")),
+    ("abE</think>NDcd", ["END"], ("abE", "NDcd", "length")),
+    ("ab</think>cdEN", ["END"], ("ab", "cdEN", "length")),
+    ("abEN", ["END"], ("abEN", "", "length")),
+    ("a\n\n</think>\n\nb", ["\n\n"], ("a", "b", "length")),
+    ("a</think>bcd", ["cd", "bcd"], ("a", "", "stop")),
+]
+ASLEEP = [
+    ("ab END</think>cd", ["END"], ("ab END", "cd", "length")),
+    ("ab END</think>cd END", ["END"], ("ab END", "cd ", "stop")),
+    ("a\n\nc</think>b", ["\n\n"], ("a\n\nc", "b", "length")),
+    ("a\n\n", ["\n\n"], ("a\n\n", "", "length")),
+    ("a </think> b</think>c", ["</think>"], ("a", "b", "stop")),
+]
+AWAKE = [
+    ("ab END</think>cd", ["END"], ("ab ", "", "stop")),
+    ("a\n\nc</think>b", ["\n\n"], ("a", "", "stop")),
+    ("a\n\n", ["\n\n"], ("a", "", "stop")),
+]
+
+
+@pytest.fixture(params=["with a token for the tag", "without"])
+def either_tokenizer(request, tokenizer, checkpoint):
+    if request.param == "without":
+        definition = json.loads((checkpoint / "tokenizer.json").read_text())
+        definition["added_tokens"] = [t for t in definition["added_tokens"] if "think" not in t["content"]]
+        return Tokenizer(definition, bos_token=None, eos_token=None, eos_ids=frozenset({1}))
+    return tokenizer
+
+
+def stops_at(tokenizer, text, size, expected, **fields):
+    assert said(answer(tokenizer, text, size, "length", **fields)[0]) == expected
+    assert joined(events(answer(tokenizer, text, size, "length", stream=True, **fields)[1])) == expected
+
+
 @pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize(("text", "stop", "expected"), IN_CONTENT + ASLEEP)
+def test_stop_strings_sleep_until_the_end_of_the_thought(either_tokenizer, text, stop, expected, size):
+    stops_at(either_tokenizer, text, size, expected, stop=stop)
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize(("text", "stop", "expected"), IN_CONTENT + AWAKE)
+def test_stop_strings_can_be_awake_in_the_thought(either_tokenizer, text, stop, expected, size):
+    stops_at(either_tokenizer, text, size, expected, stop=stop, stop_in_thought=True)
+
+
 @pytest.mark.parametrize(
-    ("text", "stop", "expected"),
+    "switched_off",
     [
-        ("ab</think>cd END ef", ["END"], ("ab", "cd ", "stop")),
-        ("ab END</think>cd", ["END"], ("ab ", "", "stop")),
-        ("abE</think>NDcd", ["END"], ("abE", "NDcd", "length")),
-        ("ab</think>cdEN", ["END"], ("ab", "cdEN", "length")),
-        ("abEN", ["END"], ("abEN", "", "length")),
-        ("a\n\n</think>\n\nb", ["\n\n"], ("a", "b", "length")),
-        ("a\n\nc</think>b", ["\n\n"], ("a", "", "stop")),
-        ("a\n\n", ["\n\n"], ("a", "", "stop")),
-        ("a</think>bcd", ["cd", "bcd"], ("a", "", "stop")),
+        {"chat_template_kwargs": {"thinking": False}},
+        {"thinking": {"type": "disabled"}},
+        {"reasoning_effort": "none"},
     ],
+    ids=str,
 )
-def test_stop_strings(tokenizer, text, stop, expected, size):
-    assert said(answer(tokenizer, text, size, "length", stop=stop)[0]) == expected
-    assert joined(events(answer(tokenizer, text, size, "length", stop=stop, stream=True)[1])) == expected
+@pytest.mark.parametrize("size", [1, 1000])
+def test_without_a_thought_stop_strings_are_awake_at_once(tokenizer, size, switched_off):
+    stops_at(tokenizer, "ab END", size, ("", "ab ", "stop"), stop=["END"], **switched_off)
 
 
 def test_tokens_behind_a_stop_string_are_not_counted(tokenizer):
-    stream, _ = answer(tokenizer, "a b c d e f", 1000, "length", stop="c")
+    stream, _ = answer(tokenizer, "a b c d e f", 1000, "length", stop="c", stop_in_thought=True)
     assert tokenizer.decode(stream.tokens) == "a b c"
     assert stream.finished
     assert stream.feed(TokenDelta("r", 99, [5])) == []

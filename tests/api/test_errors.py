@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 
 from r1_cluster.api import errors
@@ -14,6 +16,16 @@ from r1_cluster.api import errors
         (errors.overloaded(3), 429, None, "rate_limit_exceeded"),
         (errors.unavailable("No engine is ready."), 503, None, "service_unavailable"),
         (errors.internal("abc"), 500, None, "internal_error"),
+        (errors.unprepared(), 500, None, "internal_error"),
+        (errors.body_too_large(1000), 413, None, None),
+        (errors.body_too_slow(30.0), 408, None, None),
+        (errors.unsupported_media_type("JSON, please."), 415, None, None),
+        (
+            errors.context_length_exceeded(100, 110, None, at_least=True),
+            400,
+            "messages",
+            "context_length_exceeded",
+        ),
     ],
 )
 def test_status_and_body(error, status, param, code):
@@ -31,3 +43,9 @@ def test_what_a_client_needs_to_go_on():
     message = errors.context_length_exceeded(100, 90, 20).message
     assert all(number in message for number in ("100", "90", "20"))
     assert len(errors.model_not_found("x" * 10_000).message) < 200
+
+
+def test_an_error_passes_between_processes():
+    error = errors.ApiError(429, "No.", type_="t", param="p", code="c", headers={"Retry-After": "1"})
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.status, copy.body(), copy.headers) == (error.status, error.body(), error.headers)

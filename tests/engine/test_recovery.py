@@ -11,6 +11,7 @@ from r1_cluster.engine.recovery import EngineFailed, Recovery
 from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.planning.layout import build_layout
+from r1_cluster.records import NOBODY, Request, SamplingParams, StepResult
 
 
 class Pipeline:
@@ -192,6 +193,51 @@ def test_a_worker_that_dies_all_the_time_ends_the_engine():
         it.recovery.advance(idle=False)
     with pytest.raises(EngineFailed, match="router-1 was lost"):
         it.recovery.lose(["router-1"])
+
+
+def run(it, name):
+    """A step of one request, alone among suspects, in which stage-0 dies; the requests that are guilty of it."""
+    plan = it.scheduler.schedule(it.pipeline.epoch)
+    assert plan is None or plan.seq_ids == [name]
+    guilty = it.recovery.lose(["stage-0"])
+    it.recovery.arrived("stage-0", Member(None, None, "again"))
+    it.recovery.advance(idle=False)
+    return [request.request_id for request in guilty]
+
+
+def ask(it, name, sink="sink"):
+    it.scheduler.add(Request(name, [1, 2, 3], SamplingParams(0.0, 1.0, 0, 0), 5, [], sink))
+
+
+def test_kills_of_convicted_requests_count_against_nobody():
+    it = Harness()
+    for i in range(3 * module.MAX_RESTARTS):
+        ask(it, f"poison-{i}")
+        assert run(it, f"poison-{i}") == []
+        assert run(it, f"poison-{i}") == [f"poison-{i}"]
+        it.scheduler.abort(f"poison-{i}")
+        ask(it, f"canary-{i}", NOBODY)
+        plan = it.scheduler.schedule(it.pipeline.epoch)
+        it.scheduler.commit(StepResult(plan.epoch, plan.step, [7]))
+        it.recovery.stepped()
+        it.scheduler.abort(f"canary-{i}")
+
+
+def test_a_worker_that_kills_the_canary_as_well_is_not_excused():
+    it = Harness()
+
+    def broken():
+        for i in range(module.MAX_RESTARTS):
+            ask(it, f"innocent-{i}")
+            run(it, f"innocent-{i}")
+            run(it, f"innocent-{i}")
+            it.scheduler.abort(f"innocent-{i}")
+            ask(it, f"canary-{i}", NOBODY)
+            assert run(it, f"canary-{i}") == []
+            it.scheduler.abort(f"canary-{i}")
+
+    with pytest.raises(EngineFailed, match="stage-0 was lost"):
+        broken()
 
 
 def test_what_a_former_engine_left_missing_is_filled():

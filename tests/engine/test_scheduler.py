@@ -2,12 +2,22 @@
 
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1_cluster.engine.pages import PageAllocator
 from r1_cluster.engine.scheduler import Limits, Scheduler
-from r1_cluster.records import Request, SamplingParams, StepPlan, StepResult, unpack_int32
+from r1_cluster.records import (
+    NOBODY,
+    HeldSequence,
+    Refusal,
+    Request,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    unpack_int32,
+)
 
 GREEDY = SamplingParams(0.0, 1.0, 0, 0)
 
@@ -137,6 +147,70 @@ def test_stop_token_and_ignore_eos():
     assert len(texts["a"]) <= 3
 
 
+# The model's text after this prompt, of which every token may be the stop token or the end of the thought.
+SLEEPY = [3, 4]
+WHOLE = expected(SLEEPY, 12)
+
+
+def asleep(stops, until, **fields):
+    return Request("a", SLEEPY, GREEDY, 12, stops, "sink", sleeping_until=until, **fields)
+
+
+def test_stop_tokens_sleep_until_the_end_of_the_thought():
+    assert len(set(WHOLE)) == len(WHOLE) == 12
+    for stops, until, length in (
+        ([WHOLE[2], WHOLE[7]], WHOLE[4], 8),
+        ([WHOLE[2]], WHOLE[4], 12),
+        ([WHOLE[4], WHOLE[5]], WHOLE[4], 6),  # the end of the thought wakes them, and is none of them yet
+        ([WHOLE[2]], 1000, 12),
+        ([WHOLE[2]], None, 3),
+    ):
+        sched, texts = scheduler(), {}
+        sched.add(asleep(stops, until))
+        collect(sched, FakeWorkers(4), texts)
+        assert texts["a"] == WHOLE[:length]
+
+
+def test_eos_never_sleeps():
+    sched, texts = Scheduler(Limits(8, 16, 64), PageAllocator(16, 4), frozenset({WHOLE[3]})), {}
+    sched.add(asleep([], WHOLE[5]))
+    collect(sched, FakeWorkers(4), texts)
+    assert texts["a"] == WHOLE[:4]
+    # Ignored, and given as a stop token, it sleeps like any other.
+    sched.add(asleep([WHOLE[3]], WHOLE[5], ignore_eos=True))
+    texts.clear()
+    collect(sched, FakeWorkers(4), texts)
+    assert texts["a"] == WHOLE
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+@pytest.mark.parametrize("known", range(9))
+def test_an_engine_that_takes_over_knows_whether_stop_tokens_sleep(known, adopted):
+    stops, until = [WHOLE[2], WHOLE[4], WHOLE[8]], WHOLE[4]
+    workers, sched, texts = FakeWorkers(4), scheduler(), {"a": WHOLE[:known]}
+    if adopted:
+        former = scheduler()
+        former.add(asleep(stops, until))
+        for _ in range(min(known + 1, 8)):  # the ingress may have missed the last token
+            former.commit(workers.run(former.schedule(1)))
+        (sequence,) = former.running
+        held = HeldSequence(sequence.tokens.tobytes(), sequence.pages.tobytes(), sequence.num_computed)
+        sched.adopt({"a": held})
+    sched.add(asleep(stops, until, generated=WHOLE[:known]))
+    collect(sched, workers, texts)
+    assert texts["a"] == WHOLE[:9]
+
+
+def test_stop_tokens_stay_awake_when_a_sequence_is_computed_again():
+    workers, sched, texts = FakeWorkers(4), scheduler(), {"a": WHOLE[:6]}
+    sched.add(asleep([WHOLE[2], WHOLE[8]], WHOLE[4]))
+    for _ in range(6):
+        sched.commit(workers.run(sched.schedule(1)))
+    sched.forget_kv()
+    collect(sched, workers, texts)
+    assert texts["a"] == WHOLE[:9]
+
+
 def test_micro_batches_split_the_running_sequences():
     sched, workers = scheduler(micro_batches=2), FakeWorkers(4)
     for i in range(6):
@@ -188,7 +262,7 @@ def test_suspects_run_alone_and_only_who_kills_alone_is_guilty():
             assert sched.suspect() == []
             (again,) = sched.replan(3)
             assert again.seq_ids == ["poison"]
-            assert sched.suspect() == ["poison"]
+            assert [sequence.seq_id for sequence in sched.suspect()] == ["poison"]
             sched.abort("poison")
             assert sched.replan(4) == []
         else:
@@ -225,7 +299,76 @@ def test_who_shares_the_workers_with_another_step_is_not_guilty():
     assert sched.schedule(2) is None
     assert sched.suspect() == []
     sched.replan(3)
-    assert sched.suspect() == ["poison"]
+    assert [sequence.seq_id for sequence in sched.suspect()] == ["poison"]
+
+
+def test_the_engines_own_request_is_tried_first_and_is_never_guilty():
+    sched, workers = scheduler(), FakeWorkers(4)
+    for name in ("suspect", "another"):
+        sched.add(request(name, [5, 6, 7], 4))
+    sched.schedule(1)
+    sched.suspect()
+    assert sched.replan(2) == []
+    sched.put_on_trial(Request("canary", [5], GREEDY, 1, [], NOBODY))
+    for epoch in range(2, 6):
+        assert sched.schedule(epoch) is None or epoch == 2
+        assert sched.suspect() == []
+        (plan,) = sched.replan(epoch)
+        assert plan.seq_ids == ["canary"]
+    sched.commit(workers.run(plan))
+    assert sched.schedule(6).seq_ids == ["suspect"]
+    sched.check()
+
+
+def test_a_failed_row_ends_its_own_request_and_no_other():
+    sched, workers, texts = scheduler(), FakeWorkers(4), {}
+    for name in ("good", "bad", "better"):
+        sched.add(request(name, [5, 6, 7], 4))
+    plan = sched.schedule(1)
+    result = workers.run(plan)
+    result.tokens[plan.seq_ids.index("bad")] = -1
+    finished = {item.delta.request_id: item.delta for item in sched.commit(result)}
+    assert finished["bad"].tokens == []
+    assert finished["bad"].finish_reason == "error"
+    assert finished["bad"].error == Refusal("failed_row")
+    for name in ("good", "better"):
+        assert finished[name].error is None
+        texts[name] = list(finished[name].tokens)
+    collect(sched, workers, texts)
+    assert texts == {name: expected([5, 6, 7], 4) for name in ("good", "better")}
+    sched.check()
+    assert sched.allocator.num_used == 0
+
+
+def test_where_more_decode_than_a_step_has_tokens_they_take_turns():
+    sched, workers = scheduler(num_pages=64, max_num_seqs=8, max_batch_tokens=3), FakeWorkers(4)
+    got = {f"r{i}": 0 for i in range(8)}
+    for name in got:
+        sched.add(request(name, [5, 6], 50))
+
+    def step():
+        for item in sched.commit(workers.run(sched.schedule(1))):
+            got[item.delta.request_id] += len(item.delta.tokens)
+
+    for _ in range(20):  # prompts, of which none may wait for the others' answers
+        step()
+    assert min(got.values()) >= 1
+    before = dict(got)
+    for _ in range(16):
+        step()
+    assert {got[name] - before[name] for name in got} == {6}
+
+
+def test_a_prompt_is_computed_while_as_many_decode_as_a_step_has_tokens():
+    sched, workers = scheduler(num_pages=64, max_num_seqs=9, max_batch_tokens=8), FakeWorkers(4)
+    for i in range(8):
+        sched.add(request(f"r{i}", [5], 50))
+    sched.commit(workers.run(sched.schedule(1)))
+    sched.add(request("late", [5] * 20, 50))
+    got = set()
+    for _ in range(12):
+        got |= {item.delta.request_id for item in sched.commit(workers.run(sched.schedule(1)))}
+    assert "late" in got
 
 
 def test_after_a_stage_lost_its_kv_everything_is_computed_again():

@@ -4,13 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 from faults.arena import ENGINE, ENGINES, LAYOUTS, Arena, Ring
 from faults.load import streams
 from running_service import alive
 
+from r1_cluster.engine.recovery import MAX_RESTARTS
 from r1_cluster.text.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -60,18 +64,57 @@ def redeploy(arena):
     assert done.returncode == 0, done.stderr
 
 
-@both_layouts
-def test_a_poison_request_fails_alone(ring, layout):
+class PoisonClient(threading.Thread):
+    """Sends a request that kills workers, over and over, while streams run: the same one each time, or, with
+    `variants`, so many different ones."""
+
+    def __init__(self, service, load, variants=0):
+        super().__init__(daemon=True)
+        self.answers = []
+        self._url, self._load = service.service.url, load
+        self._variants = variants
+        self.start()
+
+    def run(self):
+        (request,) = streams(1)
+        with httpx.Client(base_url=self._url, timeout=150, trust_env=False) as http:
+            while len(self.answers) < (self._variants or 500) and self._load.num_ended < len(
+                self._load.streams
+            ):
+                words = f"variant {len(self.answers)}" if self._variants else "the same"
+                message = {"role": "user", "content": f"{words}: a {SKULLS} b"}
+                answer = http.post("/v1/chat/completions", json=request | {"messages": [message]})
+                self.answers.append(answer)
+                time.sleep(0.05)  # a client's own pace
+
+
+@pytest.mark.parametrize(
+    ("layout", "variants"),
+    [("colocated", 1), pytest.param("disaggregated", 5, marks=pytest.mark.matrix)],
+)
+def test_clients_that_send_poison_again_and_again_disturb_nobody(ring, layout, variants):
     service, undisturbed, before = ring.enter(layout)
+    engine = service.observer.ask()["engines"][0]
     load = service.load()
     decoding(load)
-    (request,) = streams(1)
-    poisonous = service.load([request | {"messages": [{"role": "user", "content": f"a {SKULLS} b"}]}])
-    (victim,) = poisonous.join()
-    assert victim.error is not None
-    assert not victim.arrivals
+    clients = [PoisonClient(service, load, count) for count in (0, 0, variants)]
     assert [stream.answer for stream in load.join()] == undisturbed
+    for client in clients:
+        client.join()
+    for answer in [answer for client in clients for answer in client.answers]:
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["code"] == "request_convicted"
+        assert answer.headers["x-should-retry"] == "false"
+    assert len(clients[0].answers) > 3  # once it is convicted, it costs nothing
     service.observer.wait_equal(before)
+    after = service.observer.ask()["engines"][0]
+    assert (after["replica"], after["pid"], after["health"]["status"]) == (
+        engine["replica"],
+        engine["pid"],
+        "ready",
+    )
+    if variants > 1:  # more deaths of one worker than would end the engine, were they its own fault
+        assert after["recoveries"] - engine["recoveries"] > MAX_RESTARTS
     ring.leave()
 
 

@@ -192,7 +192,8 @@ def test_a_client_that_leaves_frees_its_pages(service):
     ],
 )
 def test_malformed_requests_get_openais_error_body(service, body, status, param):
-    response = httpx.post(f"{service.url}/v1/chat/completions", content=body)
+    headers = {"content-type": "application/json"}
+    response = httpx.post(f"{service.url}/v1/chat/completions", content=body, headers=headers)
     assert response.status_code == status
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from actors import ingress as module
+from r1_cluster.api.errors import ApiError
 from r1_cluster.records import Request, SamplingParams, TokenDelta
 
 RECORD = Request("r", [5, 6], SamplingParams(0.0, 1.0, 0, 0), 3, [], "sink")
@@ -17,15 +18,18 @@ class Edge:
     _generate = module.Ingress._generate
     _attempt = module.Ingress._attempt
     _distribute = module.Ingress._distribute
+    _engine_lost = module.Ingress._engine_lost
+    enter = module.Ingress.enter
 
     def __init__(self, *script):
         self._streams, self._endpoint = {}, b""
+        self._in_hand, self.places, self._draining = set(), 2, False
         self._engine = Engine(self, *script)
 
 
 class Engine:
     """In place of Serve's handle. Each call does the next thing of the script, which is given the deltas' way to
-    the ingress and the call."""
+    the ingress and the call. Deltas are of the attempt that is being made, unless they say otherwise."""
 
     def __init__(self, ingress, *script):
         self.asked = []
@@ -36,7 +40,12 @@ class Engine:
         record = msgspec.msgpack.decode(request, type=Request)
         self.asked.append(list(record.generated))
         call = asyncio.get_running_loop().create_future()
-        self._script.pop(0)(lambda *deltas: self._ingress._distribute("replica", list(deltas)), call)
+
+        def send(*deltas):
+            marked = [msgspec.structs.replace(d, attempt=d.attempt or record.attempt) for d in deltas]
+            self._ingress._distribute("replica", marked)
+
+        self._script.pop(0)(send, call)
         return call
 
 
@@ -104,3 +113,59 @@ def test_a_lost_engine_is_asked_again():
     tokens, asked = answer(lose, say(token(1), token(2, "length"), end=True))
     assert tokens == [100, 101, 102]
     assert asked == [[], [100]]
+
+
+def test_a_token_of_a_former_engine_is_not_joined_to_the_continuation():
+    """Where the engine is not deterministic it may be another one than the present engine computes."""
+    late = TokenDelta("r", 1, [999], attempt=1)
+
+    def lose(send, call):
+        send(token(0))
+        call.set_exception(RuntimeError("the replica died"))
+
+    tokens, asked = answer(lose, say(late, token(1), token(2, "length"), end=True))
+    assert tokens == [100, 101, 102]
+    assert asked == [[], [100]]
+
+
+def test_that_an_engine_has_taken_a_request_is_said_once_and_before_its_tokens():
+    async def collect():
+        taken = TokenDelta("r", 0, [])
+        edge = Edge(say(taken, token(0)), say(taken, token(1), token(2, "length"), end=True))
+        answer = edge._generate(RECORD)
+        first = await anext(answer)
+        assert (first.tokens, first.finish_reason) == ([], None)
+        assert (await anext(answer)).tokens == [100]
+        edge._engine_lost("replica", False)
+        assert [delta.tokens async for delta in answer] == [[101], [102]]
+
+    asyncio.run(asyncio.wait_for(collect(), 20))
+
+
+def test_an_ingress_takes_no_more_than_the_engines_hold_until_somebody_has_ended():
+    async def enter_all():
+        edge, ends = Edge(), [asyncio.Event() for _ in range(3)]
+
+        async def request(end):
+            edge.enter()
+            await end.wait()
+
+        first, second = (asyncio.create_task(request(end)) for end in ends[:2])
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError) as full:
+            edge.enter()
+        first.cancel()
+        await asyncio.wait([first])
+        await asyncio.sleep(0)
+        third = asyncio.create_task(request(ends[2]))
+        for end in ends:
+            end.set()
+        await asyncio.gather(second, third)
+        await asyncio.sleep(0)
+        edge._draining = True
+        with pytest.raises(ApiError) as draining:
+            edge.enter()
+        return full.value, draining.value, edge._in_hand
+
+    full, draining, left = asyncio.run(enter_all())
+    assert (full.status, full.headers["Retry-After"], draining.status, left) == (429, "1", 503, set())

@@ -1,5 +1,6 @@
 import json
 import re
+import time
 
 import pytest
 from hypothesis import given
@@ -125,3 +126,10 @@ def test_what_may_begin_a_stop_string_is_held_back():
     assert checker.feed("b#") == "##b"
     assert checker.flush() == "#"
     assert StopChecker([]).feed("#") == "#"
+
+
+def test_stops_that_never_begin_cost_next_to_nothing():
+    text, stops = "abcdefgh" * 100_000, [f"#{i}" for i in range(16)]
+    checker, start = StopChecker(stops), time.process_time()
+    assert "".join(checker.feed(text[i : i + 8]) for i in range(0, len(text), 8)) == text
+    assert time.process_time() - start < 1.0

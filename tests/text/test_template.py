@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from make_checkpoint import BOS, CONTROL_TOKENS, EOS
 from transformers import AutoTokenizer
 
-from r1_cluster.text.template import R1_CHAT_TEMPLATE, ChatTemplate, TemplateError
+from r1_cluster.text.template import R1_CHAT_TEMPLATE, ChatTemplate, PromptTooLong, TemplateError
+from r1_cluster.text.tokenizer import Tokenizer
 
 # The template that DeepSeek publishes with the distilled models, as data: one statement a line.
 PUBLISHED = (Path(__file__).parent / "published_template.jinja").read_text(encoding="utf-8")
@@ -133,6 +134,24 @@ def test_without_thinking_the_thought_is_closed_at_once(tokenizer):
     ids = ChatTemplate(PUBLISHED, tokenizer).prompt_ids([user("x")], thinking=False)
     assert tokenizer.decode(ids).endswith("<｜Assistant｜><think>\n\n</think>\n\n")
     assert ids.count(tokenizer.think_end_id) == 1
+
+
+def test_text_that_cannot_fit_is_refused_untokenized(tokenizer, monkeypatch):
+    template = ChatTemplate(R1_CHAT_TEMPLATE, tokenizer)
+    short, long = [{"role": "user", "content": "x " * 50}], [{"role": "user", "content": "x " * 2_000_000}]
+    assert template.prompt_ids(short, limit=200) == template.prompt_ids(short)
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: pytest.fail("tokenized"))
+    with pytest.raises(PromptTooLong) as caught:
+        template.prompt_ids(long, limit=200)
+    assert caught.value.at_least > 200
+
+
+def test_a_thought_of_the_history_does_not_count(tokenizer):
+    messages = [
+        {"role": "assistant", "content": "x " * 2_000_000 + "</think>y"},
+        {"role": "user", "content": "z"},
+    ]
+    assert len(ChatTemplate(R1_CHAT_TEMPLATE, tokenizer).prompt_ids(messages, limit=200)) < 20
 
 
 @pytest.mark.parametrize("end", ["<｜Assistant｜>", "<｜Assistant｜><think>", PROMPT_END])

@@ -49,6 +49,30 @@ def test_decode_skips_special_tokens_as_the_reference_does(tokenizer, reference,
     assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
 
 
+@given(st.lists(st.tuples(text, st.booleans()), max_size=6))
+def test_no_prompt_has_fewer_tokens_than_at_least(tokenizer, parts):
+    pieces = [Piece(*part) for part in parts]
+    assert 0 <= tokenizer.at_least(pieces) <= len(tokenizer.encode_pieces(pieces))
+
+
+def test_a_prompt_of_the_longest_tokens_is_counted_exactly(tokenizer):
+    longest = max(map(tokenizer.token_bytes, range(512)), key=len)
+    control = max(["<｜Assistant｜>", "<｜tool▁outputs▁begin｜>"], key=lambda text: len(text.encode()))
+    assert tokenizer.at_least([Piece(control * 10, True)]) <= 10
+    assert tokenizer.at_least([Piece("x" * 10_000_000, False)]) > 100_000
+    assert tokenizer.at_least([Piece(longest.decode() * 10, False)]) <= 10
+
+
+def test_nothing_is_said_of_text_that_a_normalizer_may_shorten(folder):
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["normalizer"] = {"type": "NFC"}
+    tokenizer = Tokenizer(definition, bos_token=None, eos_token=None, eos_ids=frozenset({1}))
+    assert tokenizer.at_least([Piece("x" * 1000, False)]) == 0
+    definition["normalizer"] = {"type": "Sequence", "normalizers": []}
+    tokenizer = Tokenizer(definition, bos_token=None, eos_token=None, eos_ids=frozenset({1}))
+    assert tokenizer.at_least([Piece("x" * 1000, False)]) > 10
+
+
 def test_ids_beyond_the_tokenizer_give_no_text(tokenizer):
     assert tokenizer.decode([10**6]) == ""
 
