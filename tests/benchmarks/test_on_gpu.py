@@ -131,7 +131,8 @@ def test_its_tests_need_nothing_but_the_package_without_ray(run):
     done = subprocess.run(
         [sys.executable, "-c", MISSING, *options, *folders],
         cwd=SCRIPT.parents[1],
-        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # no pytest-timeout, which the settings configure
+        env=os.environ
+        | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # no pytest-timeout, which the settings configure
         capture_output=True,
         text=True,
         timeout=200,
