@@ -275,12 +275,10 @@ def table(only: str, seconds: float) -> list[str]:
         lines.append(text)
         print(text, flush=True)
 
-    say(
-        f"# Kernels on one {torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}"
-    )
-    say(
-        f"Copy {ceilings.bytes_per_s / 1e9:.0f} GB/s, BF16 product {ceilings.bf16_per_s / 1e12:.0f} TFLOP/s.\n"
-    )
+    say(f"# Kernels on one {torch.cuda.get_device_name()}")
+    say(f"torch {torch.__version__}, Triton {triton.__version__}")
+    rates = ceilings.bytes_per_s / 1e9, ceilings.bf16_per_s / 1e12
+    say(f"Copy {rates[0]:.0f} GB/s, BF16 product {rates[1]:.0f} TFLOP/s.\n")
     say("| kernel | shape | µs | GB/s | TFLOP/s | floor µs | of the floor | peers, µs |")
     say("| --- | --- | --- | --- | --- | --- | --- | --- |")
     left = 0

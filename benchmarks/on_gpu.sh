@@ -49,7 +49,9 @@ step() {
         code=124
         echo "not begun: the $TOTAL s of all steps were over" >"$LOGS/$name.log"
     else
-        timeout -k 5 "$limit" "$PYTHON" "$@" >"$LOGS/$name.log" 2>&1
+        # Interrupted, not terminated: pytest then says what it has found so far. bash lets what runs beside it
+        # ignore interrupts, which is undone here.
+        timeout -s INT -k 5 "$limit" env --default-signal=INT "$PYTHON" "$@" >"$LOGS/$name.log" 2>&1
         code=$?
     fi
     echo "| $name | $code | $((SECONDS - started)) | $limit |" >"$LOGS/$name.row"

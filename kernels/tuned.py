@@ -9,6 +9,7 @@ best tile is not the next one's.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Hashable
@@ -16,35 +17,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import msgspec
 import torch
 import triton
 
 FOLDER = Path(__file__).parent / "tuned"
-WARM_UP_MS, MEASURE_MS = (
-    2,
-    8,
-)  # of each configuration; Triton's own 25 and 100 make a first start ten times as long
+WARM_UP_MS, MEASURE_MS = 2, 8
+"""Of each configuration. With Triton's own 25 and 100 a first start takes ten times as long."""
 
 logger = logging.getLogger(__name__)
 
 Key: TypeAlias = tuple[Hashable, ...]
 
-
-class Choice(msgspec.Struct, frozen=True):
-    """`key` is Triton's: the values that a kernel is tuned by, and the dtypes of its tensors; `config` what
-    is then passed to the kernel, launch options among it."""
-
-    key: list[int | float | str | bool | None]
-    config: dict[str, int]
-
-
-class Table(msgspec.Struct):
-    """Choices by the names of kernels."""
-
-    device: str
-    triton: str
-    kernels: dict[str, list[Choice]]
+Choices: TypeAlias = dict[tuple[str, Key], dict[str, int]]
+"""By kernel and Triton's key (the values that it is tuned by, and the dtypes of its tensors): what is then
+passed to the kernel, launch options among it."""
 
 
 class Chosen(dict[Key, triton.Config]):
@@ -105,18 +91,33 @@ def attach(tuner: Any) -> Any:
 
 def write(folder: Path) -> Path:
     """Writes what this process has run with, beside what the device's table there lists already."""
-    table = Table(_device() or "interpreter", triton.__version__, {})
-    path = folder / _file_name(table.device, table.triton)
-    choices = dict(_by_key(_read(path))) if path.exists() else {}
+    device = _device() or "interpreter"
+    path = folder / _file_name(device, triton.__version__)
+    choices = read(path) if path.exists() else {}
     for chosen in _chosen:
         for key, config in chosen.items():
             choices[chosen.kernel, key] = config.all_kwargs()
+    kernels: dict[str, list[dict[str, object]]] = {}
     for kernel, key in sorted(choices, key=repr):
-        entry = Choice([*key], choices[kernel, key])  # type: ignore[list-item]
-        table.kernels.setdefault(kernel, []).append(entry)
+        kernels.setdefault(kernel, []).append({"key": key, "config": choices[kernel, key]})
+    table = {"device": device, "triton": triton.__version__, "kernels": kernels}
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
+    path.write_text(json.dumps(table, indent=1) + "\n")
     return path
+
+
+def read(path: Path) -> Choices:
+    """What a table lists; nothing, and a warning, where it cannot be read."""
+    try:
+        kernels = json.loads(path.read_text(encoding="utf-8"))["kernels"]
+        return {
+            (kernel, tuple(entry["key"])): dict(entry["config"])
+            for kernel, entries in kernels.items()
+            for entry in entries
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("the table of tuned kernels %s is left out, it cannot be read: %s", path.name, error)
+        return {}
 
 
 def _measure(call: Callable[[], object], quantiles: tuple[float, ...]) -> list[float]:
@@ -127,14 +128,14 @@ def _measure(call: Callable[[], object], quantiles: tuple[float, ...]) -> list[f
 
 
 @cache
-def _listed() -> dict[tuple[str, Key], dict[str, int]]:
+def _listed() -> Choices:
     """The table of this device and Triton version; where there is none, says so, once."""
     device = _device()
     if device is None:
         return {}
     path = FOLDER / _file_name(device, triton.__version__)
     if path.exists():
-        return _by_key(_read(path))
+        return read(path)
     others = sorted(FOLDER.glob(_file_name(device, "*")))
     known = f"only for {', '.join(other.stem for other in others)}" if others else "for no version"
     logger.warning(
@@ -143,20 +144,6 @@ def _listed() -> dict[tuple[str, Key], dict[str, int]]:
         *(device, triton.__version__, known),
     )
     return {}
-
-
-def _read(path: Path) -> Table:
-    """The table in a file; an empty one, and a warning, where it cannot be read."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Table)
-    except (OSError, msgspec.MsgspecError) as error:
-        logger.warning("the table of tuned kernels %s is left out, it cannot be read: %s", path.name, error)
-        return Table("", "", {})
-
-
-def _by_key(table: Table) -> dict[tuple[str, Key], dict[str, int]]:
-    choices = ((kernel, choice) for kernel, listed in table.kernels.items() for choice in listed)
-    return {(kernel, tuple(choice.key)): choice.config for kernel, choice in choices}
 
 
 def _file_name(device: str, version: str) -> str:

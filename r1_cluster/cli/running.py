@@ -50,7 +50,9 @@ def private_folder() -> Path:
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be made: {(error.strerror or str(error)).lower()}") from None
+        why = (error.strerror or str(error)).lower()
+        words = "set XDG_RUNTIME_DIR to a folder of yours, or unset it"
+        raise ConfigError(f"{folder}, where services are kept, cannot be made ({why}); {words}") from None
     if not stat.S_ISDIR(status.st_mode):
         fault = "is not a folder"
     elif status.st_uid != os.getuid():

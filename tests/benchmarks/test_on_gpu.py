@@ -1,7 +1,10 @@
 """The one command for a machine with a GPU: which steps it has, and that none keeps another from running."""
 
+import os
 import re
+import shlex
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -100,3 +103,39 @@ def test_wrong_arguments_show_how_it_is_used(run, arguments):
     assert done.returncode == 2
     assert "benchmarks/on_gpu.sh [--list] [FOLDER]" in done.stderr
     assert calls == ""
+
+
+MISSING = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("ray", "hypothesis", "pytest_timeout", "openai", "httpx", "transformers"):
+            raise ModuleNotFoundError(f"{name} is not on that machine", name=name)
+sys.meta_path.insert(0, Missing())
+import pytest
+sys.exit(pytest.main(["--collect-only", *sys.argv[1:]]))
+"""
+
+
+def test_its_tests_need_nothing_but_the_package_without_ray(run):
+    """They are collected, warnings being errors, with the options that the script gives them."""
+    listed, _, _ = run("", "--list", limit="")
+    folders = []
+    for line in listed.stdout.splitlines():
+        name, _, command = line.partition(": ")
+        if name.startswith("tests-"):
+            asked = shlex.split(command)
+            *options, last = asked[asked.index("pytest") + 1 :]
+            folders += [part for part in [*options, last] if part.startswith("tests/")]
+            options = [part for part in options if not part.startswith("tests/")]
+    done = subprocess.run(
+        [sys.executable, "-c", MISSING, *options, *folders],
+        cwd=SCRIPT.parents[1],
+        env=os.environ
+        | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # no pytest-timeout, which the settings configure
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(folders) == 4

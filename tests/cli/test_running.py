@@ -77,10 +77,13 @@ def test_a_folder_that_others_made_is_refused(folder, monkeypatch, capsys):
     refused("is not a folder")
     folder.unlink()
     folder.write_text("")
-    refused("cannot be made: file exists")
+    refused("cannot be made (file exists)")
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/nowhere")
     assert main(["stop"]) == 2
-    assert "/nowhere/r1-cluster cannot be made: no such file" in capsys.readouterr().err
+    assert (
+        "/nowhere/r1-cluster, where services are kept, cannot be made (no such file"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
