@@ -323,24 +323,6 @@ def gemm_int(x_MK: Tensor, q_NK: Tensor, scale_NG: Tensor) -> Tensor:
     return x_MK @ dequantize(weight, scale_NG.to(x_MK.dtype)).mT
 
 
-def _mix(z: Tensor) -> Tensor:
-    """Finaliser of splitmix64 on int64 bits; torch wraps products, and a shifted-in sign is masked off."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * (factor - (1 << 64))
-    return z ^ ((z >> 31) & ((1 << 33) - 1))
-
-
-def counter_uniform(seed: Tensor, position: Tensor) -> Tensor:
-    """Random float64 strictly inside (0, 1), a pure function of (seed, position), both int64.
-
-    24 bits and a half step, in float64 because the largest would round to 1 in float32. Steele, Lea,
-    Flood, "Fast splittable pseudorandom number generators" (2014): the golden-ratio step and its finaliser.
-    """
-    golden = 0x9E3779B97F4A7C15 - (1 << 64)
-    z = _mix(_mix(seed + golden) + (position + 1) * golden)
-    return (((z >> 40) & ((1 << 24) - 1)).to(torch.float64) + 0.5) * 2.0**-24
-
-
 def apply_penalties(
     logits_SV: Tensor,
     token_ids_SL: Tensor,
@@ -393,27 +375,6 @@ def sample(
     seed_S: Tensor,
     position_S: Tensor,
 ) -> Tensor:
-    """int64 [S]: inverse of the cumulative distribution over kept tokens by id; temperature 0: the best.
-
-    The draw is the first kept token whose cumulative mass exceeds u times the total, u = `counter_uniform`.
-    """
-    greedy = logits_SV.argmax(-1)
-    scaled = logits_SV / torch.where(temperature_S > 0, temperature_S, 1.0)[:, None].to(logits_SV.dtype)
-    kept = kept_tokens(scaled, top_k_S, top_p_S, min_p_S)
-    mass = ((scaled - scaled.amax(-1, keepdim=True)).exp() * kept).cumsum(-1)
-    target = counter_uniform(seed_S, position_S)[:, None].to(mass.dtype) * mass[:, -1:]
-    return torch.where(temperature_S > 0, (mass > target).int().argmax(-1), greedy)
-
-
-def sample_exactly(
-    logits_SV: Tensor,
-    temperature_S: Tensor,
-    top_k_S: Tensor,
-    top_p_S: Tensor,
-    min_p_S: Tensor,
-    seed_S: Tensor,
-    position_S: Tensor,
-) -> Tensor:
     """int64 [S]: each row's token as `kernels.cpu_sampler` defines it, or FAILED, in Python's integers."""
     columns = (temperature_S, top_k_S, top_p_S, min_p_S, seed_S, position_S)
     rows = zip(logits_SV.float().cpu(), *(column.tolist() for column in columns))
@@ -428,8 +389,16 @@ def _sample_row(
         return FAILED
     if temperature < COLDEST:
         return logits_V.tolist().index(largest)
+    kept: list[int] = kept_masses(logits_V, temperature, top_k, top_p, min_p).tolist()
+    target = sum(kept) * odd_draw(seed, position) // 2**25
+    return next(token for token, mass in enumerate(accumulate(kept)) if mass > target)
+
+
+def kept_masses(logits_V: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """int64 [V]: each token's mass as `kernels.cpu_sampler` defines it, 0 where a filter leaves it out."""
+    device, logits_V = logits_V.device, logits_V.cpu()
     inverse = inverse_of(torch.tensor([[temperature]]))
-    keys: list[int] = keys_of(logits_V[None], torch.tensor([[largest]]), inverse)[0].tolist()
+    keys: list[int] = keys_of(logits_V[None], logits_V.max().view(1, 1), inverse)[0].tolist()
     masses: list[int] = masses_of(torch.tensor(keys, dtype=torch.int32)).tolist()
     ranked = sorted(range(len(keys)), key=lambda token: keys[token])
     limit = keys[ranked[-1]]
@@ -442,5 +411,4 @@ def _sample_row(
         limit = min(limit, next(keys[token] for token, mass in zip(ranked, reached) if mass >= wanted))
     least = int(min(max(min_p, 0.0), 1.0) * 2**40)
     kept = [mass if key <= limit and mass >= least else 0 for key, mass in zip(keys, masses)]
-    target = sum(kept) * odd_draw(seed, position) // 2**25
-    return next(token for token, mass in enumerate(accumulate(kept)) if mass > target)
+    return torch.tensor(kept, dtype=torch.int64, device=device)

@@ -20,6 +20,7 @@ from kernels import (
     moe_gemm_plain,
     moe_sort,
     norm,
+    penalties,
     rope,
     sampler,
     silu,
@@ -53,6 +54,8 @@ class Case:
     """What differs on AMD, after `narrow`."""
     spill_allowance: int = 0
     """Stack bytes a thread that a hot kernel may use on sm_90, outside its main loop."""
+    fused: bool = True
+    """Whether a product and a sum may become one operation that rounds once."""
 
     def launch(self, target: str) -> Launch:
         """Arguments and options for a target."""
@@ -97,6 +100,7 @@ _GQA = "*bf16' *bf16' *bf16' *i32' *i32' *i32' *fp32' *fp32' fp32 i32' i32 i32 i
 _GQA_SHAPE = {"D": 128, "PAGE": 64, "BLOCK_N": 64}
 _INT = "*bf16' weight *fp32' *bf16' i32 i32 i32' i32 i32 i32'"
 _INT_SHAPE = {"BLOCK_M": 16, "BLOCK_N": 64}
+_SAMPLE = {"BLOCK": 2048, "SPLITS": 64}
 
 CASES = [
     Case("rms_norm", norm._rms_norm_kernel, "*bf16' *bf16' *bf16' *bf16' *bf16' i32' i32' fp32", _D, 16),
@@ -345,15 +349,64 @@ CASES = [
         "gemm int4", int_gemm.int_gemm_kernel, _INT.replace("weight", "*u8'"), _INT_SHAPE | {"PACKED": True}
     ),
     Case(
-        "sample",
-        sampler.sample_kernel,
-        "*fp32' *fp32' *i32' *fp32' *fp32' *i64' *i64' *i64' i32' i32'",
-        {"BLOCK": 4096},
-        16,
+        "sample, largest",
+        sampler.largest_kernel,
+        "*fp32' *fp32' *i32' *fp32' *i32' *fp32' *i64' *i32' i32' i32' i32'",
+        {"BLOCK": 2048, "CLEAR": 128},
+        8,
+        fused=False,
+    ),
+    Case(
+        "sample, weigh",
+        sampler.weigh_kernel,
+        "*fp32' *fp32' *i32' *fp32' *fp32' *i32' *fp32' *i64' *i64' *i32' i32' i32' i32'",
+        _SAMPLE,
+        8,
+        fused=False,
+    ),
+    Case(
+        "sample, coarse",
+        sampler.coarse_kernel,
+        "*fp32' *i32' *fp32' *fp32' *i32' *i64' *i64' *i32' *i32' *i64' i32' i32'",
+        {"SPLITS": 64},
+        8,
+        fused=False,
+    ),
+    Case(
+        "sample, refine",
+        sampler.refine_kernel,
+        "*fp32' *fp32' *fp32' *fp32' *i32' *fp32' *i64' *i32' *i32' i32' i32' i32'",
+        _SAMPLE,
+        8,
+        fused=False,
+    ),
+    Case(
+        "sample, fine",
+        sampler.fine_kernel,
+        "*fp32' *fp32' *fp32' *i32' *i64' *i32' *i32' *i64' *i32' i32'",
+        {"SPLITS": 64},
+        8,
+        fused=False,
+    ),
+    Case(
+        "sample, keep",
+        sampler.keep_kernel,
+        "*fp32' *fp32' *fp32' *fp32' *i32' *fp32' *i32' *i64' i32' i32' i32'",
+        _SAMPLE,
+        8,
+        fused=False,
+    ),
+    Case(
+        "sample, locate",
+        sampler.locate_kernel,
+        "*fp32' *fp32' *fp32' *fp32' *i64' *i64' *i32' *fp32' *i32' *i64' *i64' i32' i32' i32'",
+        _SAMPLE,
+        8,
+        fused=False,
     ),
     Case(
         "penalties",
-        sampler.penalties_kernel,
+        penalties.penalties_kernel,
         "*fp32' *i32' *i32' *fp32' *fp32' *fp32' i32' i32",
         {"BLOCK": 256},
         2,

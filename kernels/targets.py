@@ -58,6 +58,8 @@ class Compiled:
     spilled: int
     """Stack bytes a thread (NVIDIA) or spilled vector registers (AMD)."""
     blocks: dict[str, int | float | bool] = field(default_factory=dict)
+    unwanted_fusions: int = 0
+    """Products fused with sums (NVIDIA) in a kernel whose bits must not depend on that."""
 
     def faults(self, target: Target) -> list[str]:
         """Limits exceeded, in words."""
@@ -68,6 +70,8 @@ class Compiled:
             found.append(f"{self.registers} registers, {target.register_limit} at most")
         if self.hot and self.spilled > self.spill_allowance and target.name == "sm_90":
             found.append(f"spills {self.spilled} bytes")
+        if self.unwanted_fusions:
+            found.append(f"fuses {self.unwanted_fusions} products with sums")
         return [f"{self.kernel} on {target.name}: {fault}" for fault in found]
 
 
@@ -96,7 +100,7 @@ def compile_case(case: Case, target: Target) -> Compiled:
     options = {
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": case.fused,
     }
     compiled = triton.compile(source, target=target.gpu, options=options)
     registers, spilled = _resources(compiled, target)
@@ -111,6 +115,7 @@ def compile_case(case: Case, target: Target) -> Compiled:
         registers,
         spilled,
         {k: v for k, v in launch.constexprs.items() if k.startswith("BLOCK")},
+        0 if case.fused else compiled.asm.get("ptx", "").count("fma."),
     )
 
 

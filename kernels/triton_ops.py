@@ -41,6 +41,7 @@ HAS_MOE = True
 
 _GROUP = 128
 _LEAST_WIDTH = 16  # of a matrix unit's operand
+_INT32_MAX = 2**31 - 1
 _MANY_ROWS = 64  # rows of an expert from which blocks of 128 pay
 
 
@@ -254,11 +255,16 @@ def sample(logits_SV: Tensor, draws: Draws) -> list[int]:
     """See `Ops.sample`. The one place of a step where the host waits for the device."""
     columns = [
         torch.tensor(draws.temperatures, dtype=torch.float32),
-        torch.tensor(draws.top_ks, dtype=torch.int32),
+        torch.tensor([min(max(k, 0), _INT32_MAX) for k in draws.top_ks], dtype=torch.int32),
         torch.tensor(draws.top_ps, dtype=torch.float32),
         torch.zeros(len(draws.seeds), dtype=torch.float32),  # min-p, which keeps everything
-        torch.tensor(draws.seeds, dtype=torch.int64),
-        torch.tensor(draws.positions, dtype=torch.int64),
+        torch.tensor([_wrapped(seed) for seed in draws.seeds], dtype=torch.int64),
+        torch.tensor([_wrapped(position) for position in draws.positions], dtype=torch.int64),
     ]
     tokens: list[int] = sampler.sample(logits_SV, *upload(columns, logits_SV.device)).tolist()
     return tokens
+
+
+def _wrapped(number: int) -> int:
+    """The int64 that is equal to it modulo 2^64."""
+    return (number + 2**63) % 2**64 - 2**63

@@ -14,7 +14,7 @@ from r1_cluster.records import SampleSpec, SamplingParams
 
 
 def twin(logits, draws):
-    return reference.sample_exactly(
+    return reference.sample(
         logits,
         torch.tensor(draws.temperatures),
         torch.tensor(draws.top_ks),
@@ -148,6 +148,23 @@ def test_only_kept_tokens_are_drawn_in_proportion(top_k, top_p):
     for token in kept:
         share = float(probs[token]) / mass
         assert abs(counts[token] / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5 + 1e-3
+
+
+def test_the_kept_tokens_are_those_of_a_sort_in_float64():
+    """The integers' filters against the reference's, whose cumulated masses are float64: with ties and
+    -inf, and down to 2^-40 of the best, below which there is no mass."""
+    torch.manual_seed(4)
+    for case in range(120):
+        logits = torch.randn(50) * 3
+        logits[::5] = logits[1::5]
+        logits[3] = -math.inf
+        temperature = (0.5, 1.0, 1.7)[case % 3]
+        top_k, top_p, min_p = ((0, 5, 21)[case % 3], (1.0, 0.9, 0.35, 0.999)[case % 4], (0.0, 0.03)[case % 2])
+        mine = reference.kept_masses(logits, temperature, top_k, top_p, min_p)
+        scaled = logits[None].double() / temperature
+        filters = torch.tensor([top_k]), torch.tensor([top_p]).double(), torch.tensor([min_p]).double()
+        theirs = reference.kept_tokens(scaled, *filters)[0] & (scaled[0] > scaled.max() - 40 * math.log(2))
+        assert torch.equal(mine > 0, theirs)
 
 
 def test_a_row_does_not_depend_on_the_batch():

@@ -43,8 +43,17 @@ def test_every_fp8_kernel_is_left_out_where_there_is_no_fp8_and_nothing_else():
         "mla decode, 128 heads",
         "gqa decode",
         "gemm int4",
-        "sample",
+        "sample, weigh",
     }
+
+
+def test_the_sampler_is_compiled_without_fused_products():
+    """Its masses must be the CPU's to the last bit; `faults` reports what the compiler fused all the same."""
+    cases = [case for case in target_cases.CASES if case.name.startswith("sample, ")]
+    assert len(cases) == 7
+    assert not any(case.fused for case in cases)
+    fusing = targets.Compiled("k", "sm_90", False, 0, 4, 3, 0, 9, 0, unwanted_fusions=2)
+    assert len(fusing.faults(next(t for t in targets.TARGETS if t.name == "sm_90"))) == 1
 
 
 def test_exceeded_limits_are_faults():

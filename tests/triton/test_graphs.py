@@ -182,7 +182,10 @@ def test_a_decode_step_is_our_kernels_and_the_products_of_a_library(folder, reco
     assert set(recording.operations) - ALLOWED == set()
     launched = set(recording.launches)
     always = {"_rms_norm_kernel", "_rope_kernel", "write_latent_kernel", "mla_decode_kernel", "_gate_kernel"}
-    always |= {"_place_kernel", "_combine_kernel", "sample_kernel"}
+    always |= {"_place_kernel", "_combine_kernel"}
+    always |= {
+        f"{step}_kernel" for step in ("largest", "weigh", "coarse", "refine", "fine", "keep", "locate")
+    }
     scaled = {"_quantize_kernel", "plain_gemm_kernel", "gate_up_kernel", "grouped_gemm_kernel"}
     plain = {"grouped_plain_kernel", "silu_mul_kernel"}
     assert always <= launched

@@ -71,14 +71,13 @@ CASES = {
     "pack_int4": lambda d: (d.integers(-8, 8, 3, 256, dtype=torch.int8),),
     "unpack_int4": lambda d: (d.integers(0, 256, 3, 128, dtype=torch.uint8),),
     "gemm_int": lambda d: (d.normal(3, 256), d.integers(0, 256, 5, 128, dtype=torch.uint8), d.scales(5, 2)),
-    "counter_uniform": lambda d: (torch.arange(5), torch.arange(5) + 3),
     "apply_penalties": lambda d: (
         *(d.normal(2, 20), ints(3, 7, -1, 0, 19, 4).view(2, 3), ints(0, 2, 0, 1, 0, 5).view(2, 3)),
         *(d.scales(2) + 1, d.scales(2), d.scales(2)),
     ),
     "kept_tokens": lambda d: (d.normal(4, 50), *sampled(d)[1:4]),
     "sample": lambda d: (d.normal(4, 50), *sampled(d)),
-    "sample_exactly": lambda d: (d.normal(4, 50), *sampled(d)),
+    "kept_masses": lambda d: (d.normal(50), 0.6, 9, 0.9, 0.01),
 }
 _ON_NO_TENSOR = {"max_slots"}
 
