@@ -17,7 +17,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import msgspec
-import torch
 
 from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.listener import Endpoint, Listener, connect
@@ -53,16 +52,14 @@ class Settings(msgspec.Struct, frozen=True):
     max_num_seqs: int = 64
     max_batch_tokens: int = 256
     max_context_len: int = 512
-    step_timeout_s: float = 5.0
-    lease_s: float = 20.0
+    step_timeout_s: float = 15.0  # a kernel may have to be compiled in a first step
+    lease_s: float = 30.0
 
 
 def work(boot: WorkerBoot, parent: Connection) -> None:
     """A worker process: says where it listens once it has loaded, and ends with its engine's lease."""
     from r1_cluster.engine.worker import Worker
 
-    if boot.device == "cuda":
-        torch.cuda.set_device(0)
     worker = Worker(boot)
     parent.send(worker.listener.address)
     parent.close()
