@@ -59,6 +59,7 @@ class Gate:
         self._app = app
         self._places: dict[str, int] = {}
         self._in_flight: Counter[str] = Counter()
+        self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -77,7 +78,10 @@ class Gate:
             return
         self._in_flight[path] += 1
         try:
-            await asyncio.sleep(0)  # those that are refused need not wait until the others are under way
+            # Serve computes some ms to get a request under way. One at a time, so that those that come
+            # meanwhile are read, and refused, in between.
+            async with self._turn:
+                await asyncio.sleep(0)
             await self._app(scope, receive, self._outgoing(path, send))
         finally:
             self._in_flight[path] -= 1

@@ -98,10 +98,11 @@ def test_what_is_no_error_and_what_is_json_passes_as_it_is():
     assert call(answering(503, b"text/plain", b"starting"), path="/-/healthz")[3] == b"starting"
 
 
-def post(gate, count):
-    """(status, headers) of so many requests at once."""
+async def post(gate, count):
+    """(status, headers) of so many requests at once, and the statuses in the order in which they came."""
+    order = []
 
-    async def one(order):
+    async def one():
         sent = []
 
         async def send(message):
@@ -114,11 +115,7 @@ def post(gate, count):
         )
         return sent[0]["status"], dict(sent[0]["headers"])
 
-    async def all_at_once():
-        order = []
-        return await asyncio.gather(*(one(order) for _ in range(count))), order
-
-    return asyncio.run(all_at_once())
+    return await asyncio.gather(*(one() for _ in range(count))), order
 
 
 def test_what_finds_no_place_is_refused_before_serve_hears_of_it():
@@ -132,16 +129,19 @@ def test_what_finds_no_place_is_refused_before_serve_hears_of_it():
         await asyncio.sleep(0.01)
         await send({"type": "http.response.body", "body": b"{}"})
 
-    gate = Gate(app)
-    # How many places there are is known from the first answer on.
-    ((status, headers),), _ = post(gate, 1)
-    assert (status, set(headers)) == (200, {b"content-type"})
-    answers, order = post(gate, 8)
-    assert [status for status, _ in answers] == [200] * 3 + [429] * 5
-    assert order == [429] * 5 + [200] * 3
-    refused = answers[-1][1]
-    assert refused[b"retry-after"] == b"1"
-    assert len(refused[b"x-request-id"]) == 32
-    assert served == 4
-    # Whoever has been answered has left its place.
-    assert [status for status, _ in post(gate, 3)[0]] == [200] * 3
+    async def scenario():
+        gate = Gate(app)
+        # How many places there are is known from the first answer on.
+        ((status, headers),), _ = await post(gate, 1)
+        assert (status, set(headers)) == (200, {b"content-type"})
+        answers, order = await post(gate, 8)
+        assert [status for status, _ in answers] == [200] * 3 + [429] * 5
+        assert order == [429] * 5 + [200] * 3
+        refused = answers[-1][1]
+        assert refused[b"retry-after"] == b"1"
+        assert len(refused[b"x-request-id"]) == 32
+        assert served == 4
+        # Whoever has been answered has left its place.
+        assert [status for status, _ in (await post(gate, 3))[0]] == [200] * 3
+
+    asyncio.run(scenario())
