@@ -213,6 +213,27 @@ def _group(name: str, bundles: list[dict[str, float]], strategy: str) -> Placeme
         return placement_group(bundles, strategy=strategy, name=name, lifetime="detached")
 
 
+def process_name(pid: int) -> str | None:
+    """What a process of the cluster is, or was, to a person: a worker's name, the engine, the ingress, a part
+    of Serve; None where Ray does not know."""
+    try:
+        rows = ray._private.state.actors().values()
+    except Exception as error:  # whoever asks prints what Ray says, and must live on
+        logger.warning("Ray does not say what process %d was: %s", pid, error)
+        return None
+    for row in rows:
+        if row["Pid"] == pid:
+            name = str(row["Name"])
+            if "SERVE_PROXY" in name:
+                return "Serve's proxy"
+            if "SERVE_CONTROLLER" in name:
+                return "Serve's controller"
+            if name.startswith("SERVE_REPLICA"):
+                return f"the {name.split('#')[-2].lower()}"
+            return name.rpartition("/")[2].partition(".")[0] or None
+    return None
+
+
 def worker_actors(prefix: str) -> list[str]:
     """Names of the worker actors that Ray knows, of the engine or service whose names begin so."""
     named = ray.util.list_named_actors(all_namespaces=True)

@@ -28,6 +28,7 @@ from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.engine.streams import TokenFan
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.planning.layout import build_layout
+from r1_cluster.planning.limits import check_messages, max_model_len
 from r1_cluster.records import Refusal, Request
 from r1_cluster.text.tokenizer import Tokenizer
 
@@ -37,15 +38,6 @@ TAKEOVER_S = 10.0
 """How long a request waits for a standby that is about to take over."""
 RETRY_S = 0.5
 HEAD_TIMEOUT_S = 1.0
-
-
-def max_model_len(service: Service, model: ModelConfig) -> int:
-    """Tokens that prompt and answer may have together: by the model, by configuration, by the pages."""
-    engine = service.engine
-    limits = [model.max_position_embeddings, engine.num_pages * engine.page_size]
-    if engine.max_model_len is not None:
-        limits.append(engine.max_model_len)
-    return min(limits)
 
 
 def num_places(service: Service) -> int:
@@ -61,6 +53,7 @@ class Engine:
         self._model = ModelConfig.from_folder(service.model.path)
         self._eos_ids = frozenset(Tokenizer.from_folder(service.model.path).eos_ids)
         self._layout = build_layout(service.layout, self._model)
+        check_messages(service, self._model)
         self._id = serve.get_replica_context().replica_id.unique_id
         self._secret = secret()
         self._loop = asyncio.get_event_loop()

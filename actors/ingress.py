@@ -19,7 +19,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from actors.cluster import is_draining, secret
-from actors.engine import max_model_len, num_places
+from actors.engine import num_places
 from actors.routing import avoid, trust
 from r1_cluster.api.chat import ChatStream
 from r1_cluster.api.errors import ApiError, convicted, failed_row, overloaded, unavailable
@@ -32,6 +32,7 @@ from r1_cluster.edge.prepare import PrepareOptions
 from r1_cluster.edge.sse import frames
 from r1_cluster.engine.streams import TokenSink
 from r1_cluster.models.config import ModelConfig
+from r1_cluster.planning.limits import max_model_len
 from r1_cluster.records import ENGINE_LOST, Refusal, Request, TokenDelta
 
 logger = logging.getLogger("r1_cluster.ingress")

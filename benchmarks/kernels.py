@@ -1,10 +1,11 @@
 """Times every kernel on one GPU at R1's shapes, against the floor of bytes and operations and against torch.
 
-    python -m benchmarks.kernels [--only gemm] [--write]
+    python -m benchmarks.kernels [--only gemm] [--seconds 120] [--write] [--write-tuned kernels/tuned]
 
 Each figure is the median of many replays of a CUDA graph that rotates through inputs larger than the L2
 cache. The floor is the larger of bytes over the bandwidth of a large copy, and operations over the rate of a
-large BF16 product (twice that for FP8), both measured here first. Kernels are tuned before they are timed.
+large BF16 product (twice that for FP8), both measured here first. Kernels are tuned before they are timed;
+`--write-tuned` keeps what was chosen as the table of this device and Triton version.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import triton
+import triton.language as tl
 
-from kernels import fp8, gemm_fp8, mla_decode, moe_combine, moe_gate, moe_gemm, moe_sort, norm, sampler
+from kernels import fp8, gemm_fp8, mla_decode, moe_combine, moe_gate, moe_gemm, moe_sort, norm, sampler, tuned
 
 Run = Callable[[], object]
 
@@ -85,19 +89,32 @@ def median_s(make: Callable[[], Run], num_bytes: float) -> float:
     return statistics.median(times)
 
 
+@triton.jit
+def copy_kernel(source_ptr: tl.tensor, target_ptr: tl.tensor, size: int, BLOCK: tl.constexpr) -> None:
+    """Copies `size` elements, BLOCK by each program."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target_ptr + at, tl.load(source_ptr + at, mask=at < size), mask=at < size)
+
+
+def copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """By a kernel: a captured `copy_` becomes a node of its own, which moves two thirds as much a second."""
+    size = source.numel()
+    copy_kernel[(triton.cdiv(size, 4096),)](source, target, size, BLOCK=4096, num_warps=8)
+
+
 def measure_ceilings() -> Ceilings:
     """A copy of 2 GiB, bytes read and written, and a BF16 product of 8,192 cubed."""
 
-    def copy() -> Run:
+    def copies() -> Run:
         source = torch.randint(0, 2**31, (2**29,), dtype=torch.int32, device="cuda")
         target = torch.empty_like(source)
-        return lambda: target.copy_(source)
+        return lambda: copy(source, target)
 
     def product() -> Run:
         a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
         return lambda: a @ b
 
-    return Ceilings(2**32 / median_s(copy, 2**32), 2 * 8192**3 / median_s(product, 3 * 2**27))
+    return Ceilings(2**32 / median_s(copies, 2**32), 2 * 8192**3 / median_s(product, 3 * 2**27))
 
 
 def random_fp8(*shape: int) -> torch.Tensor:
@@ -227,16 +244,14 @@ def sampling(sequences: int) -> Run:
 
 
 def all_work() -> Iterator[Work]:
-    """Every shape of the anchors."""
-    for m in ROWS:
-        yield from (dense_gemm(m, n, k) for n, k in DENSE)
-    for tokens in ROWS:
-        for num_experts in EXPERTS:
-            yield from (grouped(num_experts, tokens, gate_up) for gate_up in (True, False))
-    for batch in BATCHES:
-        yield from (mla(batch, context) for context in CONTEXTS)
+    """Every shape of the anchors, kernel beside kernel, so that a run cut short has some of each."""
     for tokens in ROWS:
         yield from row_kernels(tokens)
+        yield from (dense_gemm(tokens, n, k) for n, k in DENSE)
+        if tokens in BATCHES:
+            yield from (mla(tokens, context) for context in CONTEXTS)
+        for num_experts in EXPERTS:
+            yield from (grouped(num_experts, tokens, gate_up) for gate_up in (True, False))
 
 
 def line(work: Work, ceilings: Ceilings) -> str:
@@ -250,35 +265,54 @@ def line(work: Work, ceilings: Ceilings) -> str:
     )
 
 
+def table(only: str, seconds: float) -> list[str]:
+    """The lines of the table, printed as they come; what would begin after so many seconds is left out."""
+    started = time.monotonic()
+    ceilings = measure_ceilings()
+    lines: list[str] = []
+
+    def say(text: str) -> None:
+        lines.append(text)
+        print(text, flush=True)
+
+    say(f"# Kernels on one {torch.cuda.get_device_name()}")
+    say(f"torch {torch.__version__}, Triton {triton.__version__}")
+    rates = ceilings.bytes_per_s / 1e9, ceilings.bf16_per_s / 1e12
+    say(f"Copy {rates[0]:.0f} GB/s, BF16 product {rates[1]:.0f} TFLOP/s.\n")
+    say("| kernel | shape | µs | GB/s | TFLOP/s | floor µs | of the floor | peers, µs |")
+    say("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    left = 0
+    for work in all_work():
+        if only not in work.name:
+            continue
+        if time.monotonic() - started > seconds:
+            left += 1
+        elif work.num_bytes > torch.cuda.mem_get_info()[0] * 0.8:
+            say(f"| {work.name} | {work.shape} | does not fit | | | | | |")
+        else:
+            say(line(work, ceilings))
+            torch.cuda.empty_cache()
+    if left:
+        say(f"\n{left} further shapes were left out: {seconds:g} s were over.")
+    return lines
+
+
 def main() -> int:
-    """Prints the table; with --write also to benchmarks/results/kernels_gpu.md."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape after so long")
+    parser.add_argument("--write", action="store_true", help="also to benchmarks/results/kernels_gpu.md")
+    parser.add_argument("--write-tuned", type=Path, metavar="FOLDER", help="keep what was tuned")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.kernels needs a GPU, and torch sees none on this machine.", file=sys.stderr)
         return 1
-    ceilings = measure_ceilings()
-    lines = [
-        f"# Kernels on one {torch.cuda.get_device_name()}",
-        f"Copy {ceilings.bytes_per_s / 1e9:.0f} GB/s, BF16 product {ceilings.bf16_per_s / 1e12:.0f} TFLOP/s.",
-        "",
-        "| kernel | shape | µs | GB/s | TFLOP/s | floor µs | of the floor | peers, µs |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    print("\n".join(lines), flush=True)
-    for work in all_work():
-        if options.only not in work.name:
-            continue
-        if work.num_bytes > torch.cuda.mem_get_info()[0] * 0.8:
-            lines.append(f"| {work.name} | {work.shape} | does not fit | | | | | |")
-        else:
-            lines.append(line(work, ceilings))
-            torch.cuda.empty_cache()
-        print(lines[-1], flush=True)
+    lines = table(options.only, options.seconds)
     if options.write:
         Path("benchmarks/results/kernels_gpu.md").write_text("\n".join(lines) + "\n")
+    if options.write_tuned:
+        print(f"tuned: {tuned.write(options.write_tuned)}")
     return 0
 
 

@@ -6,8 +6,8 @@ What is timed is `StageRole.forward` from plan to sampled tokens, in recorded gr
 layers as are asked for, the first of them dense, with embedding and head. A layer's own time is the
 difference between two numbers of layers. Beside it stands the floor: each part's bytes over the bandwidth of
 a large copy or its operations over the rate of a large product, whichever is longer, added up. `--profile`
-adds where the last step's time goes, by kernel. It has never run on a GPU (see docs/kernels.md); its model
-and its floors are tested on the CPU.
+adds where the last step's time goes, by kernel; `--write-tuned` keeps what the start tuned, as in
+benchmarks.kernels. Its model and its floors are tested on the CPU.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks.kernels import Ceilings, Run, Work, measure_ceilings
+from kernels import tuned
 from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.roles import RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.config import ModelConfig
@@ -208,6 +209,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096])
     parser.add_argument("--profile", action="store_true", help="of the last step, by kernel")
+    parser.add_argument("--write-tuned", type=Path, metavar="FOLDER", help="keep what was tuned")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.layers needs a GPU, and torch sees none on this machine.", file=sys.stderr)
@@ -216,13 +218,17 @@ def main() -> int:
     ceilings = measure_ceilings()
     num_pages = max(options.batches) * -(-max(options.contexts) // PAGE)
     stage = build(config, torch.device("cuda"), torch.bfloat16, num_pages)
+    started = time.monotonic()
     stage.prepare(StepLimits(max(options.batches), 64, max(options.contexts)))
+    print(f"compiled, tuned and recorded in {time.monotonic() - started:.1f} s")
     print(f"{torch.cuda.get_device_name()}: {options.layers} layers, {options.experts} experts")
     print("| sequences | context | ms a step | floor | ratio |\n| --- | --- | --- | --- | --- |")
     for batch in options.batches:
         for context in options.contexts:
             step, floor = median_step_s(stage, batch, context), floor_s(ceilings, config, batch, context)
             print(f"| {batch} | {context} | {step * 1e3:.3f} | {floor * 1e3:.3f} | {step / floor:.2f} |")
+    if options.write_tuned:
+        print(f"tuned: {tuned.write(options.write_tuned)}")
     if options.profile:
         print("\n".join(["", *profile(stage, options.batches[-1], options.contexts[-1])]))
     return 0

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import candidates, num_processors, rows_dense
+from kernels.launch import num_processors, rows_dense
+from kernels.tuned import autotune
 
 GROUP = 128
 _MIN_GROUPS_PER_SPLIT = 4
@@ -51,7 +52,7 @@ PLAIN_CONFIGS = [
 ]
 
 
-@triton.autotune(configs=candidates(PLAIN_CONFIGS), key=["m_bucket", "N", "num_groups", "groups_per_split"])
+@autotune(PLAIN_CONFIGS, key=["m_bucket", "N", "num_groups", "groups_per_split"])
 @triton.jit
 def plain_gemm_kernel(
     a_ptr: tl.tensor,
@@ -107,19 +108,8 @@ def add_parts_kernel(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < size)
 
 
-def _set_blocks(arguments: dict[str, object]) -> None:
-    """Gives the descriptors the tile of the configuration about to run."""
-    rows, columns = arguments["BLOCK_M"], arguments["BLOCK_N"]
-    for name, block in (
-        ("a_desc", [rows, GROUP]),
-        ("b_desc", [columns, GROUP]),
-        ("out_desc", [rows, columns]),
-    ):
-        arguments[name].block_shape = block  # type: ignore[attr-defined]
-
-
 PERSISTENT_CONFIGS = [
-    triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages, pre_hook=_set_blocks)
+    triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
     for m, n, warps, stages in [
         (128, 128, 8, 4),
         (128, 128, 8, 3),
@@ -131,7 +121,7 @@ PERSISTENT_CONFIGS = [
 ]
 
 
-@triton.autotune(configs=candidates(PERSISTENT_CONFIGS), key=["m_bucket", "N", "num_groups"])
+@autotune(PERSISTENT_CONFIGS, key=["m_bucket", "N", "num_groups"])
 @triton.jit
 def persistent_gemm_kernel(
     a_desc: tl.tensor_descriptor,
@@ -160,6 +150,26 @@ def persistent_gemm_kernel(
             scale = tl.load(a_scale_at + group) * tl.load(b_scale_at + group)
             total += tl.dot(a, b.T) * scale[:, None]
         out_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], total.to(out_desc.dtype))
+
+
+def _set_blocks(
+    a_desc: TensorDescriptor,
+    _a_scale: Tensor,
+    b_desc: TensorDescriptor,
+    _b_scale: Tensor,
+    out_desc: TensorDescriptor,
+    *_: int,
+    BLOCK_M: int,
+    BLOCK_N: int,
+    **__: object,
+) -> None:
+    """Gives the descriptors the tile of the configuration about to run."""
+    a_desc.block_shape, b_desc.block_shape = [BLOCK_M, GROUP], [BLOCK_N, GROUP]
+    out_desc.block_shape = [BLOCK_M, BLOCK_N]
+
+
+# The kernel's hook, not the configurations': Triton keeps no results of configurations that have one.
+persistent_gemm_kernel.fn.add_pre_run_hook(_set_blocks)
 
 
 def num_splits(num_rows: int, num_columns: int, num_groups: int, processors: int) -> int:
@@ -269,7 +279,7 @@ def _plain(
 
 def _persistent(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> None:
     programs = num_processors(a.device)
-    # Blocks of the first configuration stand in until the tuner's hook sets its own.
+    # Blocks of the first configuration stand in until the kernel's hook sets its own.
     edge = [128, GROUP]
     persistent_gemm_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, edge),

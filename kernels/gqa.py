@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_merge import check_paging, choose_split, merge_splits
-from kernels.launch import candidates, num_processors, rows_dense
+from kernels.launch import num_processors, rows_dense
 from kernels.mla_decode import fitting
 from kernels.rope import rotate
+from kernels.tuned import autotune
 
 DETERMINISTIC_SPLIT = 512
 _LEAST_SPLIT = 256
@@ -81,11 +82,7 @@ def _attend_block(
     return total, larger, weights
 
 
-@triton.autotune(
-    configs=candidates(CONFIGS, interpreted=-1),
-    key=["rows_bucket", "num_heads", "split_tokens"],
-    prune_configs_by={"early_config_prune": fitting},
-)
+@autotune(CONFIGS, key=["rows_bucket", "num_heads", "split_tokens"], fitting=fitting, interpreted=-1)
 @triton.jit
 def paged_attention_kernel(
     q_ptr: tl.tensor,

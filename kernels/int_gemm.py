@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gemm_fp8 import add_parts_kernel, num_splits, tile_of
-from kernels.launch import candidates, num_processors, rows_dense
+from kernels.launch import num_processors, rows_dense
+from kernels.tuned import autotune
 
 GROUP = 128
 
@@ -29,7 +30,7 @@ CONFIGS = [
 ]
 
 
-@triton.autotune(configs=candidates(CONFIGS), key=["m_bucket", "N", "num_groups", "groups_per_split"])
+@autotune(CONFIGS, key=["m_bucket", "N", "num_groups", "groups_per_split"])
 @triton.jit
 def int_gemm_kernel(
     x_ptr: tl.tensor,

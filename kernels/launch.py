@@ -1,12 +1,6 @@
-"""What every wrapper needs to launch: autotune lists, the device's size, and its FP8 format."""
+"""What every wrapper needs to launch: the device's size, and its FP8 format."""
 
 import torch
-import triton
-
-
-def candidates(configs: list[triton.Config], interpreted: int = 0) -> list[triton.Config]:
-    """The list to autotune over; one of them alone in the interpreter, which has no clock to choose by."""
-    return [configs[interpreted]] if triton.knobs.runtime.interpret else configs
 
 
 def num_processors(device: torch.device) -> int:

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_merge import check_paging, choose_split, merge_splits
-from kernels.launch import candidates, num_processors, rows_dense
+from kernels.launch import num_processors, rows_dense
+from kernels.tuned import autotune
 
 DETERMINISTIC_SPLIT = 512
 _LEAST_SPLIT = 256
@@ -112,11 +113,7 @@ def _attend_block(
     return total, larger, weights
 
 
-@triton.autotune(
-    configs=candidates(CONFIGS, interpreted=-1),
-    key=["rows_bucket", "num_heads", "split_tokens"],
-    prune_configs_by={"early_config_prune": fitting},
-)
+@autotune(CONFIGS, key=["rows_bucket", "num_heads", "split_tokens"], fitting=fitting, interpreted=-1)
 @triton.jit
 def mla_decode_kernel(
     q_latent_ptr: tl.tensor,

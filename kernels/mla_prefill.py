@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import candidates, rows_dense
+from kernels.launch import rows_dense
+from kernels.tuned import autotune
 
 CONFIGS = [
     triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
@@ -76,7 +77,7 @@ def _attend_block(
     return total, larger, weights
 
 
-@triton.autotune(configs=candidates(CONFIGS, interpreted=-1), key=["num_heads", "length_bucket"])
+@autotune(CONFIGS, key=["num_heads", "length_bucket"], interpreted=-1)
 @triton.jit
 def mla_prefill_kernel(
     q_nope_ptr: tl.tensor,

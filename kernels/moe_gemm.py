@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.fp8 import scaled_groups
 from kernels.gemm_fp8 import tile_of
-from kernels.launch import candidates
+from kernels.tuned import autotune
 
 GROUP = 128
 
@@ -63,10 +63,10 @@ def _fitting(configs: list[triton.Config], arguments: dict[str, object], **_: ob
     return [c for c in configs if c.kwargs["BLOCK_M"] <= most] or configs[:1]
 
 
-@triton.autotune(
-    configs=candidates(GROUPED_CONFIGS),
+@autotune(
+    GROUPED_CONFIGS,
     key=["m_bucket", "N", "num_groups", "block_limit"],
-    prune_configs_by={"early_config_prune": _fitting},
+    fitting=_fitting,
 )
 @triton.jit
 def grouped_gemm_kernel(
@@ -128,10 +128,10 @@ GATE_UP_CONFIGS = [
 ]
 
 
-@triton.autotune(
-    configs=candidates(GATE_UP_CONFIGS),
+@autotune(
+    GATE_UP_CONFIGS,
     key=["m_bucket", "F", "num_groups", "block_limit"],
-    prune_configs_by={"early_config_prune": _fitting},
+    fitting=_fitting,
 )
 @triton.jit
 def gate_up_kernel(

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gemm_fp8 import tile_of
-from kernels.launch import candidates, rows_dense
+from kernels.launch import rows_dense
+from kernels.tuned import autotune
 
 CONFIGS = [
     triton.Config({"BLOCK_N": n, "BLOCK_K": k, "GROUP_M": g}, num_warps=warps, num_stages=stages)
@@ -25,7 +26,7 @@ CONFIGS = [
 ]
 
 
-@triton.autotune(configs=candidates(CONFIGS), key=["m_bucket", "N", "K", "BLOCK_M"])
+@autotune(CONFIGS, key=["m_bucket", "N", "K", "BLOCK_M"])
 @triton.jit
 def grouped_plain_kernel(
     a_ptr: tl.tensor,

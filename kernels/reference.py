@@ -417,7 +417,7 @@ def sample_exactly(
     """int64 [S]: each row's token as `kernels.cpu_sampler` defines it, or FAILED, in Python's integers."""
     columns = (temperature_S, top_k_S, top_p_S, min_p_S, seed_S, position_S)
     rows = zip(logits_SV.float().cpu(), *(column.tolist() for column in columns))
-    return torch.tensor([_sample_row(*row) for row in rows], dtype=torch.int64)
+    return torch.tensor([_sample_row(*row) for row in rows], dtype=torch.int64, device=logits_SV.device)
 
 
 def _sample_row(

@@ -107,6 +107,8 @@ def test_nothing_imports_in_a_circle():
         "r1_cluster.engine.core",
         "r1_cluster.engine.streams",
         "r1_cluster.text.tokenizer",
+        "actors.engine",
+        "actors.ingress",
     ],
 )
 def test_light_processes_import_no_torch(module):

@@ -19,6 +19,7 @@ IGNORED_FIELDS = frozenset(
         # DeepSeek's and vLLM's
         "user_id",
         "request_id",
+        "session_id",
         "cache_salt",
     }
 )
@@ -56,7 +57,9 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "bad_words": ([],),
     "allowed_token_ids": (),
     "truncate_prompt_tokens": (),
+    "truncation_side": ("left", "right"),
     "prompt_logprobs": (),
+    "logprob_token_ids": (),
     "echo": (False,),
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
@@ -64,6 +67,7 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "chat_template": (),
     "documents": ([],),
     "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
@@ -73,7 +77,16 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "logits_processors": ([],),
     "return_tokens_as_token_ids": (False,),
     "return_token_ids": (False,),
+    "return_token_offsets": (False,),
+    "return_prompt_text": (False,),
+    "return_mm_kwargs": (True,),
+    "routed_experts_prompt_start": (0,),
+    "repetition_detection": (),
+    "stream_interval": (1,),
+    "thinking_token_budget": (),
+    "watermarking": (False,),
     "kv_transfer_params": (),
+    "ec_transfer_params": (),
     "vllm_xargs": ({},),
     # ours
     "thinking_budget": (),

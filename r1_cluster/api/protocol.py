@@ -51,6 +51,7 @@ def _no_top_k(value: int | None) -> int | None:
 
 
 _Integer = Annotated[int, BeforeValidator(_whole)]
+_Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 _Flag = Annotated[bool, BeforeValidator(_false_if_null)]
 
 
@@ -105,7 +106,9 @@ class ChatCompletionRequest(_Fields):
     ignore_eos: _Flag = False
     chat_template_kwargs: TemplateArguments | None = None
     thinking_switch: Annotated[Thinking | None, Field(alias="thinking")] = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"] | None = (
+        None
+    )
 
     @property
     def max_output_tokens(self) -> int | None:

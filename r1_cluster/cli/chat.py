@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
+from r1_cluster.cli.terminal import accept_any_bytes, is_text
 from r1_cluster.config import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--service", help="which service, where several are running")
     parser.add_argument("--url", help="an endpoint elsewhere, such as http://10.0.0.5:8000")
     parser.add_argument("--model", help="the model's served name (default: the first one served)")
-    parser.add_argument("--temperature", type=float, help="0 to 2 (default: the service's)")
+    parser.add_argument("--temperature", type=_finite, help="0 to 2 (default: the service's)")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     parser.set_defaults(run=run)
 
@@ -39,20 +41,40 @@ def run(arguments: argparse.Namespace) -> int:
     from r1_cluster.cli.running import find
 
     url = (arguments.url or find(arguments.service).url).rstrip("/")
-    with httpx.Client(base_url=url, timeout=httpx.Timeout(10, read=None)) as client:
-        try:
-            model = arguments.model or client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+    try:
+        with httpx.Client(base_url=url, timeout=httpx.Timeout(10, read=None)) as client:
+            model = arguments.model or _first_model(client)
             messages: list[dict[str, str]] = []
             for question in [" ".join(arguments.message)] if arguments.message else _questions(model):
                 messages.append({"role": "user", "content": question})
                 messages.append({"role": "assistant", "content": _answer(client, model, messages, arguments)})
-        except httpx.HTTPError as error:
-            raise ConfigError(f"{url} does not answer ({error}); is the service running?") from None
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"--url: {error}") from None
+    except httpx.HTTPError as error:
+        raise ConfigError(f"{url} does not answer ({error}); is the service running?") from None
     return 0
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no number")
+    return value
+
+
+def _first_model(client: Any) -> str:
+    response = client.get("/v1/models")
+    if response.status_code != 200:
+        raise ConfigError(_message_of(response))
+    try:
+        return str(response.json()["data"][0]["id"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise ConfigError(f"{client.base_url} does not say which models it serves") from None
 
 
 def _questions(model: str) -> Iterator[str]:
     print(f"Talking to {model}. An empty line ends it.")
+    accept_any_bytes()
     while True:
         try:
             question = input("\n> ").strip()
@@ -60,7 +82,10 @@ def _questions(model: str) -> Iterator[str]:
             return
         if not question:
             return
-        yield question
+        if is_text(question):
+            yield question
+        else:
+            print("That is not valid UTF-8; please ask again.")
 
 
 def _message_of(response: Any) -> str:

@@ -8,6 +8,7 @@ import sys
 
 from r1_cluster import __version__
 from r1_cluster.cli import chat, drain, serve, status, stop
+from r1_cluster.cli.terminal import require_text, show_what_cannot_be_shown
 from r1_cluster.config import ConfigError
 
 _DESCRIPTION = """\
@@ -30,8 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in (serve, chat, status, drain, stop):
         module.add_parser(commands)
-    arguments = parser.parse_args(argv)
+    show_what_cannot_be_shown()
     try:
+        require_text(sys.argv[1:] if argv is None else argv)
+        arguments = parser.parse_args(argv)
         return int(arguments.run(arguments))
     except ConfigError as error:
         print(f"r1-cluster: {error}", file=sys.stderr)

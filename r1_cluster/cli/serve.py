@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     _on_signals(on_signal)
     print(f"{service.name}: {_describe(service, layout, model)}")
-    with _cluster(service, layout):
+    with _cluster(service, layout), _quiet(service):
         _on_signals(on_signal)  # again: ray.init has put its own in their place
         from actors.app import build_app
         from actors.cluster import drain, remove_service
@@ -107,6 +107,7 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     from r1_cluster.models.config import ModelConfig, ModelConfigError
     from r1_cluster.models.fitting import check_fits
     from r1_cluster.planning.layout import build_layout
+    from r1_cluster.planning.limits import check_messages
     from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError
 
     device = torch.device(service.layout.device)
@@ -120,10 +121,11 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     except (ModelConfigError, CheckpointError) as error:
         raise ConfigError(f"model.path: {error}") from None
     layout = build_layout(service.layout, model)
+    check_messages(service, model)
     if service.cluster.address is None:
         from r1_cluster.cli.running import services
 
-        if any(other.name == service.name for other in services()):
+        if services(service.name):
             raise ConfigError(f"{service.name} is running already; stop it with: r1-cluster stop")
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -145,6 +147,15 @@ def _describe(service: Service, layout: Layout, model: ModelConfig) -> str:
     )
 
 
+def _quiet(service: Service) -> contextlib.AbstractContextManager[None]:
+    """Of what Ray prints about processes that die: a line of ours, and the rest in a file."""
+    from actors.cluster import process_name
+    from r1_cluster.cli.quiet import quiet
+    from r1_cluster.cli.running import private_folder
+
+    return quiet(sys.stdout, private_folder() / f"{service.name}.log", process_name)
+
+
 @contextlib.contextmanager
 def _cluster(service: Service, layout: Layout) -> Iterator[None]:
     """A Ray cluster that can hold the service: a local one of our own, or the one at `address`."""
@@ -153,6 +164,8 @@ def _cluster(service: Service, layout: Layout) -> Iterator[None]:
     # Ray's own defaults report usage and warn about things that a person who types `serve` cannot change.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Each of several deaths has a line: we count repeats ourselves (`quiet`).
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     # How long Ray asks an actor to end before its process is killed: one that hangs does not listen.
     os.environ.setdefault("RAY_kill_worker_timeout_milliseconds", "1000")
     # Read by Serve's proxies when they start: see `actors.gate`.
@@ -213,13 +226,17 @@ def _deploy(service: Service, app: Any, started: float) -> str | None:
 def _wait(service: Service, stop: threading.Event, started: float) -> None:
     import ray
 
-    from r1_cluster.cli.running import Running, remember
+    from r1_cluster.cli.running import Running, remember, start_time
 
+    pid = os.getpid()
+    started_at = start_time(pid)
+    assert started_at is not None
     url = f"http://{service.serve.host}:{service.serve.port}"
     remember(
         Running(
             name=service.name,
-            pid=os.getpid(),
+            pid=pid,
+            started=started_at,
             address=ray.get_runtime_context().gcs_address,
             url=url,
             model=service.served_name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -38,11 +37,11 @@ def end_service(
 ) -> int:
     """Ends the service that the command line names: by a signal to its `serve` command, or, on a shared
     cluster, itself, after it has done `first` with the service's name."""
-    from r1_cluster.cli.running import find, forget
+    from r1_cluster.cli.running import ask, find, forget
 
     running = find(arguments.service)
     if running.local:
-        os.kill(running.pid, asking)
+        ask(running, asking)
         wait_until_stopped(running, arguments.timeout)
     else:
         from actors.cluster import attach, remove_service
@@ -61,7 +60,7 @@ def wait_until_stopped(running: Running, timeout_s: float) -> None:
     from r1_cluster.cli.running import services
 
     deadline = time.monotonic() + timeout_s
-    while any(other.name == running.name for other in services()):
+    while any(other.pid == running.pid for other in services(running.name)):
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"{running.name} (process {running.pid}) has not stopped within {timeout_s:g} s"

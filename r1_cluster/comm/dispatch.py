@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -25,10 +26,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from r1_cluster.comm import wire
 from r1_cluster.comm.links import Link, recv_epoch, wait_any
-from r1_cluster.comm.wire import Flags, Header, Kind, LinkClosed, LinkError, LinkTimeout, Message, WireError
+from r1_cluster.comm.wire import (
+    Flags,
+    Header,
+    Kind,
+    LinkClosed,
+    LinkError,
+    LinkTimeout,
+    Message,
+    Unsendable,
+    WireError,
+)
 from r1_cluster.records import pack_int32, unpack_int32
 
 if TYPE_CHECKING:
@@ -55,7 +68,10 @@ class StepTag(NamedTuple):
 class Dispatcher(Protocol):
     """One dispatch is followed by its combine before the next. `lost` names the peers that went missing
     since the caller last cleared it (it is a list to clear); while it is not empty, the step's result must
-    not be committed. `device` is where it takes its tensors, and where its results are."""
+    not be committed. `device` is where it takes its tensors, and where its results are. `idle_s` grows by the
+    time in which nobody computed: links, and waits that the experts' own operators do not explain."""
+
+    idle_s: float
 
     @property
     def device(self) -> Device: ...
@@ -134,6 +150,7 @@ class LocalDispatcher:
     def __init__(self, experts: ExpertsForward, num_experts: int) -> None:
         self.device: Device = "cpu"
         self.lost: list[str] = []
+        self.idle_s = 0.0
         self._experts = experts
         self._owner_E = np.zeros(num_experts, dtype=np.int64)
         self._running: tuple[Tensor, RowOrder, Tensor, int] | None = None
@@ -182,8 +199,17 @@ class ExpertMap:
         )
 
 
+class _Piece(NamedTuple):
+    """Tokens of a step that are dispatched together; see `Dispatcher.dispatch`."""
+
+    x_TD: Tensor
+    weights_TK: Tensor
+    expert_ids_TK: Tensor
+    num_tokens: int
+
+
 class _Asked(NamedTuple):
-    """A dispatch that is under way: what it was given, how its rows were sorted (None: broadcast), and the
+    """A piece that is under way: what it was given, how its rows were sorted (None: broadcast), and the
     rows [first, last) that each link owes."""
 
     tag: StepTag
@@ -208,6 +234,10 @@ class LinkDispatcher:
     but its link stands.
 
     Steps of up to `broadcast_tokens` are broadcast, while every expert has a living host.
+
+    A step whose rows might not fit one message, were they all for one shard, goes in pieces, each of some
+    tokens. The next is sent when all answers to the one before are here: the order above holds for each. What
+    is Unsendable all the same is raised, and nobody counts as lost for it.
     """
 
     def __init__(
@@ -227,7 +257,11 @@ class LinkDispatcher:
         self._map = ExpertMap(shards)
         self._dead = [False] * len(links)
         self._choose_owners()
+        self.idle_s = 0.0
+        self._pieces: deque[_Piece] = deque()
         self._asked: _Asked | None = None
+        self._num_padding = 0
+        self._linked_s = 0.0
 
     @property
     def device(self) -> Device:
@@ -244,8 +278,24 @@ class LinkDispatcher:
     def dispatch(
         self, tag: StepTag, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, num_tokens: int
     ) -> None:
+        row_bytes = expert_ids_TK.shape[1] * x_TD.shape[1] * x_TD.itemsize
+        most = max(wire.MAX_PAYLOAD_BYTES // row_bytes, 1)
+        self._pieces.clear()  # of a step that was given up
+        if num_tokens <= most:
+            self._num_padding = 0  # the piece has its own
+            self._pieces.append(_Piece(x_TD, weights_TK, expert_ids_TK, num_tokens))
+        else:
+            self._num_padding = len(x_TD) - num_tokens
+            parts = [torch.split(x[:num_tokens], most) for x in (x_TD, weights_TK, expert_ids_TK)]
+            self._pieces.extend(_Piece(x, weights, ids, len(x)) for x, weights, ids in zip(*parts))
+        self._ask(tag, may_broadcast=num_tokens <= self.broadcast_tokens)
+
+    def _ask(self, tag: StepTag, *, may_broadcast: bool = False) -> None:
+        """Sends the next piece."""
+        x_TD, weights_TK, expert_ids_TK, num_tokens = self._pieces.popleft()
+        self._linked_s = 0.0
         asked = _Asked(tag, x_TD, weights_TK, num_tokens, None, {})
-        if 0 < num_tokens <= self.broadcast_tokens and self._owner_E.min() >= 0:
+        if may_broadcast and num_tokens and self._owner_E.min() >= 0:
             self._broadcast(asked, expert_ids_TK)
         else:
             asked = asked._replace(order=sort_rows(expert_ids_TK, num_tokens, self._owner_E))
@@ -280,18 +330,37 @@ class LinkDispatcher:
 
     def _sent(self, i: int, header: Header, tensors: Sequence[Tensor], numbers: npt.NDArray[Any]) -> bool:
         """Sends to link i; whether it was there to be sent to."""
+        began = time.perf_counter()
         try:
             self._links[i].send(header, tensors, pack_int32(numbers.astype(np.int32)))
         except (LinkClosed, LinkTimeout) as error:
             self._lose(i, error)
             return False
+        finally:
+            self._linked_s += time.perf_counter() - began
         return True
 
     def combine(self) -> Tensor:
-        asked, self._asked = self._asked, None
-        if asked is None:
+        if self._asked is None:
             raise RuntimeError("combine without a dispatch")
-        answers = dict(self._answers(asked))
+        tag = self._asked.tag
+        deadline = time.monotonic() + self.timeout_s
+        parts = [self._collect(deadline)]
+        while self._pieces:
+            self._ask(tag)
+            parts.append(self._collect(deadline))
+        return parts[0] if len(parts) == 1 else F.pad(torch.cat(parts), (0, 0, 0, self._num_padding))
+
+    def _collect(self, deadline: float) -> Tensor:
+        """The outputs of the piece that was sent."""
+        asked, self._asked = self._asked, None
+        assert asked is not None
+        began = time.perf_counter()
+        answers, seconds = {}, {}
+        for i, rows, compute_s in self._answers(asked, deadline):
+            answers[i], seconds[i] = rows, compute_s
+        linked_s = self._linked_s + time.perf_counter() - began
+        self.idle_s += max(linked_s - self._explained(seconds), 0.0)
         num_tokens = asked.num_tokens
         if asked.order is not None:
             y_ND = asked.x_TD.new_zeros((len(asked.order.tokens_N), asked.x_TD.shape[1]))
@@ -305,9 +374,16 @@ class LinkDispatcher:
             y_TD[:num_tokens] = reduce(torch.Tensor.add_, shares)
         return y_TD
 
-    def _answers(self, asked: _Asked) -> Iterator[tuple[int, Tensor]]:
-        """(link, its rows), as they come; nothing of those that are lost or could not compute theirs."""
-        deadline = time.monotonic() + self.timeout_s
+    def _explained(self, seconds: dict[int, float]) -> float:
+        """How long experts took, by link, → for how long they kept us: shards of other processes work side by
+        side, those of this one while they are sent to."""
+        here = [s for i, s in seconds.items() if self._links[i].fileno() < 0]
+        elsewhere = [s for i, s in seconds.items() if self._links[i].fileno() >= 0]
+        return sum(here) + max(elsewhere, default=0.0)
+
+    def _answers(self, asked: _Asked, deadline: float) -> Iterator[tuple[int, Tensor, float]]:
+        """(link, its rows, seconds that it computed), as they come; nothing of those that are lost or could
+        not compute theirs."""
         waiting = {self._links[i]: i for i in asked.rows_of_link}
         while waiting:
             left_s = max(deadline - time.monotonic(), 0.0)
@@ -316,19 +392,24 @@ class LinkDispatcher:
                 i = waiting.pop(link)
                 try:
                     answer = self._answer(asked, i, max(deadline - time.monotonic(), 0.0))
+                except Unsendable:
+                    raise
                 except LinkError as error:
                     self._lose(i, error)
                     continue
                 if answer is not None:
-                    yield i, answer
+                    yield i, *answer
 
-    def _answer(self, asked: _Asked, i: int, timeout_s: float) -> Tensor | None:
-        """The rows of one shard's answer; None if it says that it could not compute them."""
+    def _answer(self, asked: _Asked, i: int, timeout_s: float) -> tuple[Tensor, float] | None:
+        """The rows of one shard's answer, and the time they took; None if it says that it could not compute
+        them. Raises Unsendable if it says that it could not send them."""
         link, tag = self._links[i], asked.tag
         message = recv_epoch(link, tag.epoch, timeout_s)
         header = message.header
         if header[:5] != (Kind.COMBINE, *tag):
             raise WireError(f"{link.peer} answered with {header} to {tag}")
+        if header.flags & Flags.REFUSED:
+            raise Unsendable(f"{link.peer}: {message.body.decode(errors='replace')}")
         if header.flags & Flags.TAINTED:
             self._name_lost(link.peer)
             self.errors[link.peer] = message.body.decode(errors="replace")
@@ -338,7 +419,7 @@ class LinkDispatcher:
         answers = message.tensors
         if len(answers) != 1 or answers[0].shape != shape or answers[0].dtype != dtype:
             raise WireError(f"{link.peer} answered with other tensors than one {dtype} of shape {shape}")
-        return answers[0]
+        return answers[0], wire.unpack_seconds(message.body)
 
     def _lose(self, i: int, error: LinkError) -> None:
         link = self._links[i]
@@ -368,7 +449,7 @@ class LinkDispatcher:
 
 def handle(message: Message, experts: ExpertsForward, share: ShareForward | None = None) -> Message:
     """An expert shard's answer to one DISPATCH or BROADCAST message (the latter only where it has `share`),
-    for the loop that owns its links to send back.
+    for the loop that owns its links to send back; its body says how long the experts took.
 
     If the experts raise, the answer is TAINTED, without rows and with the error as its body, so that the
     router's step stays in lock-step. Raises WireError for a message that is neither.
@@ -381,8 +462,10 @@ def handle(message: Message, experts: ExpertsForward, share: ShareForward | None
     else:
         raise WireError(f"an expert shard was sent {header}")
     reply = header._replace(kind=int(Kind.COMBINE))
+    began = time.perf_counter()
     try:
-        return Message(reply, (compute(),))
+        y_ND = compute()
+        return Message(reply, (y_ND,), wire.pack_seconds(time.perf_counter() - began))
     except Exception as error:
         logger.exception("experts failed in %s", header)
         words = f"{type(error).__name__}: {error}"[:1000]

@@ -17,7 +17,16 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from r1_cluster.comm import wire
-from r1_cluster.comm.wire import Header, LinkClosed, LinkTimeout, Message, StaleEpoch, TensorSpec, WireError
+from r1_cluster.comm.wire import (
+    Header,
+    LinkClosed,
+    LinkTimeout,
+    Message,
+    StaleEpoch,
+    TensorSpec,
+    Unsendable,
+    WireError,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +62,7 @@ class Link(Protocol):
         """For `wait_any`; -1 once closed, and where nothing is ever waited for."""
 
     def send(self, header: Header, tensors: Sequence[Tensor] = (), body: bytes = b"") -> None:
-        """Raises LinkClosed, LinkTimeout (the peer does not read), WireError (does not fit the format)."""
+        """Raises LinkClosed, LinkTimeout (the peer does not read), Unsendable (does not fit the format)."""
 
     def recv(self, timeout_s: float | None) -> Message:
         """The next message; None waits for ever, 0 takes what is there. Raises LinkClosed, LinkTimeout,
@@ -110,7 +119,7 @@ class TcpLink:
         buffers = []
         for tensor in tensors:
             if tensor.device.type != "cpu":
-                raise WireError(f"a TcpLink carries CPU tensors, not {tensor.device}")
+                raise Unsendable(f"a TcpLink carries CPU tensors, not {tensor.device}")
             buffers.append(wire.tensor_bytes(tensor.contiguous()))
         self._send([wire.encode_prefix(header, tensors, len(body)), body, *buffers])
 

@@ -32,7 +32,7 @@ from r1_cluster.comm.wire import (
     LinkTimeout,
     Message,
     TensorSpec,
-    WireError,
+    Unsendable,
 )
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class ProcessGroupLink:
     def send(self, header: Header, tensors: Sequence[Tensor] = (), body: bytes = b"") -> None:
         for tensor in tensors:
             if tensor.device != self._pair.device:
-                raise WireError(f"this link carries tensors of {self._pair.device}, not {tensor.device}")
+                raise Unsendable(f"this link carries tensors of {self._pair.device}, not {tensor.device}")
         try:
             self._header_link.send_announcement(header, tensors, body)
             for tensor in tensors:
@@ -146,8 +146,8 @@ class ProcessGroupLink:
     def _failed(self, error: LinkError | RuntimeError) -> LinkError:
         if isinstance(error, LinkTimeout) and not self.closed:
             return error  # between messages: the link stands
-        if isinstance(error, WireError) and not self.closed:
-            return error  # refused before anything was sent
+        if isinstance(error, Unsendable):
+            return error  # nothing was sent
         self.close()
         if isinstance(error, (LinkError, torch.OutOfMemoryError)):
             raise error  # the latter is this process's own trouble

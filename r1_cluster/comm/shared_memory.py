@@ -55,8 +55,8 @@ class Memory(Protocol):
 
 
 class HostBlock:
-    """Host memory that ends with those who map it, and how others of this host find it: a descriptor's path,
-    and what it must lead to (in another container the same path may name another file)."""
+    """Host memory that ends with those who map it, and how others of this host find it: a descriptor of
+    a process, and what it must lead to (in another container the same path may name another file)."""
 
     def __init__(self, num_bytes: int) -> None:
         descriptor = os.memfd_create("r1-cluster", os.MFD_CLOEXEC)
@@ -64,13 +64,14 @@ class HostBlock:
         self.memory = mmap.mmap(descriptor, num_bytes)
         weakref.finalize(self.memory, os.close, descriptor)
         status = os.fstat(descriptor)
-        place = (f"/proc/{os.getpid()}/fd/{descriptor}", status.st_dev, status.st_ino)
+        place = (os.getpid(), descriptor, status.st_dev, status.st_ino)
         self.handle = msgspec.msgpack.encode(place)
 
     @staticmethod
     def open(handle: bytes, num_bytes: int) -> mmap.mmap:
         """The memory behind another process's handle. Raises RuntimeError."""
-        path, device, inode = msgspec.msgpack.decode(handle, type=tuple[str, int, int])
+        pid, descriptor, device, inode = msgspec.msgpack.decode(handle, type=tuple[int, int, int, int])
+        path = f"/proc/{pid}/fd/{descriptor}"
         try:
             with open(path, "r+b") as file:
                 status = os.fstat(file.fileno())

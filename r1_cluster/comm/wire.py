@@ -38,6 +38,7 @@ MAX_PAYLOAD_BYTES = 1 << 30
 
 _HEADER = struct.Struct("<4sBBBBQQiIII")
 _SPEC = struct.Struct("<BBxx4I")
+_SECONDS = struct.Struct("<d")
 HEADER_SIZE = _HEADER.size
 SPEC_SIZE = _SPEC.size
 
@@ -75,6 +76,11 @@ class WireError(LinkError):
     """The peer sent bytes that are not a message of this protocol."""
 
 
+class Unsendable(LinkError):
+    """What was to be sent does not fit the protocol. Nothing was sent and the link stands: it is this side's
+    fault, which no other peer, link or second try would mend."""
+
+
 class StaleEpoch(LinkError):
     """The peer speaks of a later epoch than ours: this process was deposed."""
 
@@ -107,10 +113,12 @@ class Flags:
 
     TAINTED: rows of this message were lost on the way, the step's result must not be committed.
     EXTERNAL: the payload does not follow on this stream.
+    REFUSED: what belongs here is `Unsendable`; the body is why.
     """
 
     TAINTED: Final = 1
     EXTERNAL: Final = 2
+    REFUSED: Final = 4
 
 
 class Header(NamedTuple):
@@ -148,11 +156,11 @@ class Message(NamedTuple):
 def encode_prefix(header: Header, tensors: Sequence[Tensor], body_bytes: int) -> bytes:
     """Header and descriptors as bytes; body and payload follow them on the stream.
 
-    Raises WireError for what the receiver would refuse: more than MAX_TENSORS tensors or MAX_DIMS
+    Raises Unsendable for what the receiver would refuse: more than MAX_TENSORS tensors or MAX_DIMS
     dimensions, an unknown dtype, a field out of its range, too many bytes.
     """
     if len(tensors) > MAX_TENSORS or body_bytes > MAX_BODY_BYTES:
-        raise WireError(
+        raise Unsendable(
             f"message of {len(tensors)} tensors and a body of {body_bytes} bytes; "
             f"at most {MAX_TENSORS} and {MAX_BODY_BYTES}"
         )
@@ -178,13 +186,15 @@ def encode_prefix(header: Header, tensors: Sequence[Tensor], body_bytes: int) ->
             shape = tensor.shape
             code = _codes().get(tensor.dtype)
             if code is None or len(shape) > MAX_DIMS:
-                raise WireError(f"a tensor of {tensor.dtype} and shape {tuple(shape)} can't travel on a link")
+                raise Unsendable(
+                    f"a tensor of {tensor.dtype} and shape {tuple(shape)} can't travel on a link"
+                )
             parts.append(_SPEC.pack(code, len(shape), *shape, *(0,) * (MAX_DIMS - len(shape))))
             payload_bytes += tensor.nbytes
     except struct.error as error:
-        raise WireError(f"a field of {header} does not fit the wire format: {error}") from None
+        raise Unsendable(f"a field of {header} does not fit the wire format: {error}") from None
     if payload_bytes > MAX_PAYLOAD_BYTES:
-        raise WireError(f"payload of {payload_bytes} bytes; at most {MAX_PAYLOAD_BYTES}")
+        raise Unsendable(f"payload of {payload_bytes} bytes; at most {MAX_PAYLOAD_BYTES}")
     return b"".join(parts)
 
 
@@ -226,6 +236,26 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
         return memoryview(b"")
     # One element counts as contiguous whatever its stride is, but torch shows bytes only where that is 1.
     return tensor.as_strided((tensor.numel(),), (1,)).view(_dtypes()[_UINT8]).numpy().data
+
+
+def only_tensor(message: Message) -> Tensor:
+    """The tensor of a message that has one. Raises WireError."""
+    if len(message.tensors) != 1:
+        raise WireError(f"{message.header} came with {len(message.tensors)} tensors")
+    return message.tensors[0]
+
+
+def pack_seconds(seconds: float) -> bytes:
+    """A duration → a message's body."""
+    return _SECONDS.pack(seconds)
+
+
+def unpack_seconds(body: bytes) -> float:
+    """A body of `pack_seconds` → the duration. Raises WireError where it is none."""
+    if len(body) != _SECONDS.size:
+        raise WireError(f"a duration of {len(body)} bytes")
+    seconds: float = _SECONDS.unpack(body)[0]
+    return seconds
 
 
 def pack(record: object) -> bytes:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from r1_cluster.comm.links import TcpLink, wait_any
 from r1_cluster.comm.wakeup import Wakeup
 from r1_cluster.engine.convicts import Convicts
-from r1_cluster.engine.pipeline import Deposed, Member, Pipeline, WorkerLost
-from r1_cluster.engine.recovery import PROBE_S, EngineFailed, Recovery, Replace
+from r1_cluster.engine.pipeline import Deposed, EngineFailed, Member, Pipeline, WorkerLost
+from r1_cluster.engine.recovery import PROBE_S, Recovery, Replace
 from r1_cluster.engine.scheduler import Finished, Scheduler, refused
 from r1_cluster.engine.streams import TokenFan
 from r1_cluster.records import (

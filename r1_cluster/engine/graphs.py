@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import ROW_TILE, DeviceOps
-from r1_cluster.models.batch import AttentionBatch
+from r1_cluster.models.batch import AttentionBatch, buckets
 from r1_cluster.models.network import MoE, StageModel
 from r1_cluster.records import StepPlan, pack_int32
 
@@ -53,28 +53,20 @@ def cuda_recorder() -> Recorder:
     return record
 
 
-def buckets(most: int, least: int, factor: int) -> list[int]:
-    """least, least · factor, … and `most` itself."""
-    found = []
-    while least < most:
-        found.append(least)
-        least *= factor
-    return [*found, most]
-
-
-def dummy_plan(num_seqs: int, num_new: int, context_len: int, page_size: int) -> StepPlan:
-    """A step over page 0 alone, before anybody's latents are there."""
-    pages = -(-context_len // page_size)
+def dummy_plan(num_new: Sequence[int], context_lens: Sequence[int], page_size: int) -> StepPlan:
+    """A step over page 0 alone, before anybody's latents are there: sequence i brings `num_new[i]` tokens,
+    the last ones of `context_lens[i]`."""
+    num_pages = [-(-context_len // page_size) for context_len in context_lens]
     return StepPlan(
         epoch=0,
         step=0,
         micro_batch=0,
-        seq_ids=[""] * num_seqs,
-        num_cached=[context_len - num_new] * num_seqs,
-        num_new=[num_new] * num_seqs,
-        tokens=pack_int32(np.zeros(num_seqs * num_new, dtype=np.int32)),
-        num_pages=[pages] * num_seqs,
-        pages=pack_int32(np.zeros(num_seqs * pages, dtype=np.int32)),
+        seq_ids=[""] * len(num_new),
+        num_cached=[context_len - new for context_len, new in zip(context_lens, num_new)],
+        num_new=list(num_new),
+        tokens=pack_int32(np.zeros(sum(num_new), dtype=np.int32)),
+        num_pages=num_pages,
+        pages=pack_int32(np.zeros(sum(num_pages), dtype=np.int32)),
         samples=[],
     )
 
@@ -122,7 +114,7 @@ class DecodeGraphs:
         """Records every bucket, the largest first, so that the others fit into its scratch memory."""
         for reach in reversed(self._reaches):
             for size in reversed(self._sizes):
-                plan = dummy_plan(size, 1, reach, self._page_size)
+                plan = dummy_plan([1] * size, [reach] * size, self._page_size)
                 batch = AttentionBatch.from_plan(plan, self._page_size, self.stage)
                 self._graphs[size, reach] = DecodeGraph(self, batch, self._record)
         logger.info("captured decode steps of %s sequences × %s tokens", self._sizes, self._reaches)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
+from r1_cluster.comm.wire import MAX_BODY_BYTES
 from r1_cluster.records import HeldSequence, StepPlan
+
+logger = logging.getLogger(__name__)
+
+_WORDS_BYTES = 128  # of a sequence beside its tokens and pages
 
 
 class HeldSequences:
@@ -31,12 +38,17 @@ class HeldSequences:
             self._committed[seq_id] = cached
             token, page = token + new, page + pages
 
-    def all(self) -> dict[str, HeldSequence]:
-        """Every sequence that was not closed."""
-        return {
-            seq_id: HeldSequence(bytes(tokens), self._pages[seq_id], self._committed[seq_id])
-            for seq_id, tokens in self._tokens.items()
-        }
+    def all(self, limit_bytes: int = MAX_BODY_BYTES // 2) -> dict[str, HeldSequence]:
+        """Every sequence that was not closed, as long as together they fit a message: what is left out is
+        computed again."""
+        fitting: dict[str, HeldSequence] = {}
+        for seq_id, tokens in self._tokens.items():
+            limit_bytes -= len(tokens) + len(self._pages[seq_id]) + _WORDS_BYTES
+            if limit_bytes < 0:
+                logger.warning("only %d of %d sequences are read back", len(fitting), len(self._tokens))
+                break
+            fitting[seq_id] = HeldSequence(bytes(tokens), self._pages[seq_id], self._committed[seq_id])
+        return fitting
 
     def _drop(self, seq_id: str) -> None:
         for table in (self._tokens, self._pages, self._committed):

@@ -7,11 +7,9 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import msgspec
-
 from r1_cluster.comm.links import TcpLink, wait_any
 from r1_cluster.comm.listener import Endpoint
-from r1_cluster.comm.wire import Header, Kind, LinkError, Message, pack, unpack
+from r1_cluster.comm.wire import Flags, Header, Kind, LinkError, Message, Unsendable, WireError, pack, unpack
 from r1_cluster.engine.boot import Ready, Topology
 from r1_cluster.planning.layout import Layout
 from r1_cluster.records import HeldSequence, StepPlan, StepResult
@@ -28,6 +26,10 @@ class WorkerLost(Exception):
         super().__init__(why)
         self.names = tuple(names)
         self.accused = accused
+
+
+class EngineFailed(Exception):
+    """The engine cannot go on; the text is why."""
 
 
 class Deposed(Exception):
@@ -50,6 +52,9 @@ class Pipeline:
     one (or from one that could not pass its part on).
 
     `epoch` grows with every change among the workers; what comes under an older one is dropped.
+
+    A message that is Unsendable, here or between workers, is nobody's death: doing it again with another
+    worker would give the same. EngineFailed says so.
     """
 
     def __init__(self, layout: Layout, members: dict[str, Member], epoch: int, step_timeout_s: float) -> None:
@@ -63,7 +68,6 @@ class Pipeline:
         self.answer_timeout_s = step_timeout_s + LINK_SLACK_S
         self._unanswered: dict[str, int] = {}
         self._first = layout.stages[0].name
-        self._results = msgspec.msgpack.Decoder(StepResult)
 
     @property
     def spares(self) -> list[str]:
@@ -76,7 +80,7 @@ class Pipeline:
         Stages first, then routers, then experts: a stage answers when it is between steps, so that when
         routers and experts come to the new epoch, nobody waits for them under the old one. The last stage is
         the first: it opens no link to a stage that is itself about to open one, and so on. Workers that are
-        missing, or still loading, are left out. Raises WorkerLost.
+        missing, or still loading, are left out. Raises WorkerLost, EngineFailed.
         """
         self.epoch = epoch
         there = {name: member for name, member in self.members.items() if name not in self.assigned}
@@ -105,7 +109,7 @@ class Pipeline:
         return held
 
     def send(self, plan: StepPlan) -> None:
-        """Sends a plan to the first stage; raises WorkerLost."""
+        """Sends a plan to the first stage; raises WorkerLost, EngineFailed."""
         self._send(self._first, Header(Kind.PLAN, plan.epoch, plan.step, -1, plan.micro_batch), pack(plan))
 
     def heartbeat(self) -> None:
@@ -156,7 +160,8 @@ class Pipeline:
         self._send(name, Header(Kind.ASSIGN, self.epoch), name.encode())
 
     def receive(self, link: TcpLink) -> StepResult | None:
-        """What a worker sent; None but for a result that is up to date. Raises WorkerLost, Deposed."""
+        """What a worker sent; None but for a result that is up to date. Raises WorkerLost, Deposed,
+        EngineFailed."""
         member = self.members.get(link.peer)
         if member is None or member.link is not link:
             return None  # lost meanwhile
@@ -170,7 +175,10 @@ class Pipeline:
         if message.header.epoch != self.epoch:
             self.stale_dropped += 1
             return None
-        return self._results.decode(message.body)
+        try:
+            return unpack(message.body, StepResult)
+        except WireError as error:
+            raise WorkerLost([link.peer], str(error)) from None
 
     def _take_note(self, link: TcpLink, message: Message) -> None:
         self._unanswered.pop(link.peer, None)
@@ -179,6 +187,8 @@ class Pipeline:
             raise Deposed(f"an engine of epoch {message.header.epoch} has taken over")
         if kind == Kind.ASSIGN:
             self.assigned.discard(link.peer)
+        if message.header.flags & Flags.REFUSED and message.header.epoch == self.epoch:
+            raise EngineFailed(f"{link.peer}: {message.body.decode(errors='replace')}")
 
     def drop(self, name: str) -> None:
         """Closes the link to a worker that is lost."""
@@ -216,5 +226,7 @@ class Pipeline:
     def _send(self, name: str, header: Header, body: bytes) -> None:
         try:
             self.members[name].link.send(header, (), body)
+        except Unsendable as error:
+            raise EngineFailed(f"what {name} is to be told does not fit a message: {error}") from None
         except LinkError as error:
             raise WorkerLost([name], str(error)) from None

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from r1_cluster.engine.pipeline import Deposed, Member, Pipeline, WorkerLost
+from r1_cluster.engine.pipeline import Deposed, EngineFailed, Member, Pipeline, WorkerLost
 from r1_cluster.engine.scheduler import Scheduler, Sequence
 from r1_cluster.records import Request, StepPlan
 
@@ -30,10 +30,6 @@ MAX_ACCUSATIONS = 3
 ACCUSATION_WINDOW_S = 30.0
 PROBE_S = 0.5
 """How soon a worker that others call lost must answer, to keep its place."""
-
-
-class EngineFailed(Exception):
-    """The engine cannot go on; the text is why."""
 
 
 class Replace(Protocol):

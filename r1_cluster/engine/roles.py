@@ -6,6 +6,7 @@ process or a link to another one is not the role's business.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -14,11 +15,22 @@ import torch
 from r1_cluster.comm.device_dispatch import DeviceDispatcher
 from r1_cluster.comm.dispatch import Dispatcher, LocalDispatcher, StepTag
 from r1_cluster.comm.links import Link, recv_epoch
-from r1_cluster.comm.wire import Flags, Header, Kind, LinkError, Message
+from r1_cluster.comm.wire import (
+    Flags,
+    Header,
+    Kind,
+    LinkError,
+    Message,
+    Unsendable,
+    WireError,
+    only_tensor,
+    pack_seconds,
+    unpack_seconds,
+)
 from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.graphs import DecodeGraphs, Recorder, cuda_recorder, dummy_plan
 from r1_cluster.engine.sampler import sample
-from r1_cluster.models.batch import AttentionBatch
+from r1_cluster.models.batch import AttentionBatch, buckets
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.records import StepPlan
 
@@ -26,8 +38,14 @@ from r1_cluster.records import StepPlan
 class MoE(Protocol):
     """What a stage asks for at a layer with experts."""
 
+    @property
+    def idle_s(self) -> float:
+        """Grows by the time in which `forward` waited and no operator of the model ran. What a device's links
+        let their device wait is not seen."""
+
     def forward(self, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Normed hidden states [T, D], the first `num_tokens` rows real → the MoE block's output [T, D]."""
+        """Normed hidden states [T, D], the first `num_tokens` rows real → the MoE block's output [T, D].
+        Raises Unsendable where a message of it does not fit a link."""
 
     def take_lost(self) -> list[str]:
         """Peers that went missing since the last call. Once the device has done all it was told: over a
@@ -40,6 +58,11 @@ class RouterRole:
     def __init__(self, model: RouterModel) -> None:
         self.model = model
         self.dispatcher: Dispatcher | None = None
+
+    @property
+    def idle_s(self) -> float:
+        """See `MoE.idle_s`."""
+        return self.dispatcher.idle_s if self.dispatcher is not None else 0.0
 
     def forward(self, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
         assert self.dispatcher is not None, "a router is linked to its experts before it is asked"
@@ -57,15 +80,20 @@ class RouterRole:
         return taken
 
     def answer(self, message: Message) -> tuple[Header, list[torch.Tensor], bytes]:
-        """Serves a stage in another process: its MOE message → header, tensors and body of the reply."""
+        """Serves a stage in another process: its MOE message → header, tensors and body of the reply, which
+        is how long the model's operators took, or who was lost. Raises Unsendable, and WireError for another
+        message."""
+        began, idle_s = time.perf_counter(), self.idle_s
         header = message.header
         tag = StepTag(header.epoch, header.step, header.layer, header.micro_batch)
-        x_TD = message.tensors[0]
+        x_TD = only_tensor(message)
         y_TD = self.forward(tag, x_TD.to(self.model.device), header.rows).to(x_TD.device)
         settle(y_TD.device)
-        lost = self.take_lost()
-        flags = int(Flags.TAINTED) if lost else 0
-        return header._replace(kind=Kind.MOE_RESULT, flags=flags), [y_TD], "\n".join(lost).encode()
+        compute_s = time.perf_counter() - began - (self.idle_s - idle_s)
+        reply = header._replace(kind=int(Kind.MOE_RESULT), flags=0)
+        if lost := self.take_lost():
+            return reply._replace(flags=Flags.TAINTED), [y_TD], "\n".join(lost).encode()
+        return reply, [y_TD], pack_seconds(compute_s)
 
 
 def settle(device: torch.device) -> None:
@@ -87,6 +115,7 @@ class RemoteRouter:
     def __init__(self, name: str, timeout_s: float) -> None:
         self.name = name
         self.link: Link | None = None
+        self.idle_s = 0.0
         self._lost: list[str] = []
         self._timeout_s = timeout_s
 
@@ -94,18 +123,34 @@ class RemoteRouter:
         if self.link is None or self.name in self._lost:
             self._lost.append(self.name)
             return torch.zeros_like(x_TD)
-        header = Header(Kind.MOE, tag.epoch, tag.step, tag.layer, tag.micro_batch, num_tokens)
         try:
-            self.link.send(header, [x_TD.to(self.link.device)])
-            reply = recv_epoch(self.link, tag.epoch, self._timeout_s)
+            return self._ask(self.link, tag, x_TD, num_tokens)
+        except Unsendable:
+            raise
         except LinkError:
             # The step is finished with zeros, so that everybody stays in lock-step, and then done again.
             self.link.close()
             self._lost.append(self.name)
             return torch.zeros_like(x_TD)
-        if reply.header.flags & Flags.TAINTED:
-            self._lost.extend(reply.body.decode().split("\n"))
-        return reply.tensors[0].to(x_TD.device)
+
+    def _ask(self, link: Link, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Raises LinkError."""
+        began = time.perf_counter()
+        link.send(Header(Kind.MOE, *tag, num_tokens), [x_TD.to(link.device)])
+        reply = recv_epoch(link, tag.epoch, self._timeout_s)
+        header, body = reply.header, reply.body
+        if header[:5] != (Kind.MOE_RESULT, *tag):
+            raise WireError(f"{link.peer} answered with {header} to {tag}")
+        if header.flags & Flags.REFUSED:
+            raise Unsendable(f"{link.peer}: {body.decode(errors='replace')}")
+        y_TD = only_tensor(reply).to(x_TD.device)
+        if y_TD.shape != x_TD.shape or y_TD.dtype != x_TD.dtype:
+            raise WireError(f"{link.peer} answered {y_TD.dtype} {tuple(y_TD.shape)} to {tuple(x_TD.shape)}")
+        if header.flags & Flags.TAINTED:
+            self._lost.extend(body.decode(errors="replace").split("\n"))
+        else:
+            self.idle_s += max(time.perf_counter() - began - unpack_seconds(body), 0.0)
+        return y_TD
 
     def take_lost(self) -> list[str]:
         """See `MoE.take_lost`."""
@@ -124,12 +169,26 @@ class StageRole:
         self.page_size = page_size
         self.caches = model.new_cache(num_pages, page_size)
         self.graphs: DecodeGraphs | None = None
+        self.compute_s = 0.0
 
     def forward(self, plan: StepPlan, x_TD: torch.Tensor | None) -> tuple[torch.Tensor, list[int] | None]:
         """Runs this stage's layers of a step: `x_TD` are the hidden states of the stage before, None on
         the first. Returns the hidden states and, on the last stage, one token per `plan.samples`. By then
-        the device has done its work."""
+        the device has done its work, and `compute_s` is how long the model's operators took, in whatever
+        process. Raises Unsendable."""
         batch = AttentionBatch.from_plan(plan, self.page_size, self.model)
+        began, idle_s = time.perf_counter(), self._idle_s
+        result = self._run(plan, batch, x_TD)
+        self.compute_s = time.perf_counter() - began - (self._idle_s - idle_s)
+        return result
+
+    @property
+    def _idle_s(self) -> float:
+        return self.moe.idle_s if self.moe is not None else 0.0
+
+    def _run(
+        self, plan: StepPlan, batch: AttentionBatch, x_TD: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[int] | None]:
         if x_TD is not None:
             x_TD = x_TD.to(self.model.device)
         graph = self.graphs.fitting(batch) if self.graphs is not None else None
@@ -158,15 +217,16 @@ class StageRole:
         router = self.moe if isinstance(self.moe, RouterRole) else None
         dispatcher = router.dispatcher if router is not None else None
         local = dispatcher if isinstance(dispatcher, DeviceDispatcher) else None
-        moe = self._moe_of(dummy_plan(1, 1, 1, self.page_size)) if local is not None else None
+        moe = self._moe_of(dummy_plan([1], [1], self.page_size)) if local is not None else None
         reach = min(limits.max_context_len, self.model.config.max_position_embeddings)
-        num_tokens = 1
-        while num_tokens <= min(limits.max_batch_tokens, reach):
-            plan = dummy_plan(1, num_tokens, num_tokens, self.page_size)
+        for num_tokens in buckets(limits.max_batch_tokens):
+            # More tokens than one context holds come in several sequences.
+            whole, rest = divmod(num_tokens, reach)
+            lengths = [reach] * whole + [rest] * (rest > 0)
+            plan = dummy_plan(lengths, lengths, self.page_size)
             batch = AttentionBatch.from_plan(plan, self.page_size, self.model)
             x_TD = self.model.hidden(batch.num_rows)
-            x_TD = self.model.forward(x_TD, batch, self.caches, moe or _no_experts)
-            num_tokens *= 2
+            self.model.forward(x_TD, batch, self.caches, moe or _no_experts)
         self.graphs = DecodeGraphs(
             self.model,
             self.caches,

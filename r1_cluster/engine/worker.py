@@ -9,6 +9,7 @@ assigned one.
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import suppress
 from typing import cast
@@ -24,7 +25,18 @@ from r1_cluster.comm.listener import Listener, connect
 from r1_cluster.comm.process_group import ProcessGroups
 from r1_cluster.comm.transports import backend_for
 from r1_cluster.comm.wakeup import Wakeup
-from r1_cluster.comm.wire import Header, Kind, LinkError, Message, pack, unpack
+from r1_cluster.comm.wire import (
+    Flags,
+    Header,
+    Kind,
+    LinkError,
+    Message,
+    Unsendable,
+    WireError,
+    only_tensor,
+    pack,
+    unpack,
+)
 from r1_cluster.engine.boot import Ready, StepLimits, Topology, WorkerBoot
 from r1_cluster.engine.held import HeldSequences
 from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole, local_dispatcher
@@ -32,15 +44,22 @@ from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.fitting import check_fits
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.planning.layout import Layout, WorkerSpec
-from r1_cluster.planning.memory import check_room, stage_bytes
+from r1_cluster.planning.memory import check_room, worker_bytes
 from r1_cluster.records import StepPlan, StepResult
 from r1_cluster.weights.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 FIRST_LEASE_S = 3600.0
 """How long a worker waits for its first engine, which links nobody before all have loaded their weights."""
 BROADCAST_TOKENS = 64
 """Steps of so many tokens are broadcast to expert shards on devices: cheaper than to learn where they go."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def free_device_bytes(device: torch.device) -> int | None:
+    """What is free of a device's memory; None for the host's, which is nobody's alone."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 class Hidden(msgspec.Struct, frozen=True, array_like=True):
@@ -64,7 +83,6 @@ class Worker:
         self._control: TcpLink | None = None
         self._links: dict[str, Link] = {}
         self._incarnations: dict[str, str] = {}
-        self._plans = msgspec.msgpack.Decoder(StepPlan)
         self.assign(boot.name)
         self._wakeup = Wakeup()
         self.listener = Listener(boot.name, boot.secret, boot.host, boot.link_ports)
@@ -116,6 +134,7 @@ class Worker:
             self.router = RouterRole(router)
             if self.experts is not None and self.layout.shards == (spec,):
                 self.router.dispatcher = local_dispatcher(self.experts, config.n_routed_experts)
+        stage: StageModel | None = None
         if spec.stage is not None:
             stage = StageModel.load(
                 config,
@@ -125,15 +144,16 @@ class Worker:
                 device=device,
                 deterministic=boot.deterministic,
             )
+        checkpoint.close()
+        if boot.limits is not None:
+            self._check_memory(config, boot.limits)
+        if stage is not None:
             serving = self.layout.router_of(spec)
             if serving is not None and serving is not spec:
                 # Longer than the router waits for its experts, so that each blames the one that is silent.
                 self._remote = RemoteRouter(serving.name, boot.step_timeout_s + 0.5)
             moe = self._remote or self.router
-            if device.type == "cuda" and boot.limits is not None:
-                self._check_memory(config, boot.limits)
             self.stage = StageRole(stage, moe, num_pages=boot.num_pages, page_size=boot.page_size)
-        checkpoint.close()
         if device.type == "cuda" and boot.limits is not None:
             self._prepare(boot.limits, config.num_experts_per_tok)
 
@@ -148,19 +168,21 @@ class Worker:
             self.experts.warm_up_shares(min(BROADCAST_TOKENS, limits.max_batch_tokens), top_k)
 
     def _check_memory(self, config: ModelConfig, limits: StepLimits) -> None:
-        """Before the pages are taken: whether they and a step's workspace fit beside the weights."""
-        assert self.spec.stage is not None
-        parts = stage_bytes(
+        """Once the weights are there, and before any page: whether what these roles need fits beside them."""
+        free_bytes = free_device_bytes(torch.device(self.boot.device))
+        if free_bytes is None:
+            return
+        parts = worker_bytes(
             config,
-            self.spec.stage[1] - self.spec.stage[0],
+            self.layout,
+            self.spec,
             num_pages=self.boot.num_pages,
             page_size=self.boot.page_size,
             max_num_seqs=limits.max_num_seqs,
             max_batch_tokens=limits.max_batch_tokens,
             max_context_len=min(limits.max_context_len, config.max_position_embeddings),
-            num_links=len(self.layout.connects_to(self.spec)) + int(self.spec.stage[0] > 0),
         )
-        check_room(parts, torch.cuda.mem_get_info()[0])
+        check_room(parts, free_bytes)
 
     def _link_experts(self) -> None:
         """Gives the router a dispatcher over the expert shards to which links stand."""
@@ -264,20 +286,27 @@ class Worker:
         elif message.header.epoch < self.epoch:
             self.stale_dropped += 1
         else:
-            self._handle(link, message)
+            try:
+                self._handle(link, message)
+            except WireError as error:  # as if it had come in pieces: whoever waits for an answer sees it
+                logger.warning("%s sent what is no message of ours: %s", link.peer, error)
+                link.close()
 
     def _handle(self, link: Link, message: Message) -> None:
         kind = message.header.kind
         self.epoch = message.header.epoch
-        if kind == Kind.PLAN:
-            plan = self._plans.decode(message.body)
+        if kind == Kind.PLAN and self.stage is not None:
+            plan = unpack(message.body, StepPlan)
             self.held.note(plan)
             self._step(plan, None, 0.0)
-        elif kind == Kind.HIDDEN:
+        elif kind == Kind.HIDDEN and self.stage is not None:
             hidden = unpack(message.body, Hidden)
-            self._step(hidden.plan, message.tensors[0], hidden.compute_s, link)
+            self._step(hidden.plan, only_tensor(message), hidden.compute_s, link)
         elif kind == Kind.MOE and self.router is not None:
-            self._reply(link, *self.router.answer(message))
+            try:
+                self._reply(link, *self.router.answer(message))
+            except Unsendable as error:
+                self._refuse(link, message.header._replace(kind=int(Kind.MOE_RESULT)), error)
         elif kind in (Kind.DISPATCH, Kind.BROADCAST) and self.experts is not None:
             reply = self._answer_experts(message)
             self._reply(link, reply.header, list(reply.tensors), reply.body)
@@ -291,6 +320,8 @@ class Worker:
                 self.held = HeldSequences()
             ready = Ready(self._connect(topology), self.held.all() if topology.read_back else {})
             self._reply(link, message.header, [], pack(ready))
+        else:
+            raise WireError(f"{message.header} is nothing for {'+'.join(self.spec.roles) or 'a spare'}")
 
     def _answer_experts(self, message: Message) -> Message:
         assert self.experts is not None
@@ -300,8 +331,16 @@ class Worker:
     def _reply(self, link: Link, header: Header, tensors: list[torch.Tensor], body: bytes) -> None:
         try:
             link.send(header, tensors, body)
+        except Unsendable as error:
+            self._refuse(link, header, error)
         except LinkError:
             link.close()  # the next wait finds it closed and drops it
+
+    def _refuse(self, link: Link, header: Header, error: Unsendable) -> None:
+        """Says why there is no answer: nobody is lost, and whoever asked would get the same from another."""
+        logger.error("step %d cannot be computed: %s", header.step, error)
+        refused = header._replace(flags=Flags.REFUSED, rows=0)
+        self._reply(link, refused, [], str(error)[:1000].encode())
 
     def _connect(self, topology: Topology) -> list[str]:
         """Opens the links that this worker opens, but for those that stand already, and closes those to
@@ -334,9 +373,27 @@ class Worker:
     ) -> None:
         """Runs this stage's part of a step; `before` is the link over which its hidden states came."""
         assert self.stage is not None
-        started = time.perf_counter()
-        x_TD, tokens = self.stage.forward(plan, x_TD)
-        compute_s += time.perf_counter() - started
+        try:
+            x_TD, tokens = self.stage.forward(plan, x_TD)
+            compute_s += self.stage.compute_s
+            self._pass_on(plan, x_TD, tokens, compute_s, before)
+        except Unsendable as error:
+            self.stage.take_lost()
+            if self._control is not None:
+                header = Header(Kind.RESULT, plan.epoch, plan.step, -1, plan.micro_batch)
+                self._refuse(self._control, header, error)
+
+    def _pass_on(
+        self,
+        plan: StepPlan,
+        x_TD: torch.Tensor,
+        tokens: list[int] | None,
+        compute_s: float,
+        before: Link | None,
+    ) -> None:
+        """Gives a step to the next stage or, at its end, whichever that is, to the engine. Raises
+        Unsendable."""
+        assert self.stage is not None
         lost = self.stage.take_lost()
         if before is not None and before.closed:  # before they were whole, perhaps
             lost.append(before.peer)
@@ -349,6 +406,8 @@ class Worker:
                 link = self._links[following]
                 link.send(header, [x_TD.to(link.device)], pack(Hidden(plan, compute_s)))
                 return
+            except Unsendable:
+                raise
             except (LinkError, KeyError):
                 lost = [following]
         result = StepResult(plan.epoch, plan.step, tokens or [], lost, compute_s)

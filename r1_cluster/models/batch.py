@@ -96,6 +96,16 @@ class AttentionBatch:
         )
 
 
+def buckets(most: int, least: int = 1, factor: int = 2) -> list[int]:
+    """Sizes to prepare for: least, least · factor, … below `most`, and `most` itself, whose own bucket is
+    larger than all of them where it is no power."""
+    found = []
+    while least < most:
+        found.append(least)
+        least *= factor
+    return [*found, most]
+
+
 def _check(plan: StepPlan, num_tokens: int, num_pages: int, context: np.ndarray, page_size: int) -> None:
     lengths = {len(plan.seq_ids), len(plan.num_cached), len(plan.num_new), len(plan.num_pages)}
     if len(lengths) != 1:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import BlockScaled, DeviceOps, Routing, Weight
+from r1_cluster.models.batch import buckets
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.layers import Loader, Mlp
 from r1_cluster.weights.checkpoint import Checkpoint
@@ -62,10 +63,10 @@ class RouterModel:
         return self._ops.gate(x_TD, weight_ED, bias_E, self._routing, tiled=self._tiled)
 
     def warm_up(self, max_tokens: int) -> None:
-        """Compiles and tunes a device's kernels for every power of two of tokens, so that no step waits for
-        that. All layers have the same shapes."""
+        """Compiles and tunes a device's kernels for every power of two of tokens and for the most there can
+        be, so that no step waits for that. All layers have the same shapes."""
         layer, (weight_ED, _) = next(iter(self._gates.items()))
-        for num_tokens in _powers_of_two(max_tokens):
+        for num_tokens in buckets(max_tokens):
             x_TD = torch.zeros(num_tokens, weight_ED.shape[1], dtype=self.dtype, device=self.device)
             self.gate(layer, x_TD)
             self.shared(layer, x_TD)
@@ -147,14 +148,14 @@ class ExpertModel:
         """See `RouterModel.warm_up`; for rows that fall evenly on the experts."""
         layer = next(iter(self._weights))
         num_experts = len(self.experts)
-        for num_rows in _powers_of_two(max_rows):
+        for num_rows in buckets(max_rows):
             counts = [(num_rows + i) // num_experts for i in range(num_experts)]
             self.forward(layer, torch.zeros(num_rows, self._width, dtype=self._dtype), counts)
 
     def warm_up_shares(self, max_tokens: int, top_k: int) -> None:
         """See `RouterModel.warm_up`; for broadcast steps."""
         layer = next(iter(self._weights))
-        for num_tokens in _powers_of_two(max_tokens):
+        for num_tokens in buckets(max_tokens):
             x_TD = torch.zeros(num_tokens, self._width, dtype=self._dtype, device=self.device)
             ids_TK = torch.arange(top_k, device=self.device).expand(num_tokens, top_k) + self.experts.start
             self.share(layer, x_TD, torch.ones(num_tokens, top_k, device=self.device), ids_TK)
@@ -185,10 +186,6 @@ class ExpertModel:
             num_tokens=num_tokens,
             tiled=self._tiled,
         )
-
-
-def _powers_of_two(most: int) -> list[int]:
-    return [1 << bit for bit in range(most.bit_length())]
 
 
 def _load_experts(loader: Loader, layer: int, experts: range) -> tuple[Weight, Weight]:

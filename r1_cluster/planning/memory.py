@@ -1,12 +1,15 @@
-"""What a stage needs of a device's memory beside its weights, and whether it is there."""
+"""What a worker needs of a device's memory beside its weights, and whether it is there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from r1_cluster.comm.wire import MAX_PAYLOAD_BYTES
+
 if TYPE_CHECKING:
     from r1_cluster.models.config import ModelConfig
+    from r1_cluster.planning.layout import Layout, WorkerSpec
 
 _EXPANDED_KEYS = 16384  # `kernels.triton_attention` expands no more at once, but for one longer sequence
 _SLOT_BLOCK = 128  # rows to which an expert's part is padded at most
@@ -19,42 +22,82 @@ class OutOfDeviceMemory(RuntimeError):
     """Pages and workspace do not fit beside the weights; the text says what takes how much."""
 
 
-def stage_bytes(
+def worker_bytes(
     config: ModelConfig,
-    num_layers: int,
+    layout: Layout,
+    worker: WorkerSpec,
     *,
     num_pages: int,
     page_size: int,
     max_num_seqs: int,
     max_batch_tokens: int,
     max_context_len: int,
-    num_links: int = 0,
     item_bytes: int = 2,
 ) -> dict[str, int]:
-    """Bytes by part for a stage of `num_layers` layers with its experts beside it, in BF16 (`item_bytes`)."""
-    keys = max(_EXPANDED_KEYS, max_context_len)
+    """Bytes by part for what a worker hosts, in BF16 (`item_bytes`): only what its own roles need."""
+    num_tokens = max(max_batch_tokens, max_num_seqs)
+    shards = layout.shards
+    here = worker.router is not None and shards == (worker,)  # then tokens are not sorted to be sent
+    row_bytes = config.num_experts_per_tok * config.hidden_size * item_bytes
+    # What `LinkDispatcher` sends at once, were all of it for one shard.
+    num_piece = num_tokens if here else min(num_tokens, max(MAX_PAYLOAD_BYTES // row_bytes, 1))
+    parts: dict[str, int] = {}
+    if worker.stage is not None:
+        first, last = worker.stage
+        parts |= {
+            "pages": (last - first) * num_pages * page_size * config.latent_dim * item_bytes,
+            "expanded keys and values": _expanded(config, max_context_len) * item_bytes,
+            "a stage's rows": num_tokens * _stage_row(config) * item_bytes,
+            "attention parts and graphs": _DECODE_PARTS_BYTES + _GRAPHS_BYTES,
+        }
+        if last == layout.num_layers:
+            parts["logits"] = 2 * max_num_seqs * config.vocab_size * 4
+    if worker.router is not None:
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        gate_bytes = 4 * config.hidden_size + 8 * config.n_routed_experts
+        row = (2 * config.hidden_size + 3 * shared) * item_bytes + gate_bytes
+        parts["a router's rows"] = num_tokens * row
+        if not here:
+            # There, back, in order, and weighted in float32; and the sum.
+            rows = num_piece * config.num_experts_per_tok
+            parts["rows to and from experts"] = (
+                rows * (4 * item_bytes + 4) + num_piece * 4
+            ) * config.hidden_size
+    if worker.experts is not None:
+        num_experts = worker.experts[1] - worker.experts[0]
+        rows = num_piece * min(config.num_experts_per_tok, num_experts)
+        slots = rows + min(num_experts, rows) * (_SLOT_BLOCK - 1)
+        parts["experts' rows"] = (
+            slots * (2 * config.hidden_size + 3 * config.moe_intermediate_size) * item_bytes
+        )
+    if num_links := _num_links(layout, worker):
+        parts["links"] = num_links * _LINK_BYTES
+    return parts
+
+
+def _expanded(config: ModelConfig, max_context_len: int) -> int:
+    """Elements of keys and values, and of the latents that they come from."""
     widths = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim) + config.latent_dim
-    rows = max(max_batch_tokens, max_num_seqs)
-    routed = rows * config.num_experts_per_tok
-    slots = routed + min(config.n_routed_experts, routed) * (_SLOT_BLOCK - 1)
-    expert_row = 2 * config.hidden_size + 3 * config.moe_intermediate_size
+    return max(_EXPANDED_KEYS, max_context_len) * widths
+
+
+def _stage_row(config: ModelConfig) -> int:
+    """Elements of a token's row in attention and a dense MLP."""
     query = config.num_attention_heads * (2 * config.kv_lora_rank + 3 * config.qk_nope_head_dim)
-    dense_row = 6 * config.hidden_size + query + 3 * config.intermediate_size
-    return {
-        "pages": num_layers * num_pages * page_size * config.latent_dim * item_bytes,
-        "expanded keys and values": keys * widths * item_bytes,
-        "rows of a step": (slots * expert_row + rows * dense_row) * item_bytes,
-        "logits": 2 * max_num_seqs * config.vocab_size * 4,
-        "attention parts and graphs": _DECODE_PARTS_BYTES + _GRAPHS_BYTES,
-        "links": num_links * _LINK_BYTES,
-    }
+    return 6 * config.hidden_size + query + 3 * config.intermediate_size
+
+
+def _num_links(layout: Layout, worker: WorkerSpec) -> int:
+    """Links of a worker to others, whoever opens them."""
+    return len(layout.connects_to(worker)) + sum(worker.name in layout.connects_to(w) for w in layout.workers)
 
 
 def check_room(parts: Mapping[str, int], free_bytes: int) -> None:
     """Raises OutOfDeviceMemory where the parts exceed what is free once the weights are there."""
     if (needed := sum(parts.values())) > free_bytes:
         listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+        pages = "num_pages, " if "pages" in parts else ""
         raise OutOfDeviceMemory(
             f"the device has {free_bytes / 2**30:.2f} GiB beside the weights, {needed / 2**30:.2f} GiB are "
-            f"needed ({listed}): lower engine.num_pages, max_batch_tokens or max_num_seqs"
+            f"needed ({listed}): lower engine.{pages}max_batch_tokens or max_num_seqs"
         )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1_cluster.comm import wire
 from r1_cluster.comm.dispatch import (
     ExpertMap,
     LinkDispatcher,
@@ -19,7 +21,7 @@ from r1_cluster.comm.dispatch import (
     sort_rows,
 )
 from r1_cluster.comm.links import LocalLink, TcpLink, wait_any
-from r1_cluster.comm.wire import Flags, Header, Kind, LinkError, Message, WireError
+from r1_cluster.comm.wire import Flags, Header, Kind, LinkError, Message, Unsendable, WireError
 from r1_cluster.records import pack_int32
 
 D = 32
@@ -306,6 +308,7 @@ def test_an_expert_that_raises_answers_in_lock_step(shards, caplog):
         lambda reply: reply._replace(tensors=[tensor[:-1] for tensor in reply.tensors]),
         lambda reply: reply._replace(tensors=[tensor.double() for tensor in reply.tensors]),
         lambda reply: reply._replace(tensors=[]),
+        lambda reply: reply._replace(body=b"no duration"),
         lambda reply: reply._replace(header=reply.header._replace(epoch=99)),
     ],
 )
@@ -359,6 +362,145 @@ def test_two_routers_and_two_shards_never_wait_in_a_circle():
             done.result(30)
     assert all(router.result() for router in routers)
     for link in (*near.values(), *far.values()):
+        link.close()
+
+
+def limit_messages(monkeypatch, num_tokens, top_k=2):
+    """No message takes the rows of more tokens than that."""
+    monkeypatch.setattr(wire, "MAX_PAYLOAD_BYTES", num_tokens * top_k * D * 4)
+
+
+@pytest.mark.parametrize("num_tokens", [5, 6, 7, 20])
+def test_a_step_larger_than_a_message_goes_in_pieces(shards, monkeypatch, num_tokens):
+    """As R1's would on one shard from 9,363 tokens a step: 8 rows a token of 14 KiB, 1 GiB a message."""
+    ranges = split(8, 2)
+    behind = shards(ranges)
+    inputs = draw_step(24, num_tokens, 8, 2, 4)
+    expected = without_experts(inputs, num_tokens, ())
+    limit_messages(monkeypatch, 3)
+    with pytest.raises(Unsendable):  # all rows at once
+        behind[0].link.send(Header(1), [torch.zeros(num_tokens * 2, D)])
+    dispatcher = LinkDispatcher([shard.link for shard in behind], ranges, 5)
+    for _ in range(2):
+        assert torch.equal(step(dispatcher, *inputs, num_tokens), expected)
+    assert dispatcher.lost == []
+    assert all(shard.num_served <= 2 * -(-num_tokens // 3) for shard in behind)
+    assert max(shard.num_served for shard in behind) > 2
+
+
+def test_a_shard_lost_between_two_pieces_leaves_zeros_in_the_later_ones(monkeypatch):
+    limit_messages(monkeypatch, 4)
+    ranges = split(8, 2)
+    near, far = (TcpLink(sock, "dying") for sock in socket.socketpair())
+    dispatcher = LinkDispatcher([near, local_links(ranges)[1]], ranges, 5)
+    inputs = draw_step(12, 12, 8, 2, 1)
+
+    def answer_once():
+        far.send(*handle(far.recv(5), make_experts(ranges[0])))
+        far.recv(5)
+        far.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        dying = pool.submit(answer_once)
+        y_TD = step(dispatcher, *inputs, 12)
+        dying.result(10)
+    assert torch.equal(y_TD[:4], without_experts(inputs, 12, ())[:4])
+    assert torch.equal(y_TD[4:], without_experts(inputs, 12, ranges[0])[4:])
+    assert dispatcher.lost == ["dying"]
+
+
+def test_a_large_step_is_broadcast_in_no_piece(shards, monkeypatch):
+    limit_messages(monkeypatch, 5)
+    ranges = split(8, 2)
+    behind = shards(ranges)  # which refuse a broadcast
+    dispatcher = LinkDispatcher([shard.link for shard in behind], ranges, 5, broadcast_tokens=4)
+    inputs = draw_step(8, 8, 8, 2, 1)
+    assert torch.equal(step(dispatcher, *inputs, 8), without_experts(inputs, 8, ()))
+    assert dispatcher.lost == []
+
+
+def test_two_routers_and_two_shards_never_wait_in_a_circle_in_pieces(monkeypatch):
+    """Each piece larger than a socket's buffers, from two routers at once."""
+    width, many, rounds = 1024, 18000, 3
+    monkeypatch.setattr(wire, "MAX_PAYLOAD_BYTES", width * 4 * many // rounds)
+    pairs = {(router, i): socket.socketpair() for router in "AB" for i in range(2)}
+    near = {key: TcpLink(ends[0], f"shard {key[1]}") for key, ends in pairs.items()}
+    far = {key: TcpLink(ends[1], f"router {key[0]}") for key, ends in pairs.items()}
+
+    def serve(i):
+        links = [far[router, i] for router in "AB"]
+        for _ in range(2 * rounds):
+            link = wait_any(links, 20)[0]
+            link.send(*handle(link.recv(20), lambda layer, x_ND, counts: x_ND * 2))
+
+    def ask(router):
+        ids_T1 = (torch.arange(many) % 2)[:, None]
+        x_TD = torch.randn(many, width)
+        dispatcher = LinkDispatcher([near[router, 0], near[router, 1]], [range(1), range(1, 2)], 20)
+        return torch.equal(step(dispatcher, x_TD, ids_T1, torch.ones(many, 1), many), x_TD * 2)
+
+    with ThreadPoolExecutor(4) as pool:
+        shards = [pool.submit(serve, i) for i in range(2)]
+        routers = [pool.submit(ask, router) for router in "AB"]
+        for done in (*shards, *routers):
+            done.result(40)
+    assert all(router.result() for router in routers)
+    for link in (*near.values(), *far.values()):
+        link.close()
+
+
+def test_what_cannot_be_sent_is_no_shards_death(shards):
+    ranges = split(8, 2)
+    links = [shard.link for shard in shards(ranges)]
+    dispatcher = LinkDispatcher(links, ranges, 5)
+    x_TD, ids_TK, weights_TK = draw_step(8, 8, 8, 2, 1)
+    with pytest.raises(Unsendable, match="complex"):
+        step(dispatcher, x_TD.to(torch.complex64), ids_TK, weights_TK, 8)
+    assert dispatcher.lost == []
+    assert not any(link.closed for link in links)
+
+
+def test_an_answer_that_cannot_be_sent_is_no_shards_death():
+    def refuse(message):
+        header = message.header._replace(kind=int(Kind.COMBINE), flags=Flags.REFUSED, rows=0)
+        return Message(header, (), b"payload of 3 bytes; at most 2")
+
+    dispatcher = LinkDispatcher([LocalLink("expert0", refuse)], [range(8)], 5)
+    with pytest.raises(Unsendable, match="expert0: payload of 3 bytes; at most 2"):
+        step(dispatcher, *draw_step(8, 8, 8, 2, 1), 8)
+    assert dispatcher.lost == []
+
+
+@pytest.mark.parametrize(("slow", "computed"), [("experts", True), ("link", False)])
+def test_experts_count_as_work_and_links_as_idle(slow, computed):
+    ranges = split(8, 2)
+
+    def experts(layer, x_ND, counts):
+        time.sleep(0.1 * (slow == "experts"))
+        return x_ND
+
+    pairs = [socket.socketpair() for _ in ranges]
+    near = [TcpLink(ends[0], f"expert{i}") for i, ends in enumerate(pairs)]
+    far = [TcpLink(ends[1], "router") for ends in pairs]
+
+    def serve(link):
+        reply = handle(link.recv(10), experts)
+        time.sleep(0.1 * (slow == "link"))
+        link.send(*reply)
+
+    dispatcher = LinkDispatcher(near, ranges, 10)
+    with ThreadPoolExecutor(2) as pool:
+        served = [pool.submit(serve, link) for link in far]
+        began = time.perf_counter()
+        step(dispatcher, *draw_step(8, 8, 8, 2, 1), 8)
+        took_s = time.perf_counter() - began
+        for done in served:
+            done.result(10)
+    assert took_s > 0.1
+    # Of two shards that work side by side the slower one's time counts, not the sum.
+    assert (took_s - dispatcher.idle_s > 0.1) == computed
+    assert (dispatcher.idle_s > 0.1) != computed
+    for link in (*near, *far):
         link.close()
 
 
@@ -441,7 +583,7 @@ def test_a_late_answer_of_a_former_epoch_is_dropped_and_counted():
     near, far = (TcpLink(sock, "peer") for sock in socket.socketpair())
     dispatcher = LinkDispatcher([near], [range(8)], 5)
     inputs = draw_step(8, 8, 8, 2, 1)
-    far.send(Header(Kind.COMBINE, 0, 2, 3, 0, 16), [torch.full((16, D), 7.0)])
+    far.send(Header(Kind.COMBINE, 0, 2, 3, 0, 16), [torch.full((16, D), 7.0)], wire.pack_seconds(0.0))
     with ThreadPoolExecutor(1) as pool:
         pool.submit(lambda: far.send(*handle(far.recv(5), make_experts(range(8)))))
         y_TD = step(dispatcher, *inputs, 8)

@@ -22,6 +22,7 @@ from r1_cluster.comm.wire import (
     LinkTimeout,
     Message,
     StaleEpoch,
+    Unsendable,
     WireError,
 )
 
@@ -241,9 +242,9 @@ def test_messages_of_former_epochs_are_dropped_and_counted(pair):
 
 def test_only_cpu_tensors_and_plain_messages(pair):
     left, right = pair
-    with pytest.raises(WireError, match="CPU"):
+    with pytest.raises(Unsendable, match="CPU"):
         left.send(Header(1), [torch.empty(1, device="meta")])
-    with pytest.raises(WireError):
+    with pytest.raises(Unsendable):
         left.send(Header(1), [torch.zeros(1, dtype=torch.complex64)])
     left.send(Header(1, step=1))  # a refused message left nothing on the stream
     assert right.recv(1).header.step == 1

@@ -19,7 +19,7 @@ from r1_cluster.comm.links import wait_any
 from r1_cluster.comm.process_group import ProcessGroupLink, ProcessGroups
 from r1_cluster.comm.shared_memory import SLOT_BYTES, SLOTS
 from r1_cluster.comm.transports import backend_for
-from r1_cluster.comm.wire import Flags, Header, Kind, LinkClosed, LinkTimeout, WireError
+from r1_cluster.comm.wire import Flags, Header, Kind, LinkClosed, LinkTimeout, Unsendable, WireError
 
 JOIN = """
 from r1_cluster.comm.dispatch import handle
@@ -122,7 +122,7 @@ def test_messages_arrive_as_sent(join):
     with pytest.raises(LinkTimeout):
         link.recv(0.05)
     assert not link.closed
-    with pytest.raises(WireError, match="this link carries tensors of"):
+    with pytest.raises(Unsendable, match="this link carries tensors of"):
         link.send(header, [torch.empty(1, device="meta")])
     link.send(header)
     assert link.recv(5).header == header

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1_cluster.comm import wire
-from r1_cluster.comm.wire import Header, WireError
+from r1_cluster.comm.wire import Header, Message, Unsendable, WireError
 
 HEADERS = st.builds(
     Header,
@@ -90,7 +90,7 @@ def test_what_the_peer_may_not_announce():
     ],
 )
 def test_the_sender_is_told_what_does_not_fit(header, tensors, body_bytes):
-    with pytest.raises(WireError):
+    with pytest.raises(Unsendable):
         wire.encode_prefix(header, tensors, body_bytes)
 
 
@@ -103,6 +103,18 @@ def test_a_body_of_another_kind_is_a_wire_error():
     for bad in (b"", b"\xc1", wire.pack([1]), wire.pack([1, "2"])):
         with pytest.raises(WireError):
             wire.unpack(bad, Point)
+
+
+def test_durations_and_lone_tensors_are_checked():
+    assert wire.unpack_seconds(wire.pack_seconds(0.25)) == 0.25
+    (tensor,) = tensors = [torch.zeros(2)]
+    assert wire.only_tensor(Message(Header(1), tensors)) is tensor
+    for bad in (b"", b"1234567", b"123456789"):
+        with pytest.raises(WireError):
+            wire.unpack_seconds(bad)
+    for count in (0, 2):
+        with pytest.raises(WireError, match=f"{count} tensors"):
+            wire.only_tensor(Message(Header(1), tensors * count))
 
 
 def test_tensor_bytes_are_a_view():

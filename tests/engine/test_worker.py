@@ -5,15 +5,18 @@ import queue
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+from r1_cluster.comm import wire
 from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.listener import Listener, connect
-from r1_cluster.comm.wire import LinkError
+from r1_cluster.comm.wire import Header, Kind, LinkClosed, LinkError
 from r1_cluster.config import Layout as LayoutConfig
-from r1_cluster.engine.boot import ENGINE, WorkerBoot
+from r1_cluster.engine import worker as worker_module
+from r1_cluster.engine.boot import ENGINE, StepLimits, WorkerBoot
 from r1_cluster.engine.core import EngineCore
 from r1_cluster.engine.pages import PageAllocator
 from r1_cluster.engine.pipeline import Member, Pipeline
@@ -23,6 +26,7 @@ from r1_cluster.engine.streams import TokenFan, TokenSink
 from r1_cluster.engine.worker import Worker
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.planning.layout import build_layout
+from r1_cluster.planning.memory import OutOfDeviceMemory, worker_bytes
 from r1_cluster.records import Request, SamplingParams
 
 SECRET = b"a secret for tests only"
@@ -379,3 +383,95 @@ def test_what_was_held_before_a_stage_lost_its_kv_is_offered_to_nobody(checkpoin
         pipeline.close()
     finally:
         cluster.close()
+
+
+def test_a_step_whose_rows_fit_no_message_gives_the_same_text(checkpoint, monkeypatch):
+    """Hidden states of a whole step fit, its rows for experts do not."""
+    config = ModelConfig.from_folder(checkpoint)
+    asked = requests(6)
+    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"])
+    try:
+        texts = cluster.run(asked)
+        assert config.num_experts_per_tok > 1
+        monkeypatch.setattr(wire, "MAX_PAYLOAD_BYTES", 64 * config.hidden_size * 4)
+        assert cluster.run(asked) == texts
+        assert cluster.core.recovery.num_recoveries == 0
+    finally:
+        cluster.close()
+
+
+@pytest.mark.parametrize("layout", ["disaggregated", "two stages without experts between"])
+def test_what_cannot_be_sent_ends_the_engine_and_no_worker(checkpoint, monkeypatch, layout):
+    """A message that does not fit would not fit on its way to a new worker either."""
+    config = ModelConfig.from_folder(checkpoint)
+    stages = {"kind": "disaggregated", "stages": ["0-0", "1-3"]}  # the first has no router to refuse
+    cluster = Cluster(checkpoint, stages if "two" in layout else LAYOUTS[layout])
+    try:
+        workers = dict(cluster.workers)
+        (request,) = requests(1)
+        cluster.run([request])
+        monkeypatch.setattr(wire, "MAX_PAYLOAD_BYTES", 40 * config.hidden_size * 4)
+        too_long = msgspec.structs.replace(request, request_id="long", prompt=list(range(5, 65)))
+        cluster.core.submit(too_long)
+        cluster.core.join()
+        assert "at most" in cluster.core.failure
+        assert "stage-0" in cluster.core.failure
+        name, refusal = cluster.ends.get(timeout=10)
+        assert (name, refusal.text) == ("long", cluster.core.failure)
+        assert cluster.workers == workers
+        assert all(thread.is_alive() for thread in cluster.threads)
+    finally:
+        cluster.close()
+
+
+def test_a_plan_that_cannot_be_sent_ends_the_engine_and_no_worker(cluster, monkeypatch):
+    workers = dict(cluster.workers)
+    cluster.run(requests(1))
+    monkeypatch.setattr(wire, "MAX_BODY_BYTES", 150)
+    cluster.core.submit(requests(1)[0])
+    cluster.core.join()
+    assert "what stage-0 is to be told does not fit" in cluster.core.failure
+    assert cluster.workers == workers
+
+
+def test_nonsense_costs_its_sender_the_link_and_nobody_else(checkpoint):
+    """A peer that passed the handshake and speaks another language."""
+    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"])
+    try:
+        for worker in cluster.workers.values():
+            for kind in (Kind.HIDDEN, Kind.MOE, Kind.DISPATCH, Kind.PLAN, Kind.CONTROL, Kind.TOKENS):
+                link = connect(worker.listener.address, Hello("stranger", "x", 1, "tensor"), SECRET)
+                link.send(Header(kind, 1), (), b"\xc1nonsense")
+                with pytest.raises(LinkClosed):
+                    link.recv(10.0)
+        assert all(thread.is_alive() for thread in cluster.threads)
+        cluster.run(requests(1))
+    finally:
+        cluster.close()
+
+
+@pytest.mark.parametrize("name", ["stage-0", "stage-1", "router-0", "experts-1"])
+def test_every_role_asks_for_the_memory_that_it_needs(checkpoint, monkeypatch, name):
+    """By a stand-in for a device's free memory, which counts once the weights are there."""
+    config = ModelConfig.from_folder(checkpoint)
+    layout = build_layout(LayoutConfig(**LAYOUTS["disaggregated"]), config)
+    (spec,) = [worker for worker in layout.workers if worker.name == name]
+    limits = StepLimits(16, 64, 200)
+    parts = worker_bytes(
+        config,
+        layout,
+        spec,
+        num_pages=256,
+        page_size=PAGE_SIZE,
+        max_num_seqs=16,
+        max_batch_tokens=64,
+        max_context_len=200,
+    )
+    cluster = SimpleNamespace(layout=layout, transport="sockets")
+    boot = msgspec.structs.replace(Cluster.boot(cluster, checkpoint, name, 256, 5.0, 2.0), limits=limits)
+    free = sum(parts.values())
+    monkeypatch.setattr(worker_module, "free_device_bytes", lambda device: free)
+    Worker(boot).close()
+    free -= 1
+    with pytest.raises(OutOfDeviceMemory, match=next(iter(parts))):
+        Worker(boot)

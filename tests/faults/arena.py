@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import select
 import signal
@@ -75,6 +76,7 @@ class Arena:
                     raise
         self.observer = Observer(self.service)
         self._hurt = {}
+        self._killed = []
 
     def load(self, requests=None):
         """Streams that run now."""
@@ -89,6 +91,8 @@ class Arena:
         if how in ("kill", "stop"):  # else it may live on
             pid = targets.pids[part]
             self._hurt[os.pidfd_open(pid)] = pid  # a number alone may be another's by the end
+        if how == "kill":
+            self._killed.append(targets.pids[part])
         now = time.monotonic()
         targets.inflict(part, how)
         return now
@@ -118,8 +122,8 @@ class Arena:
         return max((e["start_s"] for e in log if e["at"] >= since and e["start_s"]), default=None)
 
     def close(self):
-        """Ctrl-C, unless it came before; AssertionError if the service does not end well or leaves a process
-        behind."""
+        """Ctrl-C, unless it came before; AssertionError if the service does not end well, leaves a process
+        behind, or has filled its terminal with what Ray says of a death."""
         if self.service.process.poll() is not None:
             return
         self.observer.close()
@@ -137,7 +141,21 @@ class Arena:
         assert not hurt, f"hurt, and still there at the end: {hurt}"
         left = [pid for pid in pids if alive(pid)]
         assert not left, f"processes left behind: {left}"
-        assert self.service.log.read_text().rstrip().endswith("stopped")
+        terminal = self.service.log.read_text()
+        assert terminal.rstrip().endswith("stopped")
+        self._check_terminal(terminal)
+
+    def _check_terminal(self, terminal):
+        """A line names who died first, and the file with the rest; of Ray's own words there is none."""
+        assert "(raylet)" not in terminal
+        assert max(map(len, terminal.splitlines())) < 300
+        if self._killed:
+            told = re.search(
+                r"^\S.* died \(process (\d+)\) and is being replaced; details: (.*)$", terminal, re.M
+            )
+            assert told, terminal
+            assert int(told[1]) in self._killed
+            assert f"Worker PID: {told[1]} " in Path(told[2]).read_text()
 
     def _end(self):
         """Ctrl-C; what does not heed it is killed."""

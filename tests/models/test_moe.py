@@ -11,7 +11,7 @@ from small_model import config_values, write_checkpoint
 from kernels import cpu, reference
 from kernels.ops import Routing, for_device
 from r1_cluster.models.config import ModelConfig
-from r1_cluster.models.moe import ExpertModel
+from r1_cluster.models.moe import ExpertModel, RouterModel
 from r1_cluster.weights.checkpoint import Checkpoint
 
 OPTIONS = {"dtype": torch.float32, "device": torch.device("cpu")}
@@ -28,6 +28,12 @@ def load(folder, layers, experts, deterministic=True):
     config = ModelConfig.from_folder(folder)
     with Checkpoint(folder, config) as checkpoint:
         return ExpertModel.load(config, checkpoint, layers, experts, **OPTIONS, deterministic=deterministic)
+
+
+def load_router(folder, layers):
+    config = ModelConfig.from_folder(folder)
+    with Checkpoint(folder, config) as checkpoint:
+        return RouterModel.load(config, checkpoint, layers, **OPTIONS, deterministic=False)
 
 
 @settings(max_examples=30, deadline=None)
@@ -121,15 +127,31 @@ def test_experts_refuse_counts_that_do_not_fit(folder):
         load(folder, [1], range(4, 9))
 
 
-def test_experts_warm_up_with_every_power_of_two_of_rows(folder, monkeypatch):
-    model = load(folder, [1], range(2, 5))
-    sizes = []
-    forward = model.forward
-    monkeypatch.setattr(
-        model, "forward", lambda layer, x, counts: sizes.append(len(forward(layer, x, counts)))
-    )
-    model.warm_up(20)
-    assert sizes == [1, 2, 4, 8, 16]
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(1, [1]), (16, [1, 2, 4, 8, 16]), (20, [1, 2, 4, 8, 16, 20]), (3, [1, 2, 3])]
+)
+def test_warming_up_goes_to_the_most_there_can_be(folder, monkeypatch, most, sizes):
+    """Kernels are tuned for each power of two, rounded up: 20 rows are another case than 16."""
+    experts, router = load(folder, [1], range(2, 5)), load_router(folder, [1])
+    seen = {"forward": [], "share": [], "gate": [], "shared": []}
+
+    def watch(model, name):
+        method = getattr(model, name)
+
+        def watched(layer, x, *rest):
+            seen[name].append(len(x))
+            return method(layer, x, *rest)
+
+        monkeypatch.setattr(model, name, watched)
+
+    watch(experts, "forward")
+    monkeypatch.setattr(experts, "share", lambda layer, x, *rest: seen["share"].append(len(x)))
+    watch(router, "gate")
+    watch(router, "shared")
+    experts.warm_up(most)
+    experts.warm_up_shares(most, 2)
+    router.warm_up(most)
+    assert seen == dict.fromkeys(seen, sizes)
 
 
 @pytest.mark.parametrize(("device", "name"), [("cuda", "kernels.triton_ops"), ("cpu", "kernels.cpu")])

@@ -1,28 +1,89 @@
 import pytest
 from small_model import config_values
 
+from r1_cluster.config import Layout
 from r1_cluster.models.config import ModelConfig
-from r1_cluster.planning.memory import OutOfDeviceMemory, check_room, stage_bytes
+from r1_cluster.planning.layout import build_layout
+from r1_cluster.planning.memory import OutOfDeviceMemory, check_room, worker_bytes
 
 CONFIG = ModelConfig.from_dict(config_values())
-LIMITS = {"page_size": 16, "max_num_seqs": 8, "max_batch_tokens": 64, "max_context_len": 512}
+LIMITS = {"num_pages": 10, "page_size": 16, "max_num_seqs": 8, "max_batch_tokens": 64, "max_context_len": 512}
+COLOCATED = build_layout(Layout(kind="colocated"), CONFIG)
+APART = build_layout(Layout(kind="disaggregated", stages=2, expert_shards=2), CONFIG)
+MORE = {
+    "max_num_seqs": 500,
+    "max_batch_tokens": 5000,
+    "max_context_len": 50000,
+    "num_pages": 100,
+    "page_size": 64,
+}
+
+
+def parts_of(name, layout=APART, config=CONFIG, **limits):
+    (worker,) = [worker for worker in layout.workers if worker.name == name]
+    return worker_bytes(config, layout, worker, **LIMITS | limits)
 
 
 def test_pages_are_what_the_caches_take():
-    parts = stage_bytes(CONFIG, 3, num_pages=10, num_links=1, **LIMITS)
-    assert parts["pages"] == 3 * 10 * 16 * (16 + 8) * 2
-    assert all(size > 0 for size in parts.values())
+    (first, last) = APART.stages[0].stage
+    assert parts_of("stage-0")["pages"] == (last - first) * 10 * 16 * (16 + 8) * 2
+    assert parts_of("stage-0", COLOCATED)["pages"] == CONFIG.num_hidden_layers * 10 * 16 * (16 + 8) * 2
 
 
-def test_more_of_anything_needs_more():
-    base = sum(stage_bytes(CONFIG, 3, num_pages=10, **LIMITS).values())
-    more = {"max_num_seqs": 500, "max_batch_tokens": 5000, "max_context_len": 50000, "num_links": 2}
-    for key, value in more.items():
-        assert sum(stage_bytes(CONFIG, 3, num_pages=10, **LIMITS | {key: value}).values()) > base
+def test_a_worker_needs_what_its_roles_need():
+    stage = {"pages", "expanded keys and values", "a stage's rows", "attention parts and graphs"}
+    router, experts = {"a router's rows"}, {"experts' rows"}
+    assert parts_of("stage-0").keys() == stage | {"links"}
+    assert parts_of("stage-1").keys() == stage | {"logits", "links"}  # the last one has the head
+    assert parts_of("router-1").keys() == router | {"rows to and from experts", "links"}
+    assert parts_of("experts-0").keys() == experts | {"links"}
+    assert parts_of("stage-0", COLOCATED).keys() == stage | {"logits"} | router | experts
+    for worker in (*APART.workers, *COLOCATED.workers):
+        layout = APART if worker in APART.workers else COLOCATED
+        assert all(size > 0 for size in worker_bytes(CONFIG, layout, worker, **LIMITS).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "grows_with"),
+    [
+        ("stage-1", set(MORE)),
+        ("router-1", {"max_num_seqs", "max_batch_tokens"}),
+        ("experts-0", {"max_num_seqs", "max_batch_tokens"}),
+    ],
+)
+def test_more_of_anything_needs_more_where_it_is_needed(name, grows_with):
+    base = sum(parts_of(name).values())
+    grown = {key for key, value in MORE.items() if sum(parts_of(name, **{key: value}).values()) > base}
+    assert grown == grows_with
+
+
+def test_links_are_counted_at_both_ends():
+    links = {worker.name: parts_of(worker.name).get("links", 0) for worker in APART.workers}
+    routers = [worker for worker in APART.workers if worker.router is not None]
+    each = links["experts-0"] // len(routers)
+    assert links["stage-0"] == each * (1 + (APART.router_of(APART.stages[0]) is not None))
+    assert links["stage-1"] == each * 2  # the first stage, and its router
+    assert links["router-1"] == each * 3  # its stage, and both shards
+
+
+def test_rows_for_experts_are_at_most_a_message():
+    """What goes in pieces is never here as a whole: R1 at 100,000 tokens a step needs no more than at 9,362."""
+    values = {"hidden_size": 7168, "num_experts_per_tok": 8, "n_routed_experts": 256, "n_group": 8}
+    r1 = ModelConfig.from_dict(config_values(**values))
+    layout = build_layout(Layout(kind="disaggregated", expert_shards=2), r1)
+    for name, part in (("router-0", "rows to and from experts"), ("experts-0", "experts' rows")):
+        fewer, most, more = (
+            parts_of(name, layout, r1, max_batch_tokens=tokens)[part] for tokens in (4000, 9362, 100_000)
+        )
+        assert fewer < most == more
 
 
 def test_what_does_not_fit_is_said_with_numbers():
     parts = {"pages": 3 << 30, "logits": 1 << 29}
     check_room(parts, 7 << 29)
-    with pytest.raises(OutOfDeviceMemory, match=r"has 3\.00 GiB .* 3\.50 GiB .*pages 3\.00, logits 0\.50"):
+    with pytest.raises(
+        OutOfDeviceMemory, match=r"has 3\.00 GiB .* 3\.50 GiB .*pages 3\.00, logits 0\.50.*num_pages"
+    ):
         check_room(parts, 3 << 30)
+    with pytest.raises(OutOfDeviceMemory, match=r"lower engine\.max_batch_tokens or max_num_seqs$"):
+        check_room({"experts' rows": 1 << 30}, 0)

@@ -95,6 +95,7 @@ class Stage:
         router.dispatcher = local_dispatcher(experts, len(every))
         assert isinstance(router.dispatcher, DeviceDispatcher)
         self.calls = 0
+        self.idle_s = 0.0
         self.router = router
         self.role = StageRole(model, router if local else self, num_pages=NUM_PAGES, page_size=PAGE_SIZE)
         self.cached = {}

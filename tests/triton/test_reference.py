@@ -78,6 +78,7 @@ CASES = {
     ),
     "kept_tokens": lambda d: (d.normal(4, 50), *sampled(d)[1:4]),
     "sample": lambda d: (d.normal(4, 50), *sampled(d)),
+    "sample_exactly": lambda d: (d.normal(4, 50), *sampled(d)),
 }
 _ON_NO_TENSOR = {"max_slots"}
 

@@ -1,0 +1,54 @@
+"""How long a sequence may be, and whether the largest step's messages fit the links: known before anything is
+loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from r1_cluster.comm import wire
+from r1_cluster.config import ConfigError, Service
+
+if TYPE_CHECKING:
+    from r1_cluster.models.config import ModelConfig
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+_SEQUENCE_BYTES = 256  # a plan's words on a sequence beside its tokens and pages: its id, lengths, sampling
+
+
+def max_model_len(service: Service, model: ModelConfig) -> int:
+    """Tokens that prompt and answer may have together: by the model, by configuration, by the pages."""
+    engine = service.engine
+    limits = [model.max_position_embeddings, engine.num_pages * engine.page_size]
+    if engine.max_model_len is not None:
+        limits.append(engine.max_model_len)
+    return min(limits)
+
+
+def check_messages(service: Service, model: ModelConfig) -> None:
+    """Raises ConfigError, with the numbers, for a step that no link could carry.
+
+    Rows for experts are not among it: a dispatch that is too large goes in pieces (`LinkDispatcher`).
+    """
+    engine = service.engine
+    num_rows = max(engine.max_batch_tokens, engine.max_num_seqs)
+    longest = max_model_len(service, model)
+    pages = engine.max_num_seqs * -(-longest // engine.page_size)
+    plan_bytes = 4 * (num_rows + pages) + _SEQUENCE_BYTES * engine.max_num_seqs
+    if plan_bytes > wire.MAX_BODY_BYTES:
+        raise ConfigError(
+            f"engine.max_num_seqs: a step's plan for {engine.max_num_seqs} sequences of {longest} tokens "
+            f"in pages of {engine.page_size} takes {plan_bytes} bytes, a message at most "
+            f"{wire.MAX_BODY_BYTES}; lower it or engine.max_model_len, or raise engine.page_size"
+        )
+    if service.layout.kind == "colocated":
+        return  # hidden states stay in the process
+    from kernels.ops import ROW_TILE  # with it comes torch, which the ingress and the engine do without
+
+    row_bytes = model.hidden_size * _ITEM_BYTES[service.dtype]
+    hidden_bytes = -(-num_rows // ROW_TILE) * ROW_TILE * row_bytes
+    if hidden_bytes > wire.MAX_PAYLOAD_BYTES:
+        most = wire.MAX_PAYLOAD_BYTES // row_bytes // ROW_TILE * ROW_TILE
+        raise ConfigError(
+            f"engine.max_batch_tokens: the hidden states of {num_rows} tokens take {hidden_bytes} bytes, a "
+            f"message between workers at most {wire.MAX_PAYLOAD_BYTES}, which is {most} tokens of this model"
+        )
