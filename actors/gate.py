@@ -8,9 +8,11 @@ by itself, in plain text.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -28,10 +30,12 @@ from r1_cluster.api.errors import ApiError, overloaded
 from r1_cluster.edge.app import PLACES
 
 Message = MutableMapping[str, Any]
+Headers = Sequence[tuple[bytes, bytes]]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 MAX_ID_LENGTH = 128
+LINGER_S = 5.0
 _PLACES = PLACES.encode()
 _SERVES_OWN = {
     name.replace("_", "-").encode()
@@ -59,6 +63,7 @@ class Gate:
         self._app = app
         self._places: dict[str, int] = {}
         self._in_flight: Counter[str] = Counter()
+        self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -68,43 +73,80 @@ class Gate:
         path, request_id = scope["path"], _replace_headers(scope)
         if path.startswith("/-/"):  # Serve's own probes keep its words
             await self._app(scope, receive, send)
-            return
-        if path not in self._places:
-            await self._app(scope, receive, self._outgoing(path, send))
-            return
-        if self._in_flight[path] >= self._places[path]:
-            await _refuse(overloaded(retry_after_s=1), request_id, send)
-            return
-        self._in_flight[path] += 1
-        try:
-            await asyncio.sleep(0)  # those that are refused need not wait until the others are under way
-            await self._app(scope, receive, self._outgoing(path, send))
-        finally:
-            self._in_flight[path] -= 1
+        elif path not in self._places:
+            await self._pass(scope, receive, send)
+        elif self._in_flight[path] >= self._places[path]:
+            for message in _refusal(request_id):
+                await send(message)
+        else:
+            self._in_flight[path] += 1
+            try:
+                # Serve computes some ms to get a request under way. One at a time, so that those that come
+                # meanwhile are read, and refused, in between.
+                async with self._turn:
+                    await asyncio.sleep(0)
+                await self._pass(scope, receive, send)
+            finally:
+                self._in_flight[path] -= 1
 
-    def _outgoing(self, path: str, send: Send) -> Send:
-        """A `send` that learns from the ingress's answers how many places there are, and turns errors in
-        plain text, which are Serve's, into the API's."""
-        failed: Message | None = None
+    async def _pass(self, scope: Message, receive: Receive, send: Send) -> None:
+        exchange = _Exchange(receive, send, partial(self._places.__setitem__, scope["path"]))
+        await self._app(scope, exchange.receive, exchange.send)
+        await exchange.linger()
 
-        async def translate(message: Message) -> None:
-            nonlocal failed
-            if message["type"] == "http.response.start":
-                headers = message.get("headers", [])
-                for name, value in headers:
-                    if name == _PLACES:
-                        self._places[path] = int(value)
-                message["headers"] = [header for header in headers if header[0] != _PLACES]
-                if message["status"] >= 400 and _is_plain_text(headers):
-                    failed = message
-                    return
-            elif failed is not None:
-                if not message.get("more_body", False):
-                    await _send_instead(failed, send)
+
+class _Exchange:
+    """A request and its answer on their way through the gate. `learn` gets the number of places, where the
+    ingress tells it."""
+
+    def __init__(self, receive: Receive, send: Send, learn: Callable[[int], None]) -> None:
+        self._learn = learn
+        self._receive = receive
+        self._send = send
+        self._body_ended = False
+        self._failed: Message | None = None
+        self._lingers = False
+
+    async def receive(self) -> Message:
+        """See ASGI."""
+        message = await self._receive()
+        self._body_ended = self._body_ended or not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Turns errors in plain text, which are Serve's, into the API's; and keeps back the end of an answer
+        that came before the end of its request."""
+        if message["type"] == "http.response.start":
+            for value in (value for name, value in message["headers"] if name == _PLACES):
+                self._learn(int(value))
+            headers = [header for header in message["headers"] if header[0] != _PLACES]
+            if message["status"] >= 400:
+                self._lingers = not self._body_ended and not _has(headers, b"connection", b"close")
+                headers += [(b"connection", b"close")] * self._lingers
+            message = {**message, "headers": headers}
+            if message["status"] >= 400 and _has(headers, b"content-type", b"text/plain"):
+                self._failed = message
                 return
-            await send(message)
+        elif self._failed is not None:
+            if message.get("more_body", False):
+                return
+            start, message = _instead(self._failed)
+            self._failed = None
+            await self._send(start)
+        if self._lingers and message["type"] == "http.response.body":
+            message = {**message, "more_body": True}
+        await self._send(message)
 
-        return translate
+    async def linger(self) -> None:
+        """A connection that is closed while its client sends is reset, and the client may never see why: what
+        still comes is thrown away, for a while."""
+        if not self._lingers:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while not self._body_ended:
+                    await self.receive()
+        await self._send({"type": "http.response.body", "body": b""})
 
 
 def _replace_headers(scope: Message) -> bytes:
@@ -123,17 +165,18 @@ def _request_id(sent: list[bytes]) -> bytes:
     return uuid.uuid4().hex.encode()
 
 
-def _is_plain_text(headers: list[tuple[bytes, bytes]]) -> bool:
-    return any(name == b"content-type" and value.startswith(b"text/plain") for name, value in headers)
+def _has(headers: Headers, name: bytes, value: bytes) -> bool:
+    return any(key.lower() == name and found.lower().startswith(value) for key, found in headers)
 
 
-async def _refuse(error: ApiError, request_id: bytes, send: Send) -> None:
-    """Answers in Serve's place, which would have given the request id back."""
+def _refusal(request_id: bytes) -> tuple[Message, Message]:
+    """In Serve's place, which would have given the request id back."""
+    error = overloaded(retry_after_s=1)
     headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
-    await _send(error, [*headers, (b"x-request-id", request_id)], send)
+    return _answer(error, [*headers, (b"x-request-id", request_id)])
 
 
-async def _send_instead(start: Message, send: Send) -> None:
+def _instead(start: Message) -> tuple[Message, Message]:
     """An error of Serve's own, without its words: they name classes and replicas."""
     status = start["status"]
     error = ApiError(
@@ -143,11 +186,11 @@ async def _send_instead(start: Message, send: Send) -> None:
         code="service_unavailable" if status == 503 else None,
     )
     own = (b"content-type", b"content-length")
-    await _send(error, [header for header in start["headers"] if header[0].lower() not in own], send)
+    return _answer(error, [header for header in start["headers"] if header[0].lower() not in own])
 
 
-async def _send(error: ApiError, headers: list[tuple[bytes, bytes]], send: Send) -> None:
+def _answer(error: ApiError, headers: Headers) -> tuple[Message, Message]:
     body = msgspec.json.encode(error.body())
-    headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    headers = [*headers, (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    start = {"type": "http.response.start", "status": error.status, "headers": headers}
+    return start, {"type": "http.response.body", "body": body}

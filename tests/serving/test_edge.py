@@ -37,11 +37,14 @@ def edge(start):
 
 
 def answer(connection):
-    """Status and body of an answer."""
+    """Status and body of an answer, as soon as it is whole."""
     received = b""
     while more := connection.recv(65536):
         received += more
-    head, _, body = received.partition(b"\r\n\r\n")
+        head, _, body = received.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        if length and len(body) == int(length[1]):
+            break
     return int(head.split()[1]), body
 
 

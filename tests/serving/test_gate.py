@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from ray.serve._private.http_util import _apply_middlewares
 
+from actors import gate as gate_module
 from actors.gate import Gate, middlewares
 
 
@@ -13,15 +14,19 @@ def call(app, *headers, path="/v1/models"):
     """(headers that the app saw, status, headers, body) of a request through the gate and Serve's middleware."""
     seen, sent = {}, []
 
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
     async def watched(scope, receive, send):
         seen["headers"] = scope["headers"]
+        await receive()
         await app(scope, receive, send)
 
     async def send(message):
         sent.append(message)
 
     scope = {"type": "http", "method": "GET", "path": path, "headers": list(headers)}
-    asyncio.run(_apply_middlewares(watched, middlewares())(scope, None, send))
+    asyncio.run(_apply_middlewares(watched, middlewares())(scope, receive, send))
     start, *rest = sent
     return seen["headers"], start["status"], start["headers"], b"".join(message["body"] for message in rest)
 
@@ -98,10 +103,11 @@ def test_what_is_no_error_and_what_is_json_passes_as_it_is():
     assert call(answering(503, b"text/plain", b"starting"), path="/-/healthz")[3] == b"starting"
 
 
-def post(gate, count):
-    """(status, headers) of so many requests at once."""
+async def post(gate, count):
+    """(status, headers) of so many requests at once, and the statuses in the order in which they came."""
+    order = []
 
-    async def one(order):
+    async def one():
         sent = []
 
         async def send(message):
@@ -114,11 +120,7 @@ def post(gate, count):
         )
         return sent[0]["status"], dict(sent[0]["headers"])
 
-    async def all_at_once():
-        order = []
-        return await asyncio.gather(*(one(order) for _ in range(count))), order
-
-    return asyncio.run(all_at_once())
+    return await asyncio.gather(*(one() for _ in range(count))), order
 
 
 def test_what_finds_no_place_is_refused_before_serve_hears_of_it():
@@ -132,16 +134,61 @@ def test_what_finds_no_place_is_refused_before_serve_hears_of_it():
         await asyncio.sleep(0.01)
         await send({"type": "http.response.body", "body": b"{}"})
 
-    gate = Gate(app)
-    # How many places there are is known from the first answer on.
-    ((status, headers),), _ = post(gate, 1)
-    assert (status, set(headers)) == (200, {b"content-type"})
-    answers, order = post(gate, 8)
-    assert [status for status, _ in answers] == [200] * 3 + [429] * 5
-    assert order == [429] * 5 + [200] * 3
-    refused = answers[-1][1]
-    assert refused[b"retry-after"] == b"1"
-    assert len(refused[b"x-request-id"]) == 32
-    assert served == 4
-    # Whoever has been answered has left its place.
-    assert [status for status, _ in post(gate, 3)[0]] == [200] * 3
+    async def scenario():
+        gate = Gate(app)
+        # How many places there are is known from the first answer on.
+        ((status, headers),), _ = await post(gate, 1)
+        assert (status, set(headers)) == (200, {b"content-type"})
+        answers, order = await post(gate, 8)
+        assert [status for status, _ in answers] == [200] * 3 + [429] * 5
+        assert order == [429] * 5 + [200] * 3
+        refused = answers[-1][1]
+        assert refused[b"retry-after"] == b"1"
+        assert len(refused[b"x-request-id"]) == 32
+        assert served == 4
+        # Whoever has been answered has left its place.
+        assert [status for status, _ in (await post(gate, 3))[0]] == [200] * 3
+
+    asyncio.run(scenario())
+
+
+def refused_amid_its_body(status, *headers, chunks, stalls=False):
+    """What was sent of an answer that comes before the end of its body, and how many chunks were then read."""
+    sent, left = [], list(chunks)
+
+    async def receive():
+        if not left and stalls:
+            await asyncio.sleep(60)
+        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left) or stalls}
+
+    async def send(message):
+        sent.append(message)
+
+    async def app(scope, receive, send):
+        await receive()
+        await send({"type": "http.response.start", "status": status, "headers": list(headers)})
+        await send({"type": "http.response.body", "body": b"{}"})
+        sent.append("the app has ended")
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    asyncio.run(_apply_middlewares(app, middlewares())(scope, receive, send))
+    return sent, len(left)
+
+
+def test_a_refused_client_may_send_its_body_to_the_end_before_its_connection_closes():
+    (start, body, ended, end), left = refused_amid_its_body(413, chunks=[b"x"] * 5)
+    assert (b"connection", b"close") in start["headers"]
+    assert (body["body"], body["more_body"], ended) == (b"{}", True, "the app has ended")
+    assert (end["body"], end.get("more_body", False), left) == (b"", False, 0)
+
+
+def test_but_not_for_ever(monkeypatch):
+    monkeypatch.setattr(gate_module, "LINGER_S", 0.05)
+    sent, _ = refused_amid_its_body(413, chunks=[b"x"] * 2, stalls=True)
+    assert not sent[-1].get("more_body", False)
+
+
+def test_one_that_was_too_slow_is_not_waited_for():
+    sent, left = refused_amid_its_body(408, (b"connection", b"close"), chunks=[b"x"] * 5)
+    assert (len(sent), left) == (3, 4)
+    assert not sent[1].get("more_body", False)
