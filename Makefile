@@ -9,19 +9,33 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 STALLS ?= benchmarks/results/failures.jsonl
 
-.PHONY: serve test test-fast test-faults check format clean
+# As many tests at a time as a small machine has cores; what starts a cluster or measures time runs by itself.
+ALONE := cluster or serial
+LATER := system or matrix
+IN_PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: serve test test-fast test-system test-faults check format clean
 
 serve: $(VENV)/.serve
 	@$(BIN)/r1-cluster serve $(SERVICE)
 
+# Under 10 minutes on two cores, installation included.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not ($(ALONE) or $(LATER))"
+	$(BIN)/python -m pytest -m "($(ALONE)) and not ($(LATER))"
 
+# Under 2 minutes.
 test-fast: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not (slow or $(ALONE) or $(LATER))"
+
+# What needs root, packages of Debian, or long clusters. Installs what is missing, where that can be.
+test-system: $(VENV)/.test
+	tests/system_packages.sh
+	$(BIN)/python -m pytest -m "system and not matrix"
 
 # Every death of the matrix (most of an hour), and the table of their stalls.
 test-faults: $(VENV)/.test
+	tests/system_packages.sh
 	rm -f $(STALLS)
 	$(BIN)/python -m pytest tests/faults -m "" --stalls $(STALLS)
 	$(BIN)/python benchmarks/failures.py $(STALLS)

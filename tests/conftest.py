@@ -1,8 +1,15 @@
-"""Services and the checkpoint that they serve; the options of these tests."""
+"""Services and the checkpoint that they serve; how the tests share the cores; the options of these tests."""
 
+import os
 import re
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker has one core, and so have its children; read when torch is imported, which is below.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import running_service
 from make_checkpoint import make_checkpoint
 from running_service import Service, alive
 
@@ -14,6 +21,25 @@ LAYOUTS = {
 
 def pytest_addoption(parser):
     parser.addoption("--stalls", metavar="FILE", help="append every fault's stalls to this file (JSON lines)")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Among parallel workers a file's tests stay together, for they share fixtures. Those marked `apart` go one
+    by one to whoever is free, and first, so that none is left to run alone at the end."""
+    for item in items:
+        if item.get_closest_marker("cluster"):
+            item.add_marker("slow")
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("apart") is None)
+        for item in items:
+            if item.get_closest_marker("apart") is None:
+                item.add_marker(pytest.mark.xdist_group(item.location[0]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    running_service.allowed = item.get_closest_marker("cluster") is not None
+    return (yield)
 
 
 @pytest.fixture(scope="session")

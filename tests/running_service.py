@@ -15,6 +15,9 @@ import yaml
 
 R1_CLUSTER = Path(sys.executable).with_name("r1-cluster")
 
+allowed = True
+"""Whether a service may be started now; in tests (conftest.py) only in those marked `cluster`."""
+
 
 def free_port():
     with socket.socket() as probe:
@@ -43,6 +46,7 @@ class Service:
     """A running `r1-cluster serve`, from a service file written into `folder`."""
 
     def __init__(self, folder, name, checkpoint, layout, environment=None, **sections):
+        assert allowed, "a test that starts a service is marked `cluster`"
         self.name = name
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -63,20 +67,21 @@ class Service:
             **(environment or {}),
         }
         self.environment.pop("RAY_ADDRESS", None)
-        self.process = subprocess.Popen(
-            [R1_CLUSTER, "serve", self.file],
-            stdout=self.log.open("w"),
-            stderr=subprocess.STDOUT,
-            env=self.environment,
-            start_new_session=True,
-        )
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [R1_CLUSTER, "serve", self.file],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,
+            )
 
     def write(self, **sections):
         """Writes the service file, with these sections in place of the present ones."""
         self.data |= sections
         self.file.write_text(yaml.safe_dump(self.data))
 
-    def wait_ready(self, timeout_s=120):
+    def wait_ready(self, timeout_s=240):
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if "ready:" in self.log.read_text():

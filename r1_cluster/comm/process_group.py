@@ -143,14 +143,16 @@ class ProcessGroupLink:
             return torch.empty(spec.shape, dtype=spec.dtype, device=self._pair.device)
         return self._pair.recv(spec)
 
-    def _failed(self, error: LinkError | RuntimeError) -> LinkError:
+    def _failed(self, error: LinkError | RuntimeError) -> LinkError | RuntimeError:
+        """What to raise. Not raised here: an error whose traceback has a frame that names it is a circle, and
+        would keep this link's memory, and that of all callers, until the next collection."""
         if isinstance(error, LinkTimeout) and not self.closed:
             return error  # between messages: the link stands
         if isinstance(error, Unsendable):
             return error  # nothing was sent
         self.close()
         if isinstance(error, (LinkError, torch.OutOfMemoryError)):
-            raise error  # the latter is this process's own trouble
+            return error  # the latter is this process's own trouble
         return LinkClosed(f"the group with {self.peer} broke: {_first_line(error)}")
 
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 
 
 class Wakeup:
-    """Readable from `set` until `clear`. `set` may come from any thread; the waiter clears and closes."""
+    """Readable from `set` until `clear`. `set` may come from any thread, also after `close`, and does nothing
+    then; the waiter clears and closes."""
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()  # a number that was closed may be another's descriptor by now
 
     def fileno(self) -> int:
+        """For `wait_any`; -1 once closed."""
         return self._fd
 
     def set(self) -> None:
         """Makes the descriptor readable."""
-        os.eventfd_write(self._fd, 1)
+        with self._lock:
+            if self._fd >= 0:
+                os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
         """Makes it unreadable again."""
@@ -26,4 +32,7 @@ class Wakeup:
 
     def close(self) -> None:
         """Gives the descriptor back."""
-        os.close(self._fd)
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1

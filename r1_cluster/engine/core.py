@@ -204,6 +204,7 @@ class EngineCore:
             self._end_all(self.end_refusal)
             self.pipeline.close()
             self.fan.close()
+            self._wakeup.close()
 
     def _loop(self) -> None:
         heartbeat_at = 0.0

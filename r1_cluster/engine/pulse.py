@@ -60,6 +60,7 @@ class Pulse:
                 watchers = [link for link in watchers if _sent(link)]
                 self._beat()
         self._listener.close()
+        self._wakeup.close()
         for link in watchers:
             link.close()
 

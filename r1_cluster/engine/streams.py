@@ -66,6 +66,7 @@ class TokenSink:
             for source in wait_any(sources, SILENCE_S / 2 if self._engines else None):
                 if isinstance(source, Wakeup):
                     self._listener.close()
+                    self._wakeup.close()
                     for link in self._engines:
                         link.close()
                     return

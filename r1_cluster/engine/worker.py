@@ -237,11 +237,15 @@ class Worker:
     def close(self) -> None:
         """Closes every link; peers notice at once."""
         self.listener.close()
+        self._wakeup.close()
         for link in (*self._links.values(), self._control):
             if link is not None:
                 link.close()
         if self._groups is not None:
             self._groups.close()
+        # Their memory and descriptors go now, not when the circle of a worker and its links is collected.
+        self._links.clear()
+        self._groups = self._remote = self.stage = self.router = self.experts = None
 
     def _accept(self) -> None:
         hello, link = self.listener.accept(0)

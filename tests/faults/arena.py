@@ -69,7 +69,7 @@ class Arena:
             try:
                 self.service.wait_ready(240)
                 break
-            except AssertionError as error:
+            except BaseException as error:
                 self._end()
                 # Ray gives its own processes 30 s, which a machine that does much else can miss.
                 if "timed out during startup" not in str(error) or attempt == "second":

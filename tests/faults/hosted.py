@@ -26,16 +26,16 @@ LOAD = [
 
 def stream(host, options, started):
     """(text, longest pause between chunks in s) of one answer, asked of the proxy on `host`."""
-    client = openai.OpenAI(
-        base_url=f"http://{host.address}:{PORT}/v1", api_key="none", max_retries=0, timeout=150
-    )
+    url = f"http://{host.address}:{PORT}/v1"
     text, pause, last = "", 0.0, time.monotonic()
-    for chunk in client.chat.completions.create(model="tiny", stream=True, **options):
-        started.set()
-        now = time.monotonic()
-        pause, last = max(pause, now - last), now
-        for choice in chunk.choices:
-            text += (getattr(choice.delta, "reasoning_content", None) or "") + (choice.delta.content or "")
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=150) as client:
+        for chunk in client.chat.completions.create(model="tiny", stream=True, **options):
+            started.set()
+            now = time.monotonic()
+            pause, last = max(pause, now - last), now
+            for choice in chunk.choices:
+                delta = choice.delta
+                text += (getattr(delta, "reasoning_content", None) or "") + (delta.content or "")
     return text, pause
 
 

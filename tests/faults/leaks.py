@@ -77,14 +77,13 @@ class Observer:
 
     def close(self):
         """Leaves the cluster."""
-        if self._process.poll() is not None:
+        if self._process.stdin.closed:
             return
-        self._process.stdin.close()
         try:
-            self._process.wait(20)
+            self._process.communicate(timeout=20)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            self._process.communicate()
 
     def _until(self, condition, timeout_s, before=None):
         deadline = time.monotonic() + timeout_s

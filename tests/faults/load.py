@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import httpx
 
+SKULLS = "☠☠☠☠☠☠"
+"""What a poison request says, where poison is armed (conftest.py)."""
 PAUSE_S = 0.25
 """A pause shorter than this is no stall."""
 

@@ -14,8 +14,7 @@ REASON = why_not()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.cluster,
-    pytest.mark.hosts,
-    pytest.mark.matrix,  # a cluster of five hosts for each test
+    pytest.mark.system,  # a cluster of five hosts for each test
     pytest.mark.timeout(600),
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]
@@ -25,6 +24,11 @@ def free_port(address):
     with socket.socket() as probe:
         probe.bind((address, 0))
         return probe.getsockname()[1]
+
+
+def listens(address, port):
+    with socket.socket() as probe:
+        return probe.connect_ex((address, port)) == 0
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def redis(tmp_path, request):
         ]
         with (tmp_path / "redis.txt").open("w") as log:
             processes.append(subprocess.Popen(["redis-server", *options], stdout=log, stderr=log))
-        wait_until(lambda: socket.socket().connect_ex((address, port)) == 0, 20, "Redis")
+        wait_until(lambda: listens(address, port), 20, "Redis")
         return f"{address}:{port}"
 
     yield start

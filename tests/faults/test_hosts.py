@@ -16,7 +16,7 @@ REASON = why_not()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.cluster,
-    pytest.mark.hosts,
+    pytest.mark.system,
     pytest.mark.timeout(600),
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]
@@ -95,7 +95,6 @@ def test_streams_outlive_a_host_of_workers(whole, record_property):
     assert noticed[0] < NOTICED_S
 
 
-@pytest.mark.matrix
 def test_streams_outlive_a_partition(whole, record_property):
     victim = whole.bystander()
     old = victim.processes("ray::StageActor") + victim.processes("ray::RouterActor")
@@ -127,7 +126,6 @@ def test_streams_outlive_a_partition(whole, record_property):
     assert noticed[0] < NOTICED_S
 
 
-@pytest.mark.matrix
 def test_a_short_partition_changes_nothing(whole):
     victim = whole.bystander()
     epoch = whole.engine()["epoch"]
@@ -143,7 +141,6 @@ def test_a_short_partition_changes_nothing(whole):
     assert whole.check_whole()["epoch"] == epoch
 
 
-@pytest.mark.matrix
 def test_streams_outlive_the_engine_host(whole, record_property):
     victim = whole.host_of("Engine")
     if victim is whole.edge:

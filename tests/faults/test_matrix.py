@@ -1,14 +1,14 @@
 """Every kind of part × every kind of death × every time for it, under 16 streams, in each layout:
 every answer is as if nobody had died, and what the service holds afterwards is what it held before.
 
-A few of them run always; `make test-faults` runs all.
+`make test` runs a few of them, `make test-system` some more, `make test-faults` all.
 """
 
 import itertools
 import json
 
 import pytest
-from faults.arena import ENGINES, LAYOUTS, Arena, Kill, Ring, summary, undergo
+from faults.arena import Kill, summary, undergo
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
@@ -18,7 +18,7 @@ PARTS = {
 }
 TIMES = ("prefill", "decode", "recovery")
 HOWS = ("kill", "stop", "cut", "exception")
-# What runs always; of the layouts with spares, a standby and copies, all that runs.
+# What `make test` runs.
 FAST = {
     "disaggregated": {
         ("experts-1", "kill", "decode"),
@@ -26,41 +26,35 @@ FAST = {
         ("stage-0", "exception", "prefill"),
         ("engine", "kill", "prefill"),
     },
+    "guarded": {("experts-1", "stop", "decode"), ("engine", "kill", "decode")},
+    "copies": set(),
+    "colocated": {("stage-0", "kill", "decode")},
+}
+# What `make test-system` runs; no more is run of the layouts with spares, a standby and copies.
+SLOWER = {
     "guarded": {
-        ("experts-1", "stop", "decode"),
         ("router-0", "kill", "recovery"),
         ("stage-0", "kill", "decode"),
         ("stage-1", "stop", "decode"),
-        ("engine", "kill", "decode"),
         ("engine", "stop", "decode"),
     },
     "copies": {("experts-1", "kill", "decode"), ("experts-1", "stop", "decode")},
-    "colocated": {("stage-0", "kill", "decode")},
 }
 
 
 def cases():
     for layout, fast in FAST.items():
-        every = itertools.product(PARTS[layout], HOWS, TIMES) if layout in PARTS else sorted(fast)
+        slower = SLOWER.get(layout, set())
+        some = sorted(fast | slower)
+        every = itertools.product(PARTS[layout], HOWS, TIMES) if layout in PARTS else some
         for case in every:
             if layout == "colocated" and case == ("stage-0", "cut", "recovery"):
                 continue  # its one link is the engine's, which is dead then
-            marks = [] if case in fast else [pytest.mark.matrix]
+            marks = [] if case in fast else [pytest.mark.system if case in slower else pytest.mark.matrix]
             yield pytest.param(layout, Kill(*case), marks=marks, id="-".join((layout, *case)))
 
 
-@pytest.fixture(scope="module")
-def ring(checkpoint, tmp_path_factory):
-    ring = Ring(
-        lambda layout: Arena(
-            tmp_path_factory.mktemp(layout), checkpoint, LAYOUTS[layout], **ENGINES.get(layout, {})
-        )
-    )
-    yield ring
-    ring.close()
-
-
-@pytest.mark.parametrize(("layout", "kill"), cases())
+@pytest.mark.parametrize(("layout", "kill"), list(cases()))
 def test_no_death_ends_or_changes_a_stream(ring, layout, kill, request):
     arena, undisturbed, before = ring.enter(layout)
     results, record = undergo(arena, kill)

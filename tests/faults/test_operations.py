@@ -10,39 +10,16 @@ from pathlib import Path
 
 import httpx
 import pytest
-from faults.arena import ENGINE, ENGINES, LAYOUTS, Arena, Ring
-from faults.load import streams
+from faults.arena import ENGINE
+from faults.load import SKULLS, streams
 from running_service import alive
 
 from r1_cluster.engine.recovery import MAX_RESTARTS
-from r1_cluster.text.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
-SKULLS = "☠☠☠☠☠☠"
 both_layouts = pytest.mark.parametrize(
     "layout", ["colocated", pytest.param("disaggregated", marks=pytest.mark.matrix)]
 )
-
-
-@pytest.fixture(scope="module")
-def poison(checkpoint):
-    """Tokens that only a poison request has."""
-    return Tokenizer.from_folder(checkpoint).encode(SKULLS)[4:12]
-
-
-@pytest.fixture(scope="module")
-def ring(checkpoint, poison, tmp_path_factory):
-    ring = Ring(
-        lambda layout: Arena(
-            tmp_path_factory.mktemp(layout),
-            checkpoint,
-            LAYOUTS[layout],
-            poison=poison,
-            **ENGINES.get(layout, {}),
-        )
-    )
-    yield ring
-    ring.close()
 
 
 def decoding(load):
@@ -134,6 +111,7 @@ def test_an_engine_that_wakes_up_deposed_changes_nothing(ring, layout):
     ring.leave()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("layout", ["watched", pytest.param("guarded", marks=pytest.mark.matrix)])
 def test_a_deposed_engine_that_wakes_up_ends_no_worker_of_its_successor(ring, layout):
     """A standby has taken over; what the former engine finds in its sockets then is not its workers' death."""
@@ -153,8 +131,9 @@ def test_a_deposed_engine_that_wakes_up_ends_no_worker_of_its_successor(ring, la
     ring.leave()
 
 
-def test_a_redeploy_under_load(ring):
-    service, undisturbed, before = ring.enter("colocated")
+@pytest.mark.parametrize("layout", ["colocated"])
+def test_a_redeploy_under_load(ring, layout):
+    service, undisturbed, before = ring.enter(layout)
     load = service.load()
     decoding(load)
     redeploy(service)
@@ -165,8 +144,10 @@ def test_a_redeploy_under_load(ring):
     ring.leave()
 
 
-def test_a_scale_down_under_load(ring):
-    service, undisturbed, before = ring.enter("colocated")
+@pytest.mark.system
+@pytest.mark.parametrize("layout", ["colocated"])
+def test_a_scale_down_under_load(ring, layout):
+    service, undisturbed, before = ring.enter(layout)
     service.service.write(engine={**ENGINE, "replicas": 2})
     redeploy(service)
     service.observer.wait_for(

@@ -5,7 +5,7 @@ from faults.arena import LAYOUTS, Arena
 from faults.load import streams
 from faults.soak import soak
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.system]
 
 
 def test_twenty_seconds_of_deaths(checkpoint, tmp_path):

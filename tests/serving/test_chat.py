@@ -17,7 +17,9 @@ ANSWERS: dict[object, dict[str, object]] = {}
 
 @pytest.fixture
 def client(service):
-    return openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=120)
+    url = f"{service.url}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
+        yield client
 
 
 def ask(client, text, **options):

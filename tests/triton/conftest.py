@@ -5,6 +5,7 @@ variable, which these tests alone see set.
 """
 
 import importlib
+import inspect
 import os
 import pkgutil
 import random
@@ -65,6 +66,56 @@ def _mend_interpreter() -> None:
 
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.ReduceOps.generic_reduce = _reduce
+    interpreter.ScanOps.generic_scan = _scan
+    # For every launch and every call of a function in it, the interpreter looks all of Triton through for what
+    # it has to replace; that takes a third of the time, and is the same every time.
+    builtins = {}
+
+    def patch_builtin(package, builder, scope):
+        if package not in builtins:
+            members = inspect.getmembers(package, tl.core.is_builtin)
+            builtins[package] = [name for name, _ in members]
+        for name in builtins[package]:
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):  # else a caller's scope has replaced it
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+def _folds(op, input, axis):
+    """The results of folding `input` along an axis, after each element: in the interpreter's own order, but of
+    all rows at once, where it calls the combining function for every single element."""
+
+    def at(i):
+        return tuple(op.to_tensor(np.take(x.handle.data, i, axis), x.dtype) for x in input)
+
+    folded = at(0)
+    yield folded
+    for i in range(1, input[0].handle.data.shape[axis]):
+        folded = op.combine_fn.fn(*folded, *at(i))
+        folded = folded if isinstance(folded, tuple) else (folded,)
+        yield folded
+
+
+def _reduce(self, input):
+    shape = input[0].handle.data.shape
+    input, axis = self.unravel(input, self.axis)
+    *_, totals = _folds(self, input, axis)
+    kept = [1 if self.axis in (None, i) else n for i, n in enumerate(shape)]
+    left = () if self.axis is None else shape[:axis] + shape[axis + 1 :]
+    shape = kept if self.keep_dims else left
+    return [self.to_tensor(total.handle.data.reshape(shape), x.dtype) for total, x in zip(totals, input)]
+
+
+def _scan(self, input):
+    out = [np.zeros_like(x.handle.data) for x in input]
+    for i, folded in enumerate(_folds(self, input, self.axis)):
+        for data, value in zip(out, folded):
+            row = np.moveaxis(data, self.axis, 0)
+            row[i] = value.handle.data.reshape(row.shape[1:])
+    return [self.to_tensor(data, x.dtype) for data, x in zip(out, input)]
 
 
 if DEVICE == "cpu":
