@@ -29,7 +29,7 @@ INLINE_BYTES = 2048
 MAX_HELD_BYTES = 2**26
 """Bodies that wait for a process, together."""
 TIMEOUT_S = 60.0
-NICENESS = 5
+NICENESS = 10
 
 
 class PreparePool:
