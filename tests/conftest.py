@@ -1,9 +1,17 @@
 """Services and the checkpoint that they serve; how the tests share the cores; the options of these tests."""
 
+import contextlib
 import os
 import re
 
 import pytest
+
+with contextlib.suppress(ImportError):  # a machine with a GPU may be without
+    from hypothesis import settings
+
+    # A loaded machine may take any time over an example; whole tests have their timeout.
+    settings.register_profile("patient", settings(), deadline=None)
+    settings.load_profile("patient")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker has one core, and so have its children; read when torch is imported, which is below.

@@ -133,7 +133,7 @@ def draw_step(num_rows, num_tokens, num_experts, top_k, seed, hot=None, dtype=to
     return x_TD, chances.topk(top_k).indices, torch.rand(num_rows, top_k, generator=generator)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     num_tokens=st.integers(0, 21),
     padding=st.integers(0, 7),

@@ -30,7 +30,7 @@ from r1_cluster.comm.wire import (
 # machine may need some tenths.
 NOTICED_S = 5.0
 SHAPES = st.lists(st.integers(0, 9), max_size=4)
-FIXTURE_ONCE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+FIXTURE_ONCE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def random_bytes_tensor(dtype: torch.dtype, shape: list[int]) -> torch.Tensor:

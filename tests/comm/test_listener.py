@@ -169,7 +169,7 @@ def test_a_flood_of_silent_peers_gives_way_to_new_ones(secret):
     listener.close()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=400), st.booleans())
 def test_rubbish_in_a_handshake_is_an_error_and_never_hangs(secret, data, framed):
     near, far = socket.socketpair()

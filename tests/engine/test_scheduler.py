@@ -231,7 +231,7 @@ def test_a_replan_computes_the_same():
     assert workers.run(again).tokens == workers.run(plan).tokens
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32), st.integers(1, 3), st.integers(16, 40), st.integers(3, 30))
 def test_any_load_gives_every_request_its_own_text(seed, in_flight, num_pages, budget):
     rng = random.Random(seed)

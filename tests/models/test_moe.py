@@ -36,7 +36,7 @@ def load_router(folder, layers):
         return RouterModel.load(config, checkpoint, layers, **OPTIONS, deterministic=False)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**31 - 1),
     groups=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 4)]),
@@ -77,7 +77,7 @@ def test_gates_bits_do_not_depend_on_the_batch():
     assert torch.equal(some_ids, ids[order])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**31 - 1),
     counts=st.lists(st.sampled_from([0, 0, 1, 2, 7, 8, 9, 30]), min_size=8, max_size=8),
