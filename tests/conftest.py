@@ -31,6 +31,15 @@ def pytest_addoption(parser):
     parser.addoption("--stalls", metavar="FILE", help="append every fault's stalls to this file (JSON lines)")
 
 
+def pytest_configure(config):
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        from hypothesis import settings
+
+        # How long an example takes says nothing where others use the cores, too.
+        settings.register_profile("tests", deadline=None)
+        settings.load_profile("tests")
+
+
 def pytest_collection_modifyitems(config, items):
     """Among parallel workers a file's tests stay together, for they share fixtures. Those marked `apart` go one
     by one to whoever is free, and first, so that none is left to run alone at the end."""

@@ -423,7 +423,8 @@ class LinkDispatcher:
 
     def _lose(self, i: int, error: LinkError) -> None:
         link = self._links[i]
-        logger.warning("lost expert shard %d (%s): %s", i, link.peer, error)
+        # As text: whoever keeps log records would keep the error's frames, and with them a step's tensors.
+        logger.warning("lost expert shard %d (%s): %s", i, link.peer, str(error))
         link.close()
         self._name_lost(link.peer)
         self._set_dead(i, True)

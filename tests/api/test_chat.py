@@ -305,6 +305,7 @@ def test_any_text_survives_a_frame(text):
         assert chunk["choices"][0]["delta"] == dict.fromkeys(names, text)
 
 
+@pytest.mark.serial
 def test_a_token_costs_microseconds(tokenizer):
     ids = tokenizer.encode("and then the answer is " * 400)
 

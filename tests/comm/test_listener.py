@@ -146,14 +146,13 @@ def test_slow_peers_keep_nobody_waiting_and_are_dropped(secret):
     with ThreadPoolExecutor(1) as pool:
         pool.submit(dribble)
         link = connect(listener.address, ME, secret)
-        assert listener.accept(5)[0] == ME
+        hello, other = listener.accept(5)
+        assert hello == ME
         assert listener.rejected == 0, "it was let in while the others were still at it"
         wait_until(lambda: listener.rejected == 6, 20)
         stop.set()
-    for sock in (*silent, dribbling):
-        sock.close()
-    link.close()
-    listener.close()
+    for end in (*silent, dribbling, link, other, listener):
+        end.close()
 
 
 def test_a_flood_of_silent_peers_gives_way_to_new_ones(secret):
@@ -161,12 +160,11 @@ def test_a_flood_of_silent_peers_gives_way_to_new_ones(secret):
     address = (listener.address.host, listener.address.port)
     silent = [socket.create_connection(address) for _ in range(listener_module.MAX_PENDING + 20)]
     link = connect(listener.address, ME, secret, 20, force_tcp=True)
-    assert listener.accept(20)[0] == ME
+    hello, other = listener.accept(20)
+    assert hello == ME
     wait_until(lambda: listener.rejected == 21, 20)  # as many as were too many with the new one
-    for sock in silent:
-        sock.close()
-    link.close()
-    listener.close()
+    for end in (*silent, link, other, listener):
+        end.close()
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -40,6 +40,7 @@ def test_flush_shows_lone_bytes_once(tokenizer):
     assert decoder.feed(ids) == "🙂"
 
 
+@pytest.mark.serial
 def test_a_long_text_costs_no_more_per_token_than_a_short_one(tokenizer):
     def seconds_per_token(count):
         decoder = StreamDecoder(tokenizer)
