@@ -1,17 +1,9 @@
 """Services and the checkpoint that they serve; how the tests share the cores; the options of these tests."""
 
-import contextlib
 import os
 import re
 
 import pytest
-
-with contextlib.suppress(ImportError):  # a machine with a GPU may be without
-    from hypothesis import settings
-
-    # A loaded machine may take any time over an example; whole tests have their timeout.
-    settings.register_profile("patient", settings(), deadline=None)
-    settings.load_profile("patient")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker has one core, and so have its children; read when torch is imported, which is below.
@@ -36,7 +28,7 @@ def pytest_configure(config):
         from hypothesis import settings
 
         # How long an example takes says nothing where others use the cores, too.
-        settings.register_profile("tests", deadline=None)
+        settings.register_profile("tests", settings(), deadline=None)
         settings.load_profile("tests")
 
 

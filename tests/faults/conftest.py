@@ -25,6 +25,13 @@ def ring(checkpoint, tmp_path_factory):
 
 
 @pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """After the last of its tests the service ends, and does not run beside other files' tests."""
+    if "ring" in item.fixturenames and "ring" not in getattr(nextitem, "fixturenames", ()):
+        item.funcargs["ring"].close()
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     """Layout after layout: a service is started once."""
     places = [i for i, item in enumerate(items) if "ring" in getattr(item, "fixturenames", ())]

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from make_checkpoint import BOS, CONTROL_TOKENS, EOS
 from tokenizers import Tokenizer as Reference
@@ -34,6 +34,8 @@ def test_trusted_text_is_encoded_as_the_reference_does(tokenizer, reference, val
 
 @given(st.lists(text, max_size=5))
 def test_how_ordinary_text_is_cut_into_pieces_makes_no_difference(tokenizer, parts):
+    # Hypothesis takes words from the code, too, and control tokens in trusted text are no ordinary text.
+    assume(not any(token in part for token in (BOS, EOS, *CONTROL_TOKENS) for part in parts))
     pieces = [Piece(part, i % 2 == 0) for i, part in enumerate(parts)]
     assert tokenizer.encode_pieces(pieces) == tokenizer.encode("".join(parts))
 
