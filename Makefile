@@ -5,7 +5,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 SERVICE ?= cluster_configs/services/nano.yaml
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Only what is imported is compiled, when it is: of all that is installed that is a small part.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check -q install --no-compile -c constraints.txt
 
 STALLS ?= benchmarks/results/failures.jsonl
 
@@ -54,18 +55,18 @@ format: $(VENV)/.test
 $(VENV)/.torch: constraints.txt
 	@test -x $(BIN)/python || { echo "== making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "== installing torch"
-	@$(PIP) install -c constraints.txt torch numpy
+	@$(INSTALL) torch numpy
 	@touch $@
 
 $(VENV)/.serve: $(VENV)/.torch pyproject.toml
 	@echo "== installing r1-cluster and what it needs"
-	@$(PIP) install -c constraints.txt -e .
+	@$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.serve
-	@echo "== installing what the tests need"
-	@$(PIP) install -c constraints.txt -e '.[test]'
-	@touch $@
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	@echo "== installing r1-cluster and what its tests need"
+	@$(INSTALL) -e '.[test]'
+	@touch $(VENV)/.serve $@
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info

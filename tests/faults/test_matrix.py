@@ -26,16 +26,18 @@ FAST = {
         ("stage-0", "exception", "prefill"),
         ("engine", "kill", "prefill"),
     },
-    "guarded": {("experts-1", "stop", "decode"), ("engine", "kill", "decode")},
+    "guarded": set(),
     "copies": set(),
     "colocated": {("stage-0", "kill", "decode")},
 }
 # What `make test-system` runs; no more is run of the layouts with spares, a standby and copies.
 SLOWER = {
     "guarded": {
+        ("experts-1", "stop", "decode"),
         ("router-0", "kill", "recovery"),
         ("stage-0", "kill", "decode"),
         ("stage-1", "stop", "decode"),
+        ("engine", "kill", "decode"),
         ("engine", "stop", "decode"),
     },
     "copies": {("experts-1", "kill", "decode"), ("experts-1", "stop", "decode")},

@@ -103,6 +103,7 @@ def test_clients_that_send_poison_again_and_again_disturb_nobody(ring, layout, v
     ring.leave()
 
 
+@pytest.mark.system
 @both_layouts
 def test_an_engine_that_wakes_up_deposed_changes_nothing(ring, layout):
     service, undisturbed, before = ring.enter(layout)
@@ -174,6 +175,7 @@ def test_a_scale_down_under_load(ring, layout):
     ring.leave()
 
 
+@pytest.mark.system
 @both_layouts
 def test_ctrl_c_during_a_recovery(ring, layout):
     service, _, _ = ring.enter(layout)
