@@ -5,8 +5,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 SERVICE ?= cluster_configs/services/nano.yaml
-# Only what is imported is compiled, when it is: of all that is installed that is a small part.
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check -q install --no-compile -c constraints.txt
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt
 
 STALLS ?= benchmarks/results/failures.jsonl
 
