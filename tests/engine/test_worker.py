@@ -298,6 +298,7 @@ def test_workers_wait_longer_for_their_first_engine(checkpoint):
     cluster.sink.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [{}, {"spares": 1}, {"redundant_experts": 1}], ids=["cold", "spare", "copies"]
 )
@@ -306,6 +307,7 @@ def test_texts_go_on_when_a_worker_dies(checkpoint, name, more):
     outlive(Cluster(checkpoint, LAYOUTS["disaggregated"] | more), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", GROUPS)
 @pytest.mark.parametrize("name", ["stage-0", "stage-1", "router-1", "experts-1"])
 def test_texts_go_on_when_a_member_of_process_groups_dies(checkpoint, name, transport):

@@ -140,6 +140,7 @@ def test_a_deposed_engine_that_wakes_up_ends_no_worker_of_its_successor(ring, la
     ring.leave()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("layout", ["colocated"])
 def test_a_redeploy_under_load(ring, layout):
     service, undisturbed, before = ring.enter(layout)

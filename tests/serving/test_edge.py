@@ -229,6 +229,7 @@ class Process:
         return 1024 * (self._kilobytes("VmHWM") - self._before)
 
 
+@pytest.mark.system
 def test_nothing_that_a_client_sends_pauses_streams(edge):
     """For each body, its longest pause in the best of three goes (what the edge itself costs is in each of them,
     what else the machine does is not) exceeds the longest pause of as much undisturbed time by less than 50 ms,

@@ -9,17 +9,11 @@ import pytest
 
 from kernels import target_cases, targets
 
-# Half a minute each; the first of either maker's with all formats run in `make test`, all in `make test-system`.
-FIRST = ("sm_90", "gfx942")
 
-
-def when(target):
-    return [] if target.name in FIRST else [pytest.mark.system]
-
-
+@pytest.mark.system
 @pytest.mark.slow
 @pytest.mark.apart
-@pytest.mark.parametrize("target", [pytest.param(t, marks=when(t), id=t.name) for t in targets.TARGETS])
+@pytest.mark.parametrize("target", targets.TARGETS, ids=lambda target: target.name)
 def test_compiles_within_limits(target):
     # A process of its own: here the kernels are interpreted.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

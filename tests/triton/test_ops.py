@@ -60,6 +60,7 @@ def pair(monkeypatch, folder, **options):
     return plain, TritonModel(folder, device=DEVICE, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_float32_logits_are_those_of_plain_torch(monkeypatch, tmp_path, deterministic):
     if DEVICE.type == "cuda":
@@ -74,6 +75,7 @@ def relative(got, expected):
     return float((got - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_bfloat16_is_as_near_to_float32_as_plain_torch_is(monkeypatch, tmp_path, deterministic):
     """Both round to BF16 in about the same places: neither may be much farther from float32."""
@@ -132,6 +134,7 @@ def assert_kept_as_fp8(model):
     assert weight.values.element_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_fp8_weights_stay_fp8(monkeypatch, fp8_folder, deterministic):
     """Rounded to FP8 in the same places, both agree to float32. But a value within float32's rounding of the
