@@ -79,18 +79,24 @@ class Gate:
             for message in _refusal(request_id):
                 await send(message)
         else:
+            exchange = self._exchange(scope, receive, send)
             self._in_flight[path] += 1
             try:
                 # Serve computes some ms to get a request under way. One at a time, so that those that come
                 # meanwhile are read, and refused, in between.
                 async with self._turn:
                     await asyncio.sleep(0)
-                await self._pass(scope, receive, send)
+                await self._app(scope, exchange.receive, exchange.send)
             finally:
                 self._in_flight[path] -= 1
+            # Its place is free again: who lingers holds nobody up.
+            await exchange.linger()
+
+    def _exchange(self, scope: Message, receive: Receive, send: Send) -> _Exchange:
+        return _Exchange(receive, send, partial(self._places.__setitem__, scope["path"]))
 
     async def _pass(self, scope: Message, receive: Receive, send: Send) -> None:
-        exchange = _Exchange(receive, send, partial(self._places.__setitem__, scope["path"]))
+        exchange = self._exchange(scope, receive, send)
         await self._app(scope, exchange.receive, exchange.send)
         await exchange.linger()
 

@@ -173,7 +173,9 @@ class Ingress:
             # that beginning, and take the new attempt's queue away.
             async with contextlib.aclosing(self._attempt(record)) as deltas:
                 async for delta in deltas:
-                    if delta.error is not None and delta.error.kind == "engine_lost":
+                    # Once an engine has taken it, a full one that is to go on with it is waited for.
+                    again = ("engine_lost", "overloaded") if taken else ("engine_lost",)
+                    if delta.error is not None and delta.error.kind in again:
                         engine_lost = True
                         break
                     if delta.error is not None:

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import ROW_TILE
 from kernels.cpu_sampler import sample
 from kernels.ops import (
     ATTENTION_SPLIT,
-    ROW_TILE,
     AttentionPlan,
     BlockScaled,
     ModelShape,

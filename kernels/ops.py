@@ -20,9 +20,6 @@ from typing import Protocol, TypeAlias, cast
 import torch
 from torch import Tensor
 
-ROW_TILE = 8
-"""Rows of a matrix product in deterministic mode. Measured (torch 2.13, MKL): four and more rows agree."""
-
 ATTENTION_SPLIT = 64
 """Positions of the context that one product covers in absorbed attention."""
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import (
+    ROW_TILE,
     fp8,
     gemm_fp8,
     mla_cache,
@@ -29,7 +30,7 @@ from kernels import (
 )
 from kernels import rope as rope_kernel
 from kernels.launch import native_fp8
-from kernels.ops import ROW_TILE, BlockScaled, Draws, ModelShape, Rotation, Routing, Weight
+from kernels.ops import BlockScaled, Draws, ModelShape, Rotation, Routing, Weight
 from kernels.reference import SortedRows
 from kernels.triton_attention import mla_absorbed, mla_expanded, plan_attention, refill_
 from kernels.upload import upload

@@ -109,6 +109,7 @@ def test_nothing_imports_in_a_circle():
         "r1_cluster.text.tokenizer",
         "actors.engine",
         "actors.ingress",
+        "r1_cluster.planning.limits",
     ],
 )
 def test_light_processes_import_no_torch(module):

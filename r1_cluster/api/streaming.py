@@ -14,6 +14,7 @@ KEEP_ALIVE = b": keep-alive\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Without the second, nginx gathers a whole stream before it passes it on."""
 _encode = msgspec.json.encode
+_LINE_ENDS = [(end.encode(), b"\\u%04x" % ord(end)) for end in "\x85\u2028\u2029"]
 
 
 class ChunkFrames:
@@ -36,14 +37,14 @@ class ChunkFrames:
 
     def reasoning(self, text: str) -> bytes:
         """A piece of the thought, under both names."""
-        encoded = _encode(text)
+        encoded = _encode_text(text)
         return b"".join(
             (self._delta, b'{"reasoning_content":', encoded, b',"reasoning":', encoded, b"}", self._rest)
         )
 
     def content(self, text: str) -> bytes:
         """A piece of the answer."""
-        return b"".join((self._delta, b'{"content":', _encode(text), b"}", self._rest))
+        return b"".join((self._delta, b'{"content":', _encode_text(text), b"}", self._rest))
 
     def finish(self, reason: str) -> bytes:
         """The chunk that says why the answer ended."""
@@ -52,6 +53,16 @@ class ChunkFrames:
     def usage(self, usage: Mapping[str, object]) -> bytes:
         """The last chunk, where it was asked for."""
         return b"".join((self._start, b'],"usage":', _encode(usage), b"}\n\n"))
+
+
+def _encode_text(text: str) -> bytes:
+    """As JSON on one line, also to clients that take Unicode's own ends of lines for some."""
+    encoded = _encode(text)
+    if text.isascii():
+        return encoded
+    for raw, escaped in _LINE_ENDS:
+        encoded = encoded.replace(raw, escaped)
+    return encoded
 
 
 def error_frame(error: ApiError) -> bytes:

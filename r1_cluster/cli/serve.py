@@ -85,7 +85,8 @@ def _on_signals(handler: Callable[..., object] | signal.Handlers) -> None:
 
 def _say(text: str, started: float | None = None) -> None:
     clock = f"[{time.monotonic() - started:5.1f} s] " if started is not None else ""
-    print(f"{clock}{text}", flush=True)
+    with contextlib.suppress(OSError):  # who reads this may be gone, and the service must still be removed
+        print(f"{clock}{text}", flush=True)
 
 
 def _overridden(service: Service, arguments: argparse.Namespace) -> Service:
@@ -93,6 +94,8 @@ def _overridden(service: Service, arguments: argparse.Namespace) -> Service:
         cluster = service.cluster.model_copy(update={"address": arguments.address})
         service = service.model_copy(update={"cluster": cluster})
     if arguments.port is not None:
+        if not 1 <= arguments.port <= 65535:
+            raise ConfigError(f"--port: {arguments.port} is no port; it must be between 1 and 65535")
         service = service.model_copy(
             update={"serve": service.serve.model_copy(update={"port": arguments.port})}
         )
@@ -255,4 +258,5 @@ def _wait(service: Service, stop: threading.Event, started: float) -> None:
         flush=True,
     )
     stop.wait()
-    sys.stdout.write("\r")
+    with contextlib.suppress(OSError):
+        sys.stdout.write("\r")

@@ -58,10 +58,13 @@ class PreparePool:
         if self._held and self._held + len(body) > MAX_HELD_BYTES:
             raise overloaded(retry_after_s=1)
         self._held += len(body)
+        # Emptied when its client leaves: the executor keeps what is cancelled until its turn comes.
+        job = [body]
         try:
-            answer = await asyncio.get_running_loop().run_in_executor(self._threads, self._ask, body)
+            answer = await asyncio.get_running_loop().run_in_executor(self._threads, self._work, job)
         finally:
             self._held -= len(body)
+            job.clear()
         if isinstance(answer, ApiError):
             raise answer
         return answer
@@ -74,6 +77,9 @@ class PreparePool:
         for child in idle:
             child.end()
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _work(self, job: list[bytes]) -> Prepared | ApiError:
+        return self._ask(job.pop()) if job else unprepared()
 
     def _ask(self, body: bytes) -> Prepared | ApiError:
         child = self._take_idle() or _Child(self._options)

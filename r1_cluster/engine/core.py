@@ -284,9 +284,11 @@ class EngineCore:
         self._end(request.request_id, refusal)
 
     def _canary(self) -> Request:
-        """One token for nobody."""
+        """One token for nobody, under a name that no former engine's had: what the workers hold of that one's
+        is not this one's."""
         self._num_canaries += 1
-        return Request(f"canary-{self._num_canaries}", [0], SamplingParams(0.0, 1.0, 0, 0), 1, [], NOBODY)
+        name = f"canary-{self.pipeline.epoch}-{self._num_canaries}"
+        return Request(name, [0], SamplingParams(0.0, 1.0, 0, 0), 1, [], NOBODY)
 
     def _recover(self) -> None:
         plans = self.recovery.advance(idle=not self._sent)
@@ -342,9 +344,11 @@ class EngineCore:
             raise WorkerLost(result.lost, "lost by their peers in a step", accused=True)
         arrived = time.perf_counter()
         finished = self.scheduler.commit(result)
-        self.recovery.stepped()
         self.num_steps += 1
-        self.stepped_at = time.monotonic()
+        if not result.tokens or max(result.tokens) >= 0:  # else not one row had a token, which is no health
+            self.stepped_at = time.monotonic()
+            if not self.recovery.under_way:
+                self.recovery.stepped()
         self.num_tokens += sum(len(item.delta.tokens) for item in finished)
         if sent.began_at is not None:
             self.times.note(arrived - sent.began_at, result.compute_s)
@@ -364,7 +368,10 @@ class EngineCore:
                 self.scheduler.abort(request_id)
                 self._end(request_id, ENGINE_LOST)  # if the ingress lives, it asks again
         for item in finished:
-            if item.delta.finish_reason is not None and item.delta.request_id in self._requests:
+            request = self._requests.get(item.delta.request_id)
+            # It may have been asked for again meanwhile.
+            ended = request is not None and request.attempt == item.delta.attempt
+            if ended and item.delta.finish_reason is not None:
                 self._end(item.delta.request_id, item.delta.error)
 
     def _end(self, request_id: str, refusal: Refusal | None) -> None:

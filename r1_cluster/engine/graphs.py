@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.ops import ROW_TILE, DeviceOps
+from kernels import ROW_TILE
+from kernels.ops import DeviceOps
 from r1_cluster.models.batch import AttentionBatch, buckets
 from r1_cluster.models.network import MoE, StageModel
 from r1_cluster.records import StepPlan, pack_int32

@@ -67,7 +67,7 @@ class Recovery:
         self._began = 0.0
         self._lost: list[str] = []
         self._losses: dict[str, list[float]] = {}
-        self._excused_since = math.inf
+        self._excused_since = self._excused_until = math.inf
         self._accusations: dict[str, list[float]] = {}
         self._failed_starts: dict[str, int] = {}
 
@@ -127,6 +127,7 @@ class Recovery:
         if needed and not self._spoiled:
             guilty = self._scheduler.suspect()
             self._excused_since = min((sequence.suspected_at for sequence in guilty), default=math.inf)
+            self._excused_until = math.inf
         for name in lost:
             self._pipeline.drop(name)
         for name in lost:
@@ -135,19 +136,24 @@ class Recovery:
                 self._replace(name, None, 0.0)
                 continue
             _count(self._losses, name, RESTART_WINDOW_S)
-            times = sum(at < self._excused_since for at in self._losses[name])
+            times = sum(not self._is_excused(at) for at in self._losses[name])
             if times > MAX_RESTARTS:
                 raise EngineFailed(f"{name} was lost {times} times within {RESTART_WINDOW_S:.0f} s")
             self._spoil(name)
             self._kv_lost |= name in self._stages
             self._replace(name, self._take_spare(name), 0.0)
+        if guilty:  # what is lost from now on, while all is put right, is not their doing
+            self._excused_until = time.monotonic()
         return [sequence.request for sequence in guilty]
+
+    def _is_excused(self, at: float) -> bool:
+        return self._excused_since <= at <= self._excused_until
 
     def stepped(self) -> None:
         """A step was computed by all workers: what a convicted request killed before counts for nothing."""
         if self._excused_since < math.inf:
             for name, times in self._losses.items():
-                self._losses[name] = [at for at in times if at < self._excused_since]
+                self._losses[name] = [at for at in times if not self._is_excused(at)]
             self._excused_since = math.inf
 
     def arrived(self, name: str, member: Member | Exception) -> None:

@@ -308,10 +308,12 @@ class Scheduler:
             for s in self.running
             if not s.in_flight and not s.suspected and len(s.tokens) - s.num_computed == 1
         ]
-        # Who waits longest comes first: where there are more than the budget has room for, they take turns.
-        ready.sort(key=lambda sequence: sequence.turn)
         share = -(-len(ready) // max(1, self.limits.micro_batches - self.num_in_flight))
-        for sequence in ready[: min(share, self._decode_budget())]:
+        # A takeover may leave more sequences than there may be.
+        size = min(share, self._decode_budget(), self.limits.max_num_seqs)
+        # Where there are more than a step has room for they take turns: who waits longest comes first.
+        ready.sort(key=lambda sequence: sequence.turn)
+        for sequence in ready[:size]:
             if sequence.admitted and self._make_room(sequence, sequence.num_computed + 1, taken=batch):
                 batch.append((sequence, 1))
         return batch

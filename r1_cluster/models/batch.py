@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.ops import ROW_TILE, AttentionPlan, Ops
+from kernels import ROW_TILE
+from kernels.ops import AttentionPlan, Ops
 from r1_cluster.records import StepPlan, unpack_int32
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ops import ROW_TILE
+from kernels import ROW_TILE
 from r1_cluster.models.batch import AttentionBatch
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.layers import Loader, Mlp

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kernels import ROW_TILE
 from r1_cluster.comm import wire
 from r1_cluster.config import ConfigError, Service
 
@@ -32,7 +33,8 @@ def check_messages(service: Service, model: ModelConfig) -> None:
     engine = service.engine
     num_rows = max(engine.max_batch_tokens, engine.max_num_seqs)
     longest = max_model_len(service, model)
-    pages = engine.max_num_seqs * -(-longest // engine.page_size)
+    # No page has two owners.
+    pages = min(engine.max_num_seqs * -(-longest // engine.page_size), engine.num_pages)
     plan_bytes = 4 * (num_rows + pages) + _SEQUENCE_BYTES * engine.max_num_seqs
     if plan_bytes > wire.MAX_BODY_BYTES:
         raise ConfigError(
@@ -42,8 +44,6 @@ def check_messages(service: Service, model: ModelConfig) -> None:
         )
     if service.layout.kind == "colocated":
         return  # hidden states stay in the process
-    from kernels.ops import ROW_TILE  # with it comes torch, which the ingress and the engine do without
-
     row_bytes = model.hidden_size * _ITEM_BYTES[service.dtype]
     hidden_bytes = -(-num_rows // ROW_TILE) * ROW_TILE * row_bytes
     if hidden_bytes > wire.MAX_PAYLOAD_BYTES:

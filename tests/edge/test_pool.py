@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import time
+from concurrent.futures import Executor, Future
 
 import pytest
 
@@ -129,6 +130,30 @@ def test_what_waits_is_bounded(pool, monkeypatch):
     outcomes = asyncio.run(ask())
     assert [getattr(outcome, "status", 200) for outcome in outcomes] == [200, 200, 429, 429, 429]
     assert getattr(asyncio.run(ask())[0], "status", 200) == 200
+
+
+class Busy(Executor):
+    """All of its threads are busy, and it keeps what it was given, as those that pools have do."""
+
+    def submit(self, work, *arguments):
+        self.arguments = arguments
+        return Future()
+
+
+def test_a_body_whose_client_left_is_let_go(options):
+    """Its turn may be long in coming, and others may have been sent since."""
+    pool = PreparePool(options)
+    pool._threads = busy = Busy()
+
+    async def leave():
+        task = asyncio.create_task(pool.prepare(body(10_000)))
+        await asyncio.sleep(0)
+        assert [len(each) for each in busy.arguments[0]] == [10_000]
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(leave())
+    assert busy.arguments == ([],)
 
 
 def test_children_end_with_their_parent(pool):

@@ -197,3 +197,21 @@ def test_an_abort_of_a_former_attempt_leaves_the_present_one_alone():
     it.core.abort("a", 2)
     it.core._take_commands()
     assert it.ends == [("a", None)]
+
+
+def test_steps_without_one_token_are_no_health():
+    it = Harness()
+    it.core.stepped_at = before = time.monotonic() - 1000
+    it.ask("bad")
+    it.finish(it.send(), token=-1)
+    assert it.core.stepped_at == before
+    it.ask("good")
+    it.finish(it.send())
+    assert it.core.stepped_at > before
+
+
+def test_a_canary_has_a_name_that_no_former_engine_gave():
+    first, second = Harness(), Harness()
+    second.pipeline.epoch = 1 << 20
+    assert first.core._canary().request_id != second.core._canary().request_id
+    assert first.core._canary().request_id != first.core._canary().request_id

@@ -240,6 +240,24 @@ def test_a_worker_that_kills_the_canary_as_well_is_not_excused():
         broken()
 
 
+def test_only_the_kills_of_a_convicted_request_are_excused():
+    """Not what dies while its last kill is put right: a worker that is no sooner there than gone."""
+    it = Harness()
+    ask(it, "poison")
+    run(it, "poison")
+    it.scheduler.schedule(it.pipeline.epoch)
+    assert it.recovery.lose(["stage-0"]) != []
+
+    def never_linked():
+        for _ in range(module.MAX_RESTARTS + 1):
+            it.recovery.arrived("stage-0", Member(None, None, "again"))
+            it.recovery._take_in(*it.recovery._arrivals.popleft())
+            it.recovery.lose(["stage-0"])
+
+    with pytest.raises(EngineFailed, match="stage-0 was lost"):
+        never_linked()
+
+
 def test_what_a_former_engine_left_missing_is_filled():
     it = Harness(spares=2)
     for name in ("stage-1", "spare-1"):

@@ -40,8 +40,11 @@ def test_rows_for_experts_need_not_fit_one():
 
 @pytest.mark.parametrize("kind", ["colocated", "disaggregated"])
 def test_a_plan_must_fit_a_message(kind):
-    check_messages(service(kind, max_num_seqs=512, page_size=16), R1)  # 21 MB of page tables
+    check_messages(service(kind, max_num_seqs=512, page_size=16, num_pages=6_000_000), R1)  # 21 MB of tables
+    check_messages(
+        service(kind, max_num_seqs=512, page_size=1, num_pages=200_000), R1
+    )  # pages have one owner
     with pytest.raises(
         ConfigError, match=r"engine.max_num_seqs: .* 512 sequences of 163840 tokens in pages of 1 "
     ):
-        check_messages(service(kind, max_num_seqs=512, page_size=1, num_pages=200000), R1)
+        check_messages(service(kind, max_num_seqs=512, page_size=1, num_pages=20_000_000), R1)

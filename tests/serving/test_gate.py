@@ -192,3 +192,40 @@ def test_one_that_was_too_slow_is_not_waited_for():
     sent, left = refused_amid_its_body(408, (b"connection", b"close"), chunks=[b"x"] * 5)
     assert (len(sent), left) == (3, 4)
     assert not sent[1].get("more_body", False)
+
+
+def test_who_lingers_holds_no_place():
+    """Clients whose bodies never end would else keep all others out, at no cost."""
+
+    async def app(scope, receive, send):
+        headers = [(b"content-type", b"application/json"), (b"x-r1-places", b"1")]
+        await send({"type": "http.response.start", "status": scope["status"], "headers": headers})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def ask(gate, status):
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        async def receive():
+            await asyncio.sleep(60)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+        task = asyncio.create_task(gate(scope | {"status": status}, receive, send))
+        while not sent:
+            await asyncio.sleep(0)
+        return sent[0]["status"], task
+
+    async def scenario():
+        gate = Gate(app)
+        await (await ask(gate, 200))[1]
+        lingering = [(await ask(gate, 413))[1] for _ in range(5)]
+        status, task = await ask(gate, 200)
+        assert status == 200
+        assert not any(other.done() for other in lingering)
+        for each in (task, *lingering):
+            each.cancel()
+        await asyncio.gather(task, *lingering, return_exceptions=True)
+
+    asyncio.run(scenario())

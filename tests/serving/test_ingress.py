@@ -7,7 +7,7 @@ import pytest
 
 from actors import ingress as module
 from r1_cluster.api.errors import ApiError
-from r1_cluster.records import Request, SamplingParams, TokenDelta
+from r1_cluster.records import Refusal, Request, SamplingParams, TokenDelta
 
 RECORD = Request("r", [5, 6], SamplingParams(0.0, 1.0, 0, 0), 3, [], "sink")
 
@@ -169,3 +169,21 @@ def test_an_ingress_takes_no_more_than_the_engines_hold_until_somebody_has_ended
 
     full, draining, left = asyncio.run(enter_all())
     assert (full.status, full.headers["Retry-After"], draining.status, left) == (429, "1", 503, set())
+
+
+def test_an_answer_that_has_begun_waits_for_a_full_engine():
+    """The engine that would go on with it has no place at the moment; others may still be refused."""
+
+    def lose(send, call):
+        send(token(0))
+        call.set_exception(RuntimeError("the replica died"))
+
+    def full(send, call):
+        call.set_result(Refusal("overloaded"))
+
+    tokens, asked = answer(lose, full, full, say(token(1), token(2, "length"), end=True))
+    assert tokens == [100, 101, 102]
+    assert asked == [[], [100], [100], [100]]
+    with pytest.raises(ApiError) as refused:
+        answer(full)
+    assert refused.value.status == 429
