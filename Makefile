@@ -19,7 +19,7 @@ IN_PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 serve: $(VENV)/.serve
 	@$(BIN)/r1-cluster serve $(SERVICE)
 
-# 10 to 12 minutes on two cores, of which installation takes 2 to 3; the goal is under 10.
+# The last fresh clone took 14 minutes on two cores, 3 of them installation; the goal is under 10.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not ($(ALONE) or $(LATER))"
 	$(BIN)/python -m pytest -m "($(ALONE)) and not ($(LATER))"
