@@ -51,7 +51,6 @@ def _no_top_k(value: int | None) -> int | None:
 
 
 _Integer = Annotated[int, BeforeValidator(_whole)]
-_Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 _Flag = Annotated[bool, BeforeValidator(_false_if_null)]
 
 
