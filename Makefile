@@ -5,7 +5,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 SERVICE ?= cluster_configs/services/nano.yaml
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt
+# Python itself compiles what is imported, and so a tenth of what is installed.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check -q install --no-compile -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 STALLS ?= benchmarks/results/failures.jsonl
 
@@ -52,8 +54,9 @@ format: $(VENV)/.test
 
 # torch first, pinned and alone: asked for by another package, pip would fetch gigabytes of CUDA wheels.
 $(VENV)/.torch: constraints.txt
-	@test -x $(BIN)/python || { echo "== making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@test -x $(BIN)/pip || { echo "== making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "== installing torch"
+	@$(INSTALL) pip  # the one that came with Python takes minutes to choose among what an index lists
 	@$(INSTALL) torch numpy
 	@touch $@
 

@@ -1,7 +1,6 @@
 """Services and the checkpoint that they serve; how the tests share the cores; the options of these tests."""
 
 import os
-import re
 
 import pytest
 
@@ -11,12 +10,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import running_service
 from make_checkpoint import make_checkpoint
-from running_service import Service, alive
-
-LAYOUTS = {
-    "colocated": {"kind": "colocated", "cpus_per_worker": 0.5},
-    "disaggregated": {"kind": "disaggregated", "stages": 2, "expert_shards": 3, "cpus_per_worker": 0.2},
-}
 
 
 def pytest_addoption(parser):
@@ -34,15 +27,31 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Among parallel workers a file's tests stay together, for they share fixtures. Those marked `apart` go one
-    by one to whoever is free, and first, so that none is left to run alone at the end."""
+    by one to whoever is free, and first, so that none is left to run alone at the end. Those of a running service
+    come layout after layout, so that each is started once."""
     for item in items:
         if item.get_closest_marker("cluster"):
             item.add_marker("slow")
+    places = [i for i, item in enumerate(items) if "ring" in getattr(item, "fixturenames", ())]
+    for i, item in zip(places, sorted((items[i] for i in places), key=_layout), strict=True):
+        items[i] = item
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("apart") is None)
         for item in items:
             if item.get_closest_marker("apart") is None:
                 item.add_marker(pytest.mark.xdist_group(item.location[0]))
+
+
+def _layout(item):
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("layout") or params.get("service", "colocated")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """After the last of its tests the service ends, and does not run beside other tests."""
+    if "ring" in item.fixturenames and "ring" not in getattr(nextitem, "fixturenames", ()):
+        item.funcargs["ring"].close()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -60,27 +69,29 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def start(checkpoint, tmp_path_factory):
-    """start(name, layout, environment, **sections) → Service; whatever still runs at the end is interrupted."""
-    running = []
+def ring(checkpoint, tmp_path_factory):
+    """The services under test, one layout's after the other's, whichever file the tests are in. Tokens that only
+    a text with SKULLS has kill whoever computes them."""
+    from faults.arena import ENGINES, LAYOUTS, Arena, Ring
+    from faults.load import SKULLS
 
-    def begin(name, layout, environment=None, **sections):
-        folder = tmp_path_factory.mktemp(name)
-        running.append(Service(folder, name, checkpoint, layout, environment, **sections))
-        return running[-1]
+    from r1_cluster.text.tokenizer import Tokenizer
 
-    yield begin
-    for service in running:
-        service.interrupt()
+    poison = Tokenizer.from_folder(checkpoint).encode(SKULLS)[4:12]
+    ring = Ring(
+        lambda layout: Arena(
+            tmp_path_factory.mktemp(layout),
+            checkpoint,
+            LAYOUTS[layout],
+            poison=poison,
+            **ENGINES.get(layout, {}),
+        )
+    )
+    yield ring
+    ring.close()
 
 
-@pytest.fixture(scope="session", params=LAYOUTS)
-def service(request, start):
-    """The same model in each layout, one after the other."""
-    running = start(f"test-{request.param}", LAYOUTS[request.param]).wait_ready()
-    yield running
-    code, pids = running.interrupt()
-    assert code == 0, running.log.read_text()
-    left = [pid for pid in pids if alive(pid)]
-    assert not left, f"processes left behind: {left}\n{running.log.read_text()}"
-    assert re.search(r"stopped\s*$", running.log.read_text())
+@pytest.fixture(params=["colocated", "disaggregated"])
+def service(ring, request):
+    """The same model in each layout."""
+    return ring.running(request.param).service

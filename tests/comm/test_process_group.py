@@ -64,7 +64,13 @@ def die(process: subprocess.Popen[bytes]) -> None:
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.fixture(params=["gloo", "host memory", pytest.param("device", marks=NEEDS_GPU)])
+@pytest.fixture(
+    params=[
+        pytest.param("gloo", marks=pytest.mark.system),
+        "host memory",
+        pytest.param("device", marks=NEEDS_GPU),
+    ]
+)
 def transport(request) -> str:
     return request.param
 

@@ -37,7 +37,8 @@ LAYOUTS = {
     "disaggregated": {"kind": "disaggregated", "stages": 2, "expert_shards": 3},
     "four stages": {"kind": "disaggregated", "stages": 4, "expert_shards": 1},
 }
-GROUPS = ["gloo", "host memory"]  # the ways of tensors beside the sockets that run without a GPU
+# The ways of tensors beside the sockets that run without a GPU; the second is a device's, but for its memory.
+GROUPS = [pytest.param("gloo", marks=pytest.mark.system), "host memory"]
 
 
 def num_descriptors():
@@ -177,10 +178,10 @@ class Cluster:
 
 @pytest.fixture(params=[*LAYOUTS, *GROUPS])
 def cluster(request, checkpoint):
-    if request.param in GROUPS:
-        running = Cluster(checkpoint, LAYOUTS["disaggregated"], transport=request.param)
-    else:
+    if request.param in LAYOUTS:
         running = Cluster(checkpoint, LAYOUTS[request.param])
+    else:
+        running = Cluster(checkpoint, LAYOUTS["disaggregated"], transport=request.param)
     yield running
     running.close()
 

@@ -28,8 +28,15 @@ LAYOUTS = {
     "copies": DISAGGREGATED | {"redundant_experts": 1},
 }
 ENGINES = {"guarded": {"standby": True}, "watched": {"standby": True}}
-# Chunks so small that 16 prompts take many steps; a deadline that a slow machine keeps.
-ENGINE = {"lease_s": 20.0, "step_timeout_s": 3.0, "max_batch_tokens": 64}
+# Chunks so small that 16 prompts take many steps; a deadline that a slow machine keeps; a queue that tests can fill.
+ENGINE = {
+    "lease_s": 20.0,
+    "step_timeout_s": 3.0,
+    "max_batch_tokens": 64,
+    "max_num_seqs": 64,
+    "max_queued": 24,
+}
+SERVE = {"body_timeout_s": 3.0}
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Arena:
         self.folder = folder / "faults"
         self.requests = streams() if requests is None else requests
         environment = injecting(self.folder, poison)
-        sections = {"engine": {**ENGINE, **engine}}
+        sections = {"engine": {**ENGINE, **engine}, "serve": SERVE}
         name = f"faults-{secrets.token_hex(3)}"  # several may run on one machine
         for attempt in ("first", "second"):
             self.service = Service(folder, name, checkpoint, layout, environment, **sections)
@@ -177,22 +184,30 @@ class Ring:
         self._begin = begin
         self._layout = None
         self._arena = None
+        self._loaded = False
         self._undisturbed = {}
+
+    def running(self, layout):
+        """The arena of a layout, for tests that do it no harm."""
+        if self._spoiled or layout != self._layout:
+            self.close()
+            self._arena, self._loaded = self._begin(layout), False
+            self._layout = layout
+        return self._arena
 
     def enter(self, layout):
         """(the arena of a layout, the answers of its undisturbed load, what it holds when idle); a test that
         does not come to `leave` has spoiled it."""
-        if self._spoiled or layout != self._layout:
-            self.close()
-            self._arena = self._begin(layout)
-            self._layout = layout
+        arena = self.running(layout)
+        if not self._loaded:
             # Also because the link from an engine to an ingress is opened by the first request.
-            ended = self._arena.load().join()
+            ended = arena.load().join()
             assert [stream.error for stream in ended if stream.error is not None] == []
             answers = [stream.answer for stream in ended]
             assert self._undisturbed.setdefault(layout, answers) == answers
+            self._loaded = True
         self._spoiled = True
-        return self._arena, self._undisturbed[layout], self._arena.observer.holdings()
+        return arena, self._undisturbed[layout], arena.observer.holdings()
 
     def leave(self):
         """The test has passed: its successor may use the same service."""
@@ -200,7 +215,7 @@ class Ring:
 
     def close(self):
         """Ends the service; one that was spoiled need not end well."""
-        arena, self._arena = self._arena, None
+        arena, self._arena, self._layout = self._arena, None, None
         spoiled, self._spoiled = self._spoiled, False
         if arena is not None:
             with contextlib.suppress(*[AssertionError, subprocess.TimeoutExpired] * spoiled):

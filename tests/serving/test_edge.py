@@ -13,13 +13,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from faults.arena import ENGINE, SERVE
 from running_service import descendants
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
-LAYOUT = {"kind": "colocated", "cpus_per_worker": 0.5}
-RUNNING, QUEUED = 8, 24
-BODY_TIMEOUT_S = 3.0
+RUNNING, QUEUED = ENGINE["max_num_seqs"], ENGINE["max_queued"]
+BODY_TIMEOUT_S = SERVE["body_timeout_s"]
 MIB = 2**20
 MAX_ADDED_S = 0.05
 MAX_ADDED_BYTES = 64 * MIB
@@ -27,13 +27,9 @@ REPEATS = 3
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Type: application/json\r\n"
 
 
-@pytest.fixture(scope="module")
-def edge(start):
-    sections = {
-        "engine": {"max_num_seqs": RUNNING, "max_queued": QUEUED},
-        "serve": {"body_timeout_s": BODY_TIMEOUT_S},
-    }
-    return start("test-edge", LAYOUT, **sections).wait_ready()
+@pytest.fixture
+def edge(ring):
+    return ring.running("colocated").service
 
 
 def answer(connection):

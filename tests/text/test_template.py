@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from make_checkpoint import BOS, CONTROL_TOKENS, EOS
-from transformers import AutoTokenizer
 
 from r1_cluster.text.template import R1_CHAT_TEMPLATE, ChatTemplate, PromptTooLong, TemplateError
 from r1_cluster.text.tokenizer import Tokenizer
@@ -19,6 +18,8 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "now", "argumen
 
 @pytest.fixture(scope="module")
 def reference(folder):
+    from transformers import AutoTokenizer  # takes seconds, which others' tests need not wait for
+
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from make_checkpoint import MIN_VOCAB, build_config, main, make_checkpoint
 from safetensors import safe_open
-from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
 TINY = {
     "hidden_size": 32,
@@ -49,6 +48,8 @@ def digest(folder):
 )
 def test_transformers_loads_all_but_the_mtp_module(tmp_path, overrides):
     folder = make_checkpoint(tmp_path, **(TINY | overrides))
+    from transformers import DeepseekV3ForCausalLM
+
     model, info = DeepseekV3ForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
@@ -106,6 +107,8 @@ def test_bfloat16_is_float32_rounded_and_the_gate_bias_stays_float32(tmp_path):
 
 def test_tokenizer_has_r1s_special_tokens(tmp_path):
     folder = make_checkpoint(tmp_path, **TINY)
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.convert_tokens_to_ids(["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]) == [0, 1]
     assert len(tokenizer) <= TINY["vocab_size"]

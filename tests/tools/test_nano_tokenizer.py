@@ -1,5 +1,6 @@
 """The tokenizer: round trips, single digits, control tokens out of the user's reach, R1's template."""
 
+import functools
 import random
 from itertools import islice
 
@@ -28,22 +29,24 @@ def make_tokenizer() -> Tokenizer:
     return train_tokenizer(text for e in examples for text in (e.prompt, e.thought, e.answer))
 
 
-ENCODER = ChatEncoder(make_tokenizer())
+@functools.cache
+def encoder() -> ChatEncoder:
+    return ChatEncoder(make_tokenizer())
 
 
 @given(st.text())
 def test_any_text_round_trips(text: str) -> None:
-    assert ENCODER.tokenizer.decode(ENCODER.text(text), skip_special_tokens=False) == text
+    assert encoder().tokenizer.decode(encoder().text(text), skip_special_tokens=False) == text
 
 
 @given(st.integers(0, 10**9))
 def test_digits_never_merge(number: int) -> None:
-    assert len(ENCODER.text(str(number))) == len(str(number))
-    assert len(ENCODER.text(f"x{number} {number}y")) == 3 + 2 * len(str(number))
+    assert len(encoder().text(str(number))) == len(str(number))
+    assert len(encoder().text(f"x{number} {number}y")) == 3 + 2 * len(str(number))
 
 
 def test_control_tokens_have_r1s_ids_and_flags() -> None:
-    tokenizer = ENCODER.tokenizer
+    tokenizer = encoder().tokenizer
     assert [tokenizer.token_to_id(text) for text in (BOS, EOS, PAD)] == [BOS_ID, EOS_ID, PAD_ID] == [0, 1, 2]
     flags = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
     assert flags == {BOS: True, EOS: True, PAD: True} | dict.fromkeys(ADDED_TOKENS, False)
@@ -52,23 +55,23 @@ def test_control_tokens_have_r1s_ids_and_flags() -> None:
 
 @pytest.mark.parametrize("text", [*ADDED_TOKENS, BOS, EOS, PAD])
 def test_users_cannot_write_control_tokens(text: str) -> None:
-    control = set(ENCODER.tokenizer.get_added_tokens_decoder())
-    assert not control & set(ENCODER.text(f"a{text}b"))
+    control = set(encoder().tokenizer.get_added_tokens_decoder())
+    assert not control & set(encoder().text(f"a{text}b"))
 
 
 def test_training_is_deterministic() -> None:
-    assert make_tokenizer().to_str() == ENCODER.tokenizer.to_str()
+    assert make_tokenizer().to_str() == encoder().tokenizer.to_str()
 
 
 def test_thought_steps_are_single_tokens() -> None:
     for text in (" → ", " carry ", " borrow ", " | ", ": ", ", ", "①", "②", "③", "④", "⑤"):
-        assert len(ENCODER.text(text)) == 1, text
+        assert len(encoder().text(text)) == 1, text
 
 
 def test_chat_template_and_encoder_agree(tmp_path) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    save_tokenizer(ENCODER.tokenizer, tmp_path, 2048)
+    save_tokenizer(encoder().tokenizer, tmp_path, 2048)
     reader = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     chat = [
         {"role": "system", "content": "Be brief."},
@@ -80,14 +83,14 @@ def test_chat_template_and_encoder_agree(tmp_path) -> None:
     assert text == (
         f"{BOS}Be brief.<｜User｜>hi<｜Assistant｜>\n\nHello!{EOS}<｜User｜>2+2<｜Assistant｜><think>\n"
     )
-    ids = ENCODER.tokenizer.encode(text, add_special_tokens=False).ids
-    assert ids == ENCODER.prompt("2+2", (("hi", "\n\nHello!"),), "Be brief.")
+    ids = encoder().tokenizer.encode(text, add_special_tokens=False).ids
+    assert ids == encoder().prompt("2+2", (("hi", "\n\nHello!"),), "Be brief.")
 
 
 def test_chat_template_writes_tool_calls_and_outputs(tmp_path) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    save_tokenizer(ENCODER.tokenizer, tmp_path, 2048)
+    save_tokenizer(encoder().tokenizer, tmp_path, 2048)
     reader = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
     chat = [

@@ -164,7 +164,7 @@ def test_report_says_what_is_not_met() -> None:
     assert "| sorting lists | 0.00 | 0.00 |" in render_card(run, outcomes)
 
 
-@pytest.mark.slow
+@pytest.mark.system  # a quarter of a minute
 def test_evaluate_scores_an_untrained_network_as_wrong(encoder: ChatEncoder, tmp_path) -> None:
     torch.manual_seed(0)
     save_model(NanoR1(SMALL), tmp_path)

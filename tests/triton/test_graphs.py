@@ -138,7 +138,11 @@ def folder(monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("local", "deterministic", "num_buckets"),
-    [(True, False, 3), (False, False, 3), (True, True, 1)],  # of 1, 2 and 3 sequences, or of one tile of rows
+    [  # buckets of 1, 2 and 3 sequences, or of one tile of rows
+        pytest.param(True, False, 3, marks=pytest.mark.system),
+        (False, False, 3),
+        pytest.param(True, True, 1, marks=pytest.mark.system),
+    ],
     ids=["experts here", "experts over links", "deterministic"],
 )
 def test_replayed_steps_are_those_of_the_model(folder, recordings, local, deterministic, num_buckets):

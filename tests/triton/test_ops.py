@@ -20,6 +20,8 @@ from r1_cluster.models.config import ModelConfig, UnsupportedModel
 from r1_cluster.models.fitting import check_fits
 from r1_cluster.records import SampleSpec, SamplingParams
 
+either_way = pytest.mark.parametrize("deterministic", [True, pytest.param(False, marks=pytest.mark.system)])
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 STEPS = [  # (sequence, new tokens): prefill, mixed chunks, decode, decode of another batch
@@ -61,7 +63,7 @@ def pair(monkeypatch, folder, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deterministic", [True, False])
+@either_way
 def test_float32_logits_are_those_of_plain_torch(monkeypatch, tmp_path, deterministic):
     if DEVICE.type == "cuda":
         pytest.skip("matrix units round float32 to TF32; the engine refuses float32 there")
@@ -76,7 +78,7 @@ def relative(got, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deterministic", [True, False])
+@either_way
 def test_bfloat16_is_as_near_to_float32_as_plain_torch_is(monkeypatch, tmp_path, deterministic):
     """Both round to BF16 in about the same places: neither may be much farther from float32."""
     write_checkpoint(tmp_path, config_values(**KERNEL_SHAPE))
@@ -135,7 +137,7 @@ def assert_kept_as_fp8(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deterministic", [True, False])
+@either_way
 def test_fp8_weights_stay_fp8(monkeypatch, fp8_folder, deterministic):
     """Rounded to FP8 in the same places, both agree to float32. But a value within float32's rounding of the
     edge between two FP8 values may fall to the other side, which moves it by 2^-4, and its sequence after it:
