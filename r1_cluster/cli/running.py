@@ -102,7 +102,7 @@ def services(name: str | None = None) -> list[Running]:
             running = msgspec.json.decode(path.read_bytes(), type=Running)
         except FileNotFoundError:
             continue  # stopped just now
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise ConfigError(f"{path} does not say what is running; remove it") from None
         if running.name != path.stem:
             raise ConfigError(f"{path} speaks of another service, {running.name!r}; remove it")

@@ -267,7 +267,7 @@ def unpack(body: bytes, kind: type[T]) -> T:
     """A message's body → record of type `kind`. Raises WireError where it is not one."""
     try:
         return msgspec.msgpack.decode(body, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"body is not a {kind.__name__}: {error}") from None
 
 

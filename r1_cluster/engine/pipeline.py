@@ -157,7 +157,7 @@ class Pipeline:
         self.members[name] = member
         self._unanswered.pop(name, None)
         self.assigned.add(name)
-        self._send(name, Header(Kind.ASSIGN, self.epoch), name.encode())
+        self._send(name, Header(Kind.ASSIGN, self.epoch), pack(name))
 
     def receive(self, link: TcpLink) -> StepResult | None:
         """What a worker sent; None but for a result that is up to date. Raises WorkerLost, Deposed,

@@ -315,7 +315,7 @@ class Worker:
             reply = self._answer_experts(message)
             self._reply(link, reply.header, list(reply.tensors), reply.body)
         elif kind == Kind.ASSIGN:
-            self.assign(message.body.decode())
+            self.assign(unpack(message.body, str))
             self._reply(link, message.header, [], b"")
         elif kind == Kind.CONTROL:
             topology = unpack(message.body, Topology)

@@ -98,9 +98,17 @@ def test_a_body_of_another_kind_is_a_wire_error():
     class Point(msgspec.Struct, array_like=True):
         x: int
         y: int
+        name: str = ""
 
     assert wire.unpack(wire.pack(Point(1, 2)), Point) == Point(1, 2)
-    for bad in (b"", b"\xc1", wire.pack([1]), wire.pack([1, "2"])):
+    for bad in (
+        b"",
+        b"\xc1",
+        wire.pack([1]),
+        wire.pack([1, "2"]),
+        b"\x93\x01\x02\xa1\x80",  # a name that is no UTF-8
+        b"\x94\x01\x02\xa0" + b"\x91" * 100_000,  # a field of a later version, deeper than any stack
+    ):
         with pytest.raises(WireError):
             wire.unpack(bad, Point)
 

@@ -68,7 +68,10 @@ class PoisonClient(threading.Thread):
 
 @pytest.mark.parametrize(
     ("layout", "variants"),
-    [("colocated", 1), pytest.param("disaggregated", 5, marks=pytest.mark.matrix)],
+    [
+        pytest.param("colocated", 1, marks=pytest.mark.system),
+        pytest.param("disaggregated", 5, marks=pytest.mark.matrix),
+    ],
 )
 def test_clients_that_send_poison_again_and_again_disturb_nobody(ring, layout, variants):
     service, undisturbed, before = ring.enter(layout)
