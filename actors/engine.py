@@ -26,7 +26,7 @@ from r1_cluster.engine.pages import PageAllocator
 from r1_cluster.engine.pulse import Pulse
 from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.engine.streams import TokenFan
-from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.family import load_config
 from r1_cluster.planning.layout import build_layout
 from r1_cluster.planning.limits import check_messages, max_model_len
 from r1_cluster.records import Refusal, Request
@@ -50,7 +50,7 @@ class Engine:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._model = ModelConfig.from_folder(service.model.path)
+        self._model = load_config(service.model.path)
         self._eos_ids = frozenset(Tokenizer.from_folder(service.model.path).eos_ids)
         self._layout = build_layout(service.layout, self._model)
         check_messages(service, self._model)

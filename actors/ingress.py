@@ -31,7 +31,7 @@ from r1_cluster.edge.pool import PreparePool
 from r1_cluster.edge.prepare import PrepareOptions
 from r1_cluster.edge.sse import frames
 from r1_cluster.engine.streams import TokenSink
-from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.family import load_config
 from r1_cluster.planning.limits import max_model_len
 from r1_cluster.records import ENGINE_LOST, Refusal, Request, TokenDelta
 
@@ -55,7 +55,7 @@ class Ingress:
     def __init__(self, service: Service, engine: DeploymentHandle) -> None:
         self._service = service
         self._engine = engine
-        model = ModelConfig.from_folder(service.model.path)
+        model = load_config(service.model.path)
         self._max_model_len = max_model_len(service, model)
         self.places = num_places(service) * service.engine.replicas
         self._pool = PreparePool(

@@ -28,6 +28,7 @@ from kernels import tuned
 from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.roles import RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.family import parse_config
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
 from r1_cluster.weights.checkpoint import Checkpoint
@@ -98,7 +99,7 @@ def r1_config(num_layers: int, num_experts: int) -> ModelConfig:
         "eos_token_id": 1,
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     }
-    return ModelConfig.from_dict(values)
+    return parse_config(values)
 
 
 def build(config: ModelConfig, device: torch.device, dtype: torch.dtype, num_pages: int) -> StageRole:
@@ -108,8 +109,8 @@ def build(config: ModelConfig, device: torch.device, dtype: torch.dtype, num_pag
     layers = config.moe_layers
     kind = {"dtype": dtype, "device": device, "deterministic": False}
     router = RouterRole(RouterModel.load(config, checkpoint, layers, **kind))
-    experts = ExpertModel.load(config, checkpoint, layers, range(config.n_routed_experts), **kind)
-    router.dispatcher = local_dispatcher(experts, config.n_routed_experts)
+    experts = ExpertModel.load(config, checkpoint, layers, range(config.moe.n_routed_experts), **kind)
+    router.dispatcher = local_dispatcher(experts)
     stage = StageModel.load(config, checkpoint, range(config.num_hidden_layers), **kind)
     return StageRole(stage, router, num_pages=num_pages, page_size=PAGE)
 
@@ -147,7 +148,7 @@ def step_work(config: ModelConfig, batch: int, context: int) -> list[Work]:
     """What a decode step must move and compute, by part. Routing is taken as even: of E experts, batch · K
     draws reach E (1 - (1 - K/E)^batch)."""
     shapes = expected_shapes(config)
-    experts, top_k = config.n_routed_experts, config.num_experts_per_tok
+    experts, top_k = config.moe.n_routed_experts, config.moe.num_experts_per_tok
     reached = experts * (1 - (1 - top_k / experts) ** batch)
 
     def weights(part: str, names: list[str], item_bytes: int, read: float = 1.0, used: float = 1.0) -> Work:
@@ -160,11 +161,12 @@ def step_work(config: ModelConfig, batch: int, context: int) -> list[Work]:
     absorbed = [name for name in attention if "kv_b" in name]
     rest = [name for name in matrices if name not in routed and name not in attention]
     rows = batch * context * config.num_hidden_layers
-    scores = 2 * config.num_attention_heads * (config.latent_dim + config.kv_lora_rank)
+    latent = config.attention
+    scores = 2 * latent.num_attention_heads * (latent.cache_width + latent.kv_lora_rank)
     return [
         weights("attention's products", [name for name in attention if name not in absorbed], 1),
         weights("keys and values absorbed", absorbed, 2),
-        _work("attention over the latents", rows * config.latent_dim * 2, rows * scores, fp8=False),
+        _work("attention over the latents", rows * latent.cache_width * 2, rows * scores, fp8=False),
         weights("dense MLP and shared experts", rest, 1),
         weights("routed experts", routed, 1, reached / experts, top_k / experts),
         weights("gates", [name for name in shapes if name.endswith("mlp.gate.weight")], 4),

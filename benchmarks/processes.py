@@ -28,7 +28,7 @@ from r1_cluster.engine.pipeline import Member, Pipeline
 from r1_cluster.engine.pulse import Pulse
 from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.engine.streams import TokenFan, TokenSink
-from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.family import load_config
 from r1_cluster.planning.layout import build_layout
 from r1_cluster.records import Request, TokenDelta
 
@@ -71,7 +71,7 @@ class LocalEngine:
 
     def __init__(self, settings: Settings, layout: LayoutConfig) -> None:
         self.settings = settings
-        config = ModelConfig.from_folder(Path(settings.checkpoint))
+        config = load_config(Path(settings.checkpoint))
         self.layout = build_layout(layout, config)
         self.processes: dict[str, BaseProcess] = {}
         self._processes_context = multiprocessing.get_context("spawn")

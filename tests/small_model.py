@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from r1_cluster.models.batch import AttentionBatch
-from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.family import load_config, parse_config
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
 from r1_cluster.weights.checkpoint import Checkpoint
@@ -111,7 +111,7 @@ def write_checkpoint(folder, values, seed=0):
     """A checkpoint of one file with random weights → its config."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = ModelConfig.from_dict(values)
+    config = parse_config(values)
     (folder / "config.json").write_text(json.dumps(values))
     save_file(random_tensors(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
     return config
@@ -149,7 +149,7 @@ class SmallModel:
         num_seqs=8,
         pages_each=24,
     ):
-        self.config = config = ModelConfig.from_folder(folder)
+        self.config = config = load_config(folder)
         options = {"dtype": dtype, "device": device, "deterministic": deterministic}
         with Checkpoint(folder, config) as checkpoint:
             edges = [0, *bounds, config.num_hidden_layers]
@@ -157,7 +157,7 @@ class SmallModel:
                 StageModel.load(config, checkpoint, range(a, b), **options) for a, b in pairwise(edges)
             ]
             self.router = RouterModel.load(config, checkpoint, config.moe_layers, **options)
-            cuts = [round(i * config.n_routed_experts / num_shards) for i in range(num_shards + 1)]
+            cuts = [round(i * config.moe.n_routed_experts / num_shards) for i in range(num_shards + 1)]
             self.shards = [
                 ExpertModel.load(config, checkpoint, config.moe_layers, range(a, b), **options)
                 for a, b in pairwise(cuts)
@@ -202,7 +202,7 @@ class SmallModel:
         flat = ids[:num_tokens].flatten()
         order = flat.argsort(stable=True)
         rows = x.index_select(0, order // top_k)
-        counts = flat.bincount(minlength=self.config.n_routed_experts).tolist()
+        counts = flat.bincount(minlength=self.config.moe.n_routed_experts).tolist()
         outs, first = [], 0
         for shard in self.shards:
             own = counts[shard.experts.start : shard.experts.stop]

@@ -107,7 +107,8 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     import torch
 
     from kernels.ops import for_device
-    from r1_cluster.models.config import ModelConfig, ModelConfigError
+    from r1_cluster.models.config import ModelConfigError
+    from r1_cluster.models.family import load_config
     from r1_cluster.models.fitting import check_fits
     from r1_cluster.planning.layout import build_layout
     from r1_cluster.planning.limits import check_messages
@@ -118,7 +119,7 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     if device.type == "cuda" and service.cluster.address is None and not torch.cuda.is_available():
         raise ConfigError("layout.device: cuda is asked for, but torch sees no CUDA or ROCm device here")
     try:
-        model = ModelConfig.from_folder(service.model.path)
+        model = load_config(service.model.path)
         check_fits(model, for_device(device), getattr(torch, service.dtype), service.engine.page_size)
         Checkpoint(service.model.path, model).close()
     except (ModelConfigError, CheckpointError) as error:
@@ -144,8 +145,9 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
 
 def _describe(service: Service, layout: Layout, model: ModelConfig) -> str:
     roles = ", ".join(worker.name for worker in layout.workers)
+    experts = f"{model.moe.n_routed_experts} experts" if model.moe is not None else "no experts"
     return (
-        f"{model.num_hidden_layers} layers, {model.n_routed_experts} experts, "
+        f"{model.num_hidden_layers} layers, {experts}, "
         f"{service.layout.kind} in {len(layout.workers)} worker(s): {roles}"
     )
 

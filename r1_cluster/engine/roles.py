@@ -102,11 +102,11 @@ def settle(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def local_dispatcher(experts: ExpertModel, num_experts: int) -> Dispatcher:
+def local_dispatcher(experts: ExpertModel) -> Dispatcher:
     """For a router whose experts are all in its process: on the device where it can, else by the host."""
     if experts.on_device:
         return DeviceDispatcher(experts.mixture, experts.device)
-    return LocalDispatcher(experts.forward, num_experts)
+    return LocalDispatcher(experts.forward, len(experts.experts))
 
 
 class RemoteRouter:

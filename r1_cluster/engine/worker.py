@@ -41,6 +41,7 @@ from r1_cluster.engine.boot import Ready, StepLimits, Topology, WorkerBoot
 from r1_cluster.engine.held import HeldSequences
 from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.family import load_config
 from r1_cluster.models.fitting import check_fits
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.planning.layout import Layout, WorkerSpec
@@ -110,12 +111,12 @@ class Worker:
     def _load(self) -> None:
         boot, spec = self.boot, self.spec
         folder = boot.checkpoint
-        config = ModelConfig.from_folder(folder)
+        config = load_config(folder)
         checkpoint = Checkpoint(folder, config)
-        self.layout = Layout(boot.workers, config.num_hidden_layers, config.first_k_dense_replace)
+        self.layout = Layout(boot.workers, config.num_hidden_layers)
         dtype, device = _DTYPES[boot.dtype], torch.device(boot.device)
         check_fits(config, for_device(device), dtype, boot.page_size)
-        moe_layers = range(config.first_k_dense_replace, config.num_hidden_layers)
+        moe_layers = config.moe_layers
         if spec.experts is not None:
             self.experts = ExpertModel.load(
                 config,
@@ -127,13 +128,13 @@ class Worker:
                 deterministic=boot.deterministic,
             )
         if spec.router is not None:
-            layers = range(max(spec.router[0], config.first_k_dense_replace), spec.router[1])
+            layers = range(max(spec.router[0], moe_layers.start), spec.router[1])
             router = RouterModel.load(
                 config, checkpoint, layers, dtype=dtype, device=device, deterministic=boot.deterministic
             )
             self.router = RouterRole(router)
             if self.experts is not None and self.layout.shards == (spec,):
-                self.router.dispatcher = local_dispatcher(self.experts, config.n_routed_experts)
+                self.router.dispatcher = local_dispatcher(self.experts)
         stage: StageModel | None = None
         if spec.stage is not None:
             stage = StageModel.load(
@@ -155,15 +156,16 @@ class Worker:
             moe = self._remote or self.router
             self.stage = StageRole(stage, moe, num_pages=boot.num_pages, page_size=boot.page_size)
         if device.type == "cuda" and boot.limits is not None:
-            self._prepare(boot.limits, config.num_experts_per_tok)
+            self._prepare(boot.limits, config)
 
-    def _prepare(self, limits: StepLimits, top_k: int) -> None:
+    def _prepare(self, limits: StepLimits, config: ModelConfig) -> None:
         """Compiles, tunes and records before the first step, which has no time for it."""
         if self.stage is not None:
             self.stage.prepare(limits)
         elif self.router is not None:
             self.router.model.warm_up(limits.max_batch_tokens)
-        elif self.experts is not None:
+        elif self.experts is not None and config.moe is not None:
+            top_k = config.moe.num_experts_per_tok
             self.experts.warm_up(limits.max_batch_tokens * top_k)
             self.experts.warm_up_shares(min(BROADCAST_TOKENS, limits.max_batch_tokens), top_k)
 

@@ -15,24 +15,24 @@ def check_fits(config: ModelConfig, ops: Ops, dtype: torch.dtype, page_size: int
 
 
 def _shape(config: ModelConfig, dtype: torch.dtype, page_size: int) -> ModelShape:
+    attention = config.attention
     inner: tuple[int, ...] = ()
     stacked: tuple[int, ...] = ()
     if config.fp8_block is not None:
-        query_width = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-        shared_width = config.n_shared_experts * config.moe_intermediate_size
-        hidden = (config.intermediate_size, shared_width, config.moe_intermediate_size)
-        values = config.num_attention_heads * config.v_head_dim
-        inner = (config.hidden_size, values, *hidden)
-        if config.q_lora_rank is not None:
-            inner = (*inner, config.q_lora_rank)
-        stacked = (config.q_lora_rank or query_width, *hidden)
+        hidden = [config.intermediate_size]
+        if config.moe is not None:
+            hidden += [config.moe.shared_intermediate_size, config.moe.moe_intermediate_size]
+        inner = (config.hidden_size, attention.num_attention_heads * attention.v_head_dim, *hidden)
+        if attention.q_lora_rank is not None:
+            inner = (*inner, attention.q_lora_rank)
+        stacked = (attention.q_lora_rank or attention.num_attention_heads * attention.qk_head_dim, *hidden)
     return ModelShape(
         dtype=dtype,
         page_size=page_size,
-        num_latent=config.kv_lora_rank,
-        num_rotated=config.qk_rope_head_dim,
-        num_nope=config.qk_nope_head_dim,
-        num_values=config.v_head_dim,
+        num_latent=attention.kv_lora_rank,
+        num_rotated=attention.qk_rope_head_dim,
+        num_nope=attention.qk_nope_head_dim,
+        num_values=attention.v_head_dim,
         fp8_block=config.fp8_block,
         inner_widths=inner,
         stacked_rows=stacked,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kernels.ops import Rotation, Weight
 from r1_cluster.models.batch import AttentionBatch
+from r1_cluster.models.deepseek import softmax_scale
 from r1_cluster.models.layers import Loader
-from r1_cluster.models.rope import softmax_scale
 from r1_cluster.weights.names import layer_tensor
 
 
@@ -20,20 +20,20 @@ class Mla:
     """One layer's attention, from the normed hidden states to the output projection."""
 
     def __init__(self, loader: Loader, layer: int) -> None:
-        config = loader.config
+        shape = loader.config.attention
         self._ops = loader.ops
         self._tiled = loader.deterministic
         self._eps = 1e-6  # of both inner norms, whatever rms_norm_eps says: DeepSeek-V3 inference/model.py
-        self._scale = softmax_scale(config)
-        self._num_heads = config.num_attention_heads
-        self._num_latent = config.kv_lora_rank
-        self._num_nope = config.qk_nope_head_dim
-        query = "q" if config.q_lora_rank is None else "q_a"
+        self._scale = softmax_scale(loader.config)
+        self._num_heads = shape.num_attention_heads
+        self._num_latent = shape.kv_lora_rank
+        self._num_nope = shape.qk_nope_head_dim
+        query = "q" if shape.q_lora_rank is None else "q_a"
         self._down = loader.weight(layer_tensor(layer, query), layer_tensor(layer, "kv_a"))
         self._query_width = loader.checkpoint.shape(layer_tensor(layer, query))[0]
         self._q_norm: Tensor | None = None
         self._q_up: Weight | None = None
-        if config.q_lora_rank is not None:
+        if shape.q_lora_rank is not None:
             self._q_norm = loader.get(layer_tensor(layer, "q_a_norm"))
             self._q_up = loader.weight(layer_tensor(layer, "q_b"))
         self._kv_norm = loader.get(layer_tensor(layer, "kv_a_norm"))

@@ -21,17 +21,18 @@ class RouterModel:
     """Gates and shared experts of some MoE layers."""
 
     def __init__(self, loader: Loader, layers: Sequence[int]) -> None:
-        config = loader.config
+        moe = loader.config.moe
+        assert moe is not None, "only layers with experts have a router"
         self.device = loader.device
         self.dtype = loader.dtype
         self._ops = loader.ops
         self._tiled = loader.deterministic
         self._routing = Routing(
-            num_groups=config.n_group,
-            top_groups=config.topk_group,
-            top_k=config.num_experts_per_tok,
-            normalize=config.norm_topk_prob,
-            scaling=config.routed_scaling_factor,
+            num_groups=moe.n_group,
+            top_groups=moe.topk_group,
+            top_k=moe.num_experts_per_tok,
+            normalize=moe.norm_topk_prob,
+            scaling=moe.routed_scaling_factor,
         )
         self._gates = {
             layer: (
@@ -81,13 +82,13 @@ class ExpertModel:
     """The routed experts [experts.start, experts.stop) of some MoE layers."""
 
     def __init__(self, loader: Loader, layers: Sequence[int], experts: range) -> None:
-        config = loader.config
-        if not 0 <= experts.start < experts.stop <= config.n_routed_experts or experts.step != 1:
-            raise ValueError(f"{experts} is no range of the {config.n_routed_experts} routed experts")
+        num_experts = 0 if loader.config.moe is None else loader.config.moe.n_routed_experts
+        if not 0 <= experts.start < experts.stop <= num_experts or experts.step != 1:
+            raise ValueError(f"{experts} is no range of the {num_experts} routed experts")
         self.experts = experts
         self.device = loader.device
         self._dtype = loader.dtype
-        self._width = config.hidden_size
+        self._width = loader.config.hidden_size
         self._ops = loader.ops
         self._tiled = loader.deterministic
         self._weights = {layer: _load_experts(loader, layer, experts) for layer in layers}
@@ -193,7 +194,7 @@ def _load_experts(loader: Loader, layer: int, experts: range) -> tuple[Weight, W
     names = [routed_expert(layer, expert, part) for expert in experts for part in ("gate", "up", "down")]
     if loader.ops.KEEPS_FP8 and all(loader.checkpoint.is_fp8(name) for name in names):
         return _load_scaled_experts(loader, layer, experts)
-    width, hidden = loader.config.hidden_size, loader.config.moe_intermediate_size
+    hidden, width = loader.checkpoint.shape(names[0])
     gate_up = torch.empty(len(experts), 2 * hidden, width, dtype=loader.dtype, device=loader.device)
     down = torch.empty(len(experts), width, hidden, dtype=loader.dtype, device=loader.device)
     for i, expert in enumerate(experts):

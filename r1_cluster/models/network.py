@@ -55,7 +55,7 @@ class StageModel:
         self._layers = [_Layer(loader, layer) for layer in layers]
         self._final_norm = loader.get(FINAL_NORM) if self.is_last else None
         self._head = loader.get(HEAD) if self.is_last else None
-        self._rope_table = rope_table(config, loader.device)
+        self._rope_table = rope_table(config.rope, config.max_position_embeddings, loader.device)
 
     @classmethod
     def load(
@@ -73,7 +73,7 @@ class StageModel:
 
     def new_cache(self, num_pages: int, page_size: int) -> list[Tensor]:
         """An empty latent cache [num_pages, page_size, C + R] for each own layer."""
-        shape = (num_pages, page_size, self.config.latent_dim)
+        shape = (num_pages, page_size, self.config.attention.cache_width)
         return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self._layers]
 
     def hidden(self, num_rows: int) -> Tensor:

@@ -7,22 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from r1_cluster.models.config import ModelConfig, Yarn
-
-
-def _mscale(factor: float, mscale: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def softmax_scale(config: ModelConfig) -> float:
-    """What scores are multiplied by: 1 / sqrt(qk head width), under YaRN times mscale².
-
-    Its mscale is that of `mscale_all_dim`. Source: DeepSeek-V3 inference/model.py, class MLA.
-    """
-    scale = 1.0 / math.sqrt(config.qk_nope_head_dim + config.qk_rope_head_dim)
-    if config.yarn is not None and config.yarn.mscale_all_dim:
-        scale *= _mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
-    return scale
+from r1_cluster.models.config import Rope, Yarn
 
 
 def _correction_dim(rotations: float, dim: int, theta: float, length: int) -> float:
@@ -44,20 +29,19 @@ def _yarn_frequencies(frequencies: Tensor, yarn: Yarn, theta: float) -> Tensor:
     return frequencies / yarn.factor * ramp + frequencies * (1 - ramp)
 
 
-def rope_table(config: ModelConfig, device: torch.device) -> Tensor:
-    """[max_position_embeddings, R] float32: cos and sin of each pair of dimensions, alternating.
+def rope_table(rope: Rope, num_positions: int, device: torch.device) -> Tensor:
+    """[num_positions, R] float32: cos and sin of each pair of dimensions, alternating.
 
     Under YaRN both carry the factor mscale / mscale_all_dim (arXiv:2309.00071, section 3.4; R1's is 1).
     """
-    dim = config.qk_rope_head_dim
-    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    frequencies = 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
     amplitude = 1.0
-    if (yarn := config.yarn) is not None:
-        frequencies = _yarn_frequencies(frequencies, yarn, config.rope_theta)
+    if (yarn := rope.yarn) is not None:
+        frequencies = _yarn_frequencies(frequencies, yarn, rope.theta)
         if yarn.mscale and yarn.mscale_all_dim:
-            amplitude = _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
+            amplitude = yarn.magnitude(yarn.mscale) / yarn.magnitude(yarn.mscale_all_dim)
         else:
-            amplitude = _mscale(yarn.factor, 1.0)
-    angles = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32), frequencies)
+            amplitude = yarn.magnitude(1.0)
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
     table = torch.stack((angles.cos(), angles.sin()), dim=-1).mul_(amplitude)
     return table.flatten(1).to(device)

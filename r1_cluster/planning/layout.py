@@ -44,7 +44,6 @@ class Layout:
 
     workers: tuple[WorkerSpec, ...]
     num_layers: int
-    first_moe_layer: int
     spares: tuple[WorkerSpec, ...] = ()
 
     @property
@@ -83,10 +82,12 @@ class Layout:
 
 def build_layout(config: LayoutConfig, model: ModelConfig) -> Layout:
     """The layout of a service on a model; raises ConfigError with the numbers where it cannot be."""
-    num_layers, num_experts = model.num_hidden_layers, model.n_routed_experts
-    first_moe = model.first_k_dense_replace
+    num_layers, moe_layers = model.num_hidden_layers, model.moe_layers
     stages = _spans(config.stages, num_layers, "layout.stages", "layers")
-    shards = _spans(config.expert_shards, num_experts, "layout.expert_shards", "experts")
+    shards: list[Span] = []
+    if model.moe is not None:
+        num_experts = model.moe.n_routed_experts
+        shards = _spans(config.expert_shards, num_experts, "layout.expert_shards", "experts")
     spares = tuple(WorkerSpec(f"spare-{i}") for i in range(config.spares))
     if config.kind == "colocated":
         if len(stages) > 1 or len(shards) > 1:
@@ -94,21 +95,20 @@ def build_layout(config: LayoutConfig, model: ModelConfig) -> Layout:
                 f"layout.kind: colocated puts everything in one worker, but {len(stages)} stages and "
                 f"{len(shards)} expert shards are asked for: use kind: disaggregated, or leave both out"
             )
-        has_moe = first_moe < num_layers
-        only = WorkerSpec(
-            "stage-0", stages[0], stages[0] if has_moe else None, shards[0] if has_moe else None
-        )
+        only = WorkerSpec("stage-0", stages[0])
+        if moe_layers:
+            only = WorkerSpec("stage-0", stages[0], stages[0], shards[0])
         if config.redundant_experts:
             raise ConfigError(
                 "layout.redundant_experts: expert shards have further hosts in kind: disaggregated alone"
             )
-        return Layout((only,), num_layers, first_moe, spares)
+        return Layout((only,), num_layers, spares)
     workers = [WorkerSpec(f"stage-{i}", stage=span) for i, span in enumerate(stages)]
-    workers += [WorkerSpec(f"router-{i}", router=s) for i, s in enumerate(stages) if s[1] > first_moe]
+    workers += [WorkerSpec(f"router-{i}", router=s) for i, s in enumerate(stages) if s[1] > moe_layers.start]
     workers += [WorkerSpec(f"experts-{i}", experts=span) for i, span in enumerate(shards)]
     for copy in range(1, config.redundant_experts + 1):
         workers += [WorkerSpec(f"experts-{i}-copy-{copy}", experts=span) for i, span in enumerate(shards)]
-    return Layout(tuple(workers), num_layers, first_moe, spares)
+    return Layout(tuple(workers), num_layers, spares)
 
 
 def _spans(wanted: int | list[str], total: int, key: str, what: str) -> list[Span]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from r1_cluster.comm.wire import MAX_PAYLOAD_BYTES
 
 if TYPE_CHECKING:
-    from r1_cluster.models.config import ModelConfig
+    from r1_cluster.models.config import MlaShape, ModelConfig, MoeShape
     from r1_cluster.planning.layout import Layout, WorkerSpec
 
 _EXPANDED_KEYS = 16384  # `kernels.triton_attention` expands no more at once, but for one longer sequence
@@ -36,55 +36,65 @@ def worker_bytes(
 ) -> dict[str, int]:
     """Bytes by part for what a worker hosts, in BF16 (`item_bytes`): only what its own roles need."""
     num_tokens = max(max_batch_tokens, max_num_seqs)
-    shards = layout.shards
-    here = worker.router is not None and shards == (worker,)  # then tokens are not sorted to be sent
-    row_bytes = config.num_experts_per_tok * config.hidden_size * item_bytes
-    # What `LinkDispatcher` sends at once, were all of it for one shard.
-    num_piece = num_tokens if here else min(num_tokens, max(MAX_PAYLOAD_BYTES // row_bytes, 1))
     parts: dict[str, int] = {}
     if worker.stage is not None:
         first, last = worker.stage
+        pages = (last - first) * num_pages * page_size
         parts |= {
-            "pages": (last - first) * num_pages * page_size * config.latent_dim * item_bytes,
-            "expanded keys and values": _expanded(config, max_context_len) * item_bytes,
+            "pages": pages * config.attention.cache_width * item_bytes,
+            "expanded keys and values": _expanded(config.attention, max_context_len) * item_bytes,
             "a stage's rows": num_tokens * _stage_row(config) * item_bytes,
             "attention parts and graphs": _DECODE_PARTS_BYTES + _GRAPHS_BYTES,
         }
         if last == layout.num_layers:
             parts["logits"] = 2 * max_num_seqs * config.vocab_size * 4
-    if worker.router is not None:
-        shared = config.n_shared_experts * config.moe_intermediate_size
-        gate_bytes = 4 * config.hidden_size + 8 * config.n_routed_experts
-        row = (2 * config.hidden_size + 3 * shared) * item_bytes + gate_bytes
-        parts["a router's rows"] = num_tokens * row
-        if not here:
-            # There, back, in order, and weighted in float32; and the sum.
-            rows = num_piece * config.num_experts_per_tok
-            parts["rows to and from experts"] = (
-                rows * (4 * item_bytes + 4) + num_piece * 4
-            ) * config.hidden_size
-    if worker.experts is not None:
-        num_experts = worker.experts[1] - worker.experts[0]
-        rows = num_piece * min(config.num_experts_per_tok, num_experts)
-        slots = rows + min(num_experts, rows) * (_SLOT_BLOCK - 1)
-        parts["experts' rows"] = (
-            slots * (2 * config.hidden_size + 3 * config.moe_intermediate_size) * item_bytes
+    if config.moe is not None:
+        here = worker.router is not None and layout.shards == (worker,)
+        parts |= _moe_bytes(
+            config.moe, config.hidden_size, worker, here=here, num_tokens=num_tokens, item_bytes=item_bytes
         )
     if num_links := _num_links(layout, worker):
         parts["links"] = num_links * _LINK_BYTES
     return parts
 
 
-def _expanded(config: ModelConfig, max_context_len: int) -> int:
+def _moe_bytes(
+    moe: MoeShape, width: int, worker: WorkerSpec, *, here: bool, num_tokens: int, item_bytes: int
+) -> dict[str, int]:
+    """Of a router's and an expert shard's rows; `here` are both, and tokens are not sorted to be sent."""
+    top_k = moe.num_experts_per_tok
+    # What `LinkDispatcher` sends at once, were all of it for one shard.
+    most = max(MAX_PAYLOAD_BYTES // (top_k * width * item_bytes), 1)
+    num_piece = num_tokens if here else min(num_tokens, most)
+    parts: dict[str, int] = {}
+    if worker.router is not None:
+        gate_bytes = 4 * width + 8 * moe.n_routed_experts
+        row = (2 * width + 3 * moe.shared_intermediate_size) * item_bytes + gate_bytes
+        parts["a router's rows"] = num_tokens * row
+        if not here:
+            # There, back, in order, and weighted in float32; and the sum.
+            rows = num_piece * top_k
+            parts["rows to and from experts"] = (rows * (4 * item_bytes + 4) + num_piece * 4) * width
+    if worker.experts is not None:
+        num_experts = worker.experts[1] - worker.experts[0]
+        rows = num_piece * min(top_k, num_experts)
+        slots = rows + min(num_experts, rows) * (_SLOT_BLOCK - 1)
+        parts["experts' rows"] = slots * (2 * width + 3 * moe.moe_intermediate_size) * item_bytes
+    return parts
+
+
+def _expanded(attention: MlaShape, max_context_len: int) -> int:
     """Elements of keys and values, and of the latents that they come from."""
-    widths = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim) + config.latent_dim
+    head = attention.qk_nope_head_dim + attention.v_head_dim
+    widths = attention.num_attention_heads * head + attention.cache_width
     return max(_EXPANDED_KEYS, max_context_len) * widths
 
 
 def _stage_row(config: ModelConfig) -> int:
     """Elements of a token's row in attention and a dense MLP."""
-    query = config.num_attention_heads * (2 * config.kv_lora_rank + 3 * config.qk_nope_head_dim)
-    return 6 * config.hidden_size + query + 3 * config.intermediate_size
+    attention = config.attention
+    head = 2 * attention.kv_lora_rank + 3 * attention.qk_nope_head_dim
+    return 6 * config.hidden_size + attention.num_attention_heads * head + 3 * config.intermediate_size
 
 
 def _num_links(layout: Layout, worker: WorkerSpec) -> int:

@@ -72,33 +72,36 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
                 dense_mlp(layer, p): s for p, s in _mlp_shapes(width, config.intermediate_size).items()
             }
             continue
-        shapes[layer_tensor(layer, "gate")] = (config.n_routed_experts, width)
-        shapes[layer_tensor(layer, "gate_bias")] = (config.n_routed_experts,)
-        shared_width = config.n_shared_experts * config.moe_intermediate_size
+        moe = config.moe
+        assert moe is not None
+        shapes[layer_tensor(layer, "gate")] = (moe.n_routed_experts, width)
+        shapes[layer_tensor(layer, "gate_bias")] = (moe.n_routed_experts,)
+        shared_width = moe.shared_intermediate_size
         shapes |= {shared_experts(layer, p): s for p, s in _mlp_shapes(width, shared_width).items()}
-        for part, shape in _mlp_shapes(width, config.moe_intermediate_size).items():
-            for expert in range(config.n_routed_experts):
+        for part, shape in _mlp_shapes(width, moe.moe_intermediate_size).items():
+            for expert in range(moe.n_routed_experts):
                 shapes[routed_expert(layer, expert, part)] = shape
     return shapes
 
 
 def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    width, heads = config.hidden_size, config.num_attention_heads
-    query_width = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    width, attention = config.hidden_size, config.attention
+    heads = attention.num_attention_heads
+    query_width = heads * attention.qk_head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "input_norm": (width,),
         "mlp_norm": (width,),
-        "kv_a": (config.latent_dim, width),
-        "kv_a_norm": (config.kv_lora_rank,),
-        "kv_b": (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
-        "o": (width, heads * config.v_head_dim),
+        "kv_a": (attention.cache_width, width),
+        "kv_a_norm": (attention.kv_lora_rank,),
+        "kv_b": (heads * (attention.qk_nope_head_dim + attention.v_head_dim), attention.kv_lora_rank),
+        "o": (width, heads * attention.v_head_dim),
     }
-    if config.q_lora_rank is None:
+    if attention.q_lora_rank is None:
         return shapes | {"q": (query_width, width)}
     return shapes | {
-        "q_a": (config.q_lora_rank, width),
-        "q_a_norm": (config.q_lora_rank,),
-        "q_b": (query_width, config.q_lora_rank),
+        "q_a": (attention.q_lora_rank, width),
+        "q_a_norm": (attention.q_lora_rank,),
+        "q_b": (query_width, attention.q_lora_rank),
     }
 
 

@@ -6,11 +6,11 @@ from small_model import FP8_SHAPE, config_values
 
 from benchmarks.kernels import Ceilings
 from benchmarks.layers import PAGE, build, decode_plan, floor_s, r1_config, step_work
-from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.family import parse_config
 
 
 def test_a_random_model_decodes():
-    config = ModelConfig.from_dict(config_values(**FP8_SHAPE))
+    config = parse_config(config_values(**FP8_SHAPE))
     stage = build(config, torch.device("cpu"), torch.float32, 8)
     hidden, tokens = stage.forward(decode_plan(3, PAGE + 5, config.vocab_size, 0), None)
     assert hidden.isfinite().all()
@@ -19,7 +19,7 @@ def test_a_random_model_decodes():
 
 def test_the_shape_is_that_of_r1():
     config = r1_config(3, 256)
-    assert (config.latent_dim, config.moe_layers) == (576, range(1, 3))
+    assert (config.attention.cache_width, config.moe_layers) == (576, range(1, 3))
 
 
 def test_floors_are_those_of_r1s_arithmetic():

@@ -21,7 +21,6 @@ LAYOUT = Layout(
         WorkerSpec("experts-0-copy-1", experts=(0, 4)),
     ),
     2,
-    1,
 )
 
 

@@ -9,7 +9,7 @@ from r1_cluster.engine.pages import PageAllocator
 from r1_cluster.engine.pipeline import Deposed, Member, WorkerLost
 from r1_cluster.engine.recovery import EngineFailed, Recovery
 from r1_cluster.engine.scheduler import Limits, Scheduler
-from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.family import parse_config
 from r1_cluster.planning.layout import build_layout
 from r1_cluster.records import NOBODY, Request, SamplingParams, StepResult
 
@@ -50,7 +50,7 @@ class Pipeline:
 
 class Harness:
     def __init__(self, **layout):
-        model = ModelConfig.from_dict(config_values())
+        model = parse_config(config_values())
         config = LayoutConfig(kind="disaggregated", stages=2, expert_shards=2, **layout)
         self.pipeline = Pipeline(build_layout(config, model))
         self.scheduler = Scheduler(Limits(4, 64, 100), PageAllocator(16, 8), frozenset())

@@ -24,7 +24,7 @@ from r1_cluster.engine.pulse import Pulse
 from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.engine.streams import TokenFan, TokenSink
 from r1_cluster.engine.worker import Worker
-from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.family import load_config
 from r1_cluster.planning.layout import build_layout
 from r1_cluster.planning.memory import OutOfDeviceMemory, worker_bytes
 from r1_cluster.records import Request, SamplingParams
@@ -60,7 +60,7 @@ class Cluster:
     ):
         self.num_descriptors = num_descriptors()
         self.transport = transport
-        config = ModelConfig.from_folder(checkpoint)
+        config = load_config(checkpoint)
         self.layout = build_layout(LayoutConfig(**layout), config)
         names = [spec.name for spec in (*self.layout.workers, *self.layout.spares)]
         self.boots = {name: self.boot(checkpoint, name, num_pages, lease_s, step_timeout_s) for name in names}
@@ -394,12 +394,12 @@ def test_what_was_held_before_a_stage_lost_its_kv_is_offered_to_nobody(checkpoin
 
 def test_a_step_whose_rows_fit_no_message_gives_the_same_text(checkpoint, monkeypatch):
     """Hidden states of a whole step fit, its rows for experts do not."""
-    config = ModelConfig.from_folder(checkpoint)
+    config = load_config(checkpoint)
     asked = requests(6)
     cluster = Cluster(checkpoint, LAYOUTS["disaggregated"])
     try:
         texts = cluster.run(asked)
-        assert config.num_experts_per_tok > 1
+        assert config.moe.num_experts_per_tok > 1
         monkeypatch.setattr(wire, "MAX_PAYLOAD_BYTES", 64 * config.hidden_size * 4)
         assert cluster.run(asked) == texts
         assert cluster.core.recovery.num_recoveries == 0
@@ -410,7 +410,7 @@ def test_a_step_whose_rows_fit_no_message_gives_the_same_text(checkpoint, monkey
 @pytest.mark.parametrize("layout", ["disaggregated", "two stages without experts between"])
 def test_what_cannot_be_sent_ends_the_engine_and_no_worker(checkpoint, monkeypatch, layout):
     """A message that does not fit would not fit on its way to a new worker either."""
-    config = ModelConfig.from_folder(checkpoint)
+    config = load_config(checkpoint)
     stages = {"kind": "disaggregated", "stages": ["0-0", "1-3"]}  # the first has no router to refuse
     cluster = Cluster(checkpoint, stages if "two" in layout else LAYOUTS[layout])
     try:
@@ -460,7 +460,7 @@ def test_nonsense_costs_its_sender_the_link_and_nobody_else(checkpoint):
 @pytest.mark.parametrize("name", ["stage-0", "stage-1", "router-0", "experts-1"])
 def test_every_role_asks_for_the_memory_that_it_needs(checkpoint, monkeypatch, name):
     """By a stand-in for a device's free memory, which counts once the weights are there."""
-    config = ModelConfig.from_folder(checkpoint)
+    config = load_config(checkpoint)
     layout = build_layout(LayoutConfig(**LAYOUTS["disaggregated"]), config)
     (spec,) = [worker for worker in layout.workers if worker.name == name]
     limits = StepLimits(16, 64, 200)

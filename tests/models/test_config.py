@@ -1,4 +1,4 @@
-"""ModelConfig reads what is published, and says in one sentence what it cannot run."""
+"""Configurations are read as they are published, or refused: one sentence says what cannot be run."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from small_model import YARN, config_values
 
-from r1_cluster.models.config import ModelConfig, ModelConfigError, UnsupportedModel
+from r1_cluster.models.config import ModelConfigError, UnsupportedModel
+from r1_cluster.models.family import load_config, parse_config
 
 R1 = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -49,15 +50,15 @@ R1 = {
 
 
 def test_r1_as_published():
-    config = ModelConfig.from_dict(R1)
-    assert config.latent_dim == 576
+    config = parse_config(R1)
+    assert config.attention.cache_width == 576
     assert config.moe_layers == range(3, 61)
     assert config.fp8_block == (128, 128)
     assert config.dtype == "bfloat16"
     assert config.eos_token_ids == (1,)
-    assert config.yarn is not None
-    assert config.yarn.factor == 40.0
-    assert config.yarn.truncate
+    assert config.rope.yarn is not None
+    assert config.rope.yarn.factor == 40.0
+    assert config.rope.yarn.truncate
 
 
 def test_what_transformers_writes_means_the_same(tmp_path):
@@ -67,12 +68,12 @@ def test_what_transformers_writes_means_the_same(tmp_path):
     DeepseekV3Config(**values).save_pretrained(tmp_path)
     written = json.loads(Path(tmp_path, "config.json").read_text())
     assert "rope_parameters" in written
-    assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_dict(values)
+    assert load_config(tmp_path) == parse_config(values)
 
 
 def test_other_architectures_are_named():
     with pytest.raises(UnsupportedModel) as error:
-        ModelConfig.from_dict({"architectures": ["Qwen2ForCausalLM"]})
+        parse_config({"architectures": ["Qwen2ForCausalLM"]})
     assert str(error.value) == "Qwen2ForCausalLM is not supported; supported: DeepseekV3ForCausalLM"
 
 
@@ -89,7 +90,7 @@ def test_other_architectures_are_named():
 )
 def test_other_variants_are_named(changes, words):
     with pytest.raises(UnsupportedModel) as error:
-        ModelConfig.from_dict(config_values(**changes))
+        parse_config(config_values(**changes))
     assert words in str(error.value)
 
 
@@ -116,16 +117,16 @@ def test_other_variants_are_named(changes, words):
 )
 def test_contradictions_name_their_key(changes, words):
     with pytest.raises(ModelConfigError) as error:
-        ModelConfig.from_dict(config_values(**changes))
+        parse_config(config_values(**changes))
     assert words in str(error.value)
 
 
 def test_a_folder_without_a_readable_config(tmp_path):
     with pytest.raises(ModelConfigError, match="is not there"):
-        ModelConfig.from_folder(tmp_path)
+        load_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelConfigError, match="cannot be read"):
-        ModelConfig.from_folder(tmp_path)
+        load_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ModelConfigError, match="must hold a JSON object"):
-        ModelConfig.from_folder(tmp_path)
+        load_config(tmp_path)

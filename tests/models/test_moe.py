@@ -10,7 +10,7 @@ from small_model import config_values, write_checkpoint
 
 from kernels import cpu, reference
 from kernels.ops import Routing, for_device
-from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.family import load_config
 from r1_cluster.models.moe import ExpertModel, RouterModel
 from r1_cluster.weights.checkpoint import Checkpoint
 
@@ -25,13 +25,13 @@ def folder(tmp_path_factory):
 
 
 def load(folder, layers, experts, deterministic=True):
-    config = ModelConfig.from_folder(folder)
+    config = load_config(folder)
     with Checkpoint(folder, config) as checkpoint:
         return ExpertModel.load(config, checkpoint, layers, experts, **OPTIONS, deterministic=deterministic)
 
 
 def load_router(folder, layers):
-    config = ModelConfig.from_folder(folder)
+    config = load_config(folder)
     with Checkpoint(folder, config) as checkpoint:
         return RouterModel.load(config, checkpoint, layers, **OPTIONS, deterministic=False)
 

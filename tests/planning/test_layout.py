@@ -5,7 +5,7 @@ import pytest
 from r1_cluster.config import ConfigError, Layout
 from r1_cluster.planning.layout import build_layout
 
-MODEL = SimpleNamespace(num_hidden_layers=4, n_routed_experts=8, first_k_dense_replace=1)
+MODEL = SimpleNamespace(num_hidden_layers=4, moe_layers=range(1, 4), moe=SimpleNamespace(n_routed_experts=8))
 
 
 def build(model=MODEL, **layout):

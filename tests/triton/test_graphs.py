@@ -13,7 +13,7 @@ from kernels import ops
 from r1_cluster.comm.device_dispatch import DeviceDispatcher
 from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.roles import RouterRole, StageRole, local_dispatcher
-from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.family import load_config
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.records import SampleSpec, StepPlan, pack_int32
 from r1_cluster.weights.checkpoint import Checkpoint
@@ -85,14 +85,14 @@ class Stage:
     """A stage with its router and, where `local`, its experts; else they are asked as over a link."""
 
     def __init__(self, folder, local, dtype=torch.float32, deterministic=False):
-        config = ModelConfig.from_folder(folder)
+        config = load_config(folder)
         options = {"dtype": dtype, "device": torch.device("cpu"), "deterministic": deterministic}
         with Checkpoint(folder, config) as checkpoint:
             model = StageModel.load(config, checkpoint, range(config.num_hidden_layers), **options)
             router = RouterRole(RouterModel.load(config, checkpoint, config.moe_layers, **options))
-            every = range(config.n_routed_experts)
+            every = range(config.moe.n_routed_experts)
             experts = ExpertModel.load(config, checkpoint, config.moe_layers, every, **options)
-        router.dispatcher = local_dispatcher(experts, len(every))
+        router.dispatcher = local_dispatcher(experts)
         assert isinstance(router.dispatcher, DeviceDispatcher)
         self.calls = 0
         self.idle_s = 0.0
@@ -203,9 +203,9 @@ def test_a_decode_step_is_our_kernels_and_the_products_of_a_library(folder, reco
 
 
 def test_shares_of_shards_add_up_to_the_mixture(folder):
-    config = ModelConfig.from_folder(folder)
+    config = load_config(folder)
     options = {"dtype": torch.float32, "device": torch.device("cpu"), "deterministic": False}
-    layer, num_experts = config.moe_layers[0], config.n_routed_experts
+    layer, num_experts = config.moe_layers[0], config.moe.n_routed_experts
     spans = [range(num_experts // 2), range(num_experts // 2, num_experts)]
     with Checkpoint(folder, config) as checkpoint:
         whole, *shards = [

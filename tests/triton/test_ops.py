@@ -16,7 +16,8 @@ from small_model import FP8_SHAPE, KERNEL_SHAPE, SmallModel, config_values, to_f
 
 from kernels import cpu, ops, reference
 from r1_cluster.engine.sampler import sample
-from r1_cluster.models.config import ModelConfig, UnsupportedModel
+from r1_cluster.models.config import UnsupportedModel
+from r1_cluster.models.family import parse_config
 from r1_cluster.models.fitting import check_fits
 from r1_cluster.records import SampleSpec, SamplingParams
 
@@ -208,10 +209,10 @@ def test_the_sampler_draws_as_plain_torch_does(triton_ops):
 )
 def test_what_the_kernels_cannot_serve_is_named_before_anything_starts(triton_ops, changes, words):
     page_size = changes.pop("page_size", 16)
-    config = ModelConfig.from_dict(config_values(**FP8_SHAPE | changes))
+    config = parse_config(config_values(**FP8_SHAPE | changes))
     with pytest.raises(UnsupportedModel, match=words):
         check_fits(config, triton_ops, torch.bfloat16, page_size)
-    check_fits(ModelConfig.from_dict(config_values(**FP8_SHAPE)), triton_ops, torch.bfloat16, 16)
+    check_fits(parse_config(config_values(**FP8_SHAPE)), triton_ops, torch.bfloat16, 16)
 
 
 def test_r1_fits(triton_ops):
@@ -234,5 +235,5 @@ def test_r1_fits(triton_ops):
         "n_group": 8,
         "topk_group": 4,
     }
-    config = ModelConfig.from_dict(R1_CONFIG | shape | fp8)
+    config = parse_config(R1_CONFIG | shape | fp8)
     check_fits(config, triton_ops, torch.bfloat16, 64)

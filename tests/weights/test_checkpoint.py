@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import save_file
 from small_model import config_values, random_tensors, write_checkpoint
 
-from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.family import parse_config
 from r1_cluster.weights.checkpoint import INDEX, SINGLE, Checkpoint, CheckpointError
 from r1_cluster.weights.names import layer_of
 
 CPU = torch.device("cpu")
-CONFIG = ModelConfig.from_dict(config_values())
+CONFIG = parse_config(config_values())
 MTP = "model.layers.3.eh_proj.weight"
 
 
@@ -198,7 +198,7 @@ class TestFp8:
             intermediate_size=200,
             quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]},
         )
-        config = ModelConfig.from_dict(values)
+        config = parse_config(values)
         tensors = random_tensors(config, 0)
         tensors[self.name] = torch.randn(300, 200, generator=generator).to(torch.float8_e4m3fn)
         if scale is not None:

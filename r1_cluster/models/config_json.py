@@ -1,0 +1,133 @@
+"""Reading config.json key by key, in the words that all families share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypedDict, TypeVar
+
+from r1_cluster.models.config import ModelConfigError, Rope, UnsupportedModel, Yarn
+
+Values = Mapping[str, object]
+_T = TypeVar("_T")
+_MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers", "bos_token_id")
+
+
+class Common(TypedDict):
+    """The keys that every family's config.json has, as arguments of `ModelConfig`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    bos_token_id: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    fp8_block: tuple[int, int] | None
+
+
+def get(values: Values, key: str, kind: type[_T], default: _T | None = None) -> _T:
+    """One key's value. Raises ModelConfigError where it is missing or of another type."""
+    value = values.get(key, default)
+    if value is None:
+        raise ModelConfigError(f"config.json: the key {key} is missing")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ModelConfigError(f"config.json: {key} must be of type {kind.__name__}, it is {value!r}")
+    return value
+
+
+def check_only(architecture: str, values: Values, only: Values) -> None:
+    """Raises UnsupportedModel with every key whose value is another one than what can be run."""
+    faults = [
+        f"{key} {values[key]!r} (only {value!r})"
+        for key, value in only.items()
+        if values.get(key) is not None and values[key] != value
+    ]
+    if faults:
+        raise UnsupportedModel(f"{architecture} with " + ", ".join(faults) + " is not supported")
+
+
+def common(values: Values) -> Common:
+    """Raises ModelConfigError, and UnsupportedModel for a quantization that is not supported."""
+    quantization = values.get("quantization_config")
+    return {
+        "vocab_size": get(values, "vocab_size", int),
+        "hidden_size": get(values, "hidden_size", int),
+        "intermediate_size": get(values, "intermediate_size", int),
+        "num_hidden_layers": get(values, "num_hidden_layers", int),
+        "rms_norm_eps": get(values, "rms_norm_eps", float),
+        "max_position_embeddings": get(values, "max_position_embeddings", int),
+        "bos_token_id": get(values, "bos_token_id", int, 0),
+        "eos_token_ids": _eos_token_ids(values),
+        "dtype": str(values.get("dtype") or values.get("torch_dtype") or "bfloat16"),
+        "fp8_block": None if quantization is None else _fp8_block(quantization),
+    }
+
+
+def rope(values: Values, dim: int) -> Rope:
+    """As published (`rope_scaling`) or as transformers 5 writes it (`rope_parameters`)."""
+    found: dict[str, object] = {}
+    if "rope_theta" in values:
+        found["rope_theta"] = values["rope_theta"]
+    for key in ("rope_scaling", "rope_parameters"):
+        part = values.get(key)
+        if part is None:
+            continue
+        if not isinstance(part, dict):
+            raise ModelConfigError(f"config.json: {key} must be an object, it is {part!r}")
+        found.update(part)
+    return Rope(dim, get(found, "rope_theta", float), _yarn(found))
+
+
+def positive_faults(shape: object) -> list[str]:
+    """What of a shape's integers should be positive and is not."""
+    integers = {
+        name: value
+        for name, value in vars(shape).items()
+        if isinstance(value, int) and not isinstance(value, bool)
+    }
+    return [
+        f"{name} must be positive, it is {value}"
+        for name, value in integers.items()
+        if value < (0 if name in _MAY_BE_ZERO else 1)
+    ]
+
+
+def _yarn(values: Values) -> Yarn | None:
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise UnsupportedModel(f"rope type {kind!r} is not supported; supported: default, yarn")
+    return Yarn(
+        factor=get(values, "factor", float),
+        original_max_position_embeddings=get(values, "original_max_position_embeddings", int),
+        beta_fast=get(values, "beta_fast", float, 32.0),
+        beta_slow=get(values, "beta_slow", float, 1.0),
+        mscale=get(values, "mscale", float, 0.0),
+        mscale_all_dim=get(values, "mscale_all_dim", float, 0.0),
+        truncate=get(values, "truncate", bool, True),
+    )
+
+
+def _eos_token_ids(values: Values) -> tuple[int, ...]:
+    listed = values.get("eos_token_id")
+    if not isinstance(listed, list):
+        return (get(values, "eos_token_id", int, 1),)
+    return tuple(get({"eos_token_id": value}, "eos_token_id", int) for value in listed)
+
+
+def _fp8_block(quantization: object) -> tuple[int, int]:
+    values = quantization if isinstance(quantization, dict) else {}
+    if values.get("quant_method") != "fp8":
+        raise UnsupportedModel(f"quantization {quantization!r} is not supported; supported: fp8")
+    match values.get("weight_block_size"):
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+        case block:
+            raise ModelConfigError(
+                f"config.json: weight_block_size must be two positive integers, it is {block!r}"
+            )

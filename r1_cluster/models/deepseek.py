@@ -1,0 +1,100 @@
+"""DeepSeek-V3, R1's architecture: how its config.json is read."""
+
+from __future__ import annotations
+
+import math
+
+from r1_cluster.models.config import MlaShape, ModelConfig, ModelConfigError, MoeShape
+from r1_cluster.models.config_json import Values, check_only, common, get, positive_faults, rope
+
+ARCHITECTURE = "DeepseekV3ForCausalLM"
+
+
+def parse(values: Values) -> ModelConfig:
+    """From config.json's content. Raises UnsupportedModel for another variant, ModelConfigError for keys that
+    are missing, of the wrong type, or contradict each other."""
+    check_only(
+        ARCHITECTURE,
+        values,
+        {
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "moe_layer_freq": 1,
+            "rope_interleave": True,
+            "tie_word_embeddings": False,
+            "num_key_value_heads": values.get("num_attention_heads"),
+        },
+    )
+    attention, moe = _attention_shape(values), _moe_shape(values)
+    config = ModelConfig(
+        architecture=ARCHITECTURE,
+        **common(values),
+        num_nextn_predict_layers=get(values, "num_nextn_predict_layers", int, 0),
+        attention=attention,
+        moe=moe,
+        rope=rope(values, attention.qk_rope_head_dim),
+    )
+    faults = [*positive_faults(config), *positive_faults(attention), *positive_faults(moe)]
+    # The rotation reads pairs in place, so the rotary part must begin at an even offset.
+    for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"):
+        value = getattr(attention, name)
+        if value is not None and value % 2:
+            faults.append(f"{name} must be even, it is {value}")
+    if faults := faults or _group_faults(moe):
+        raise ModelConfigError("config.json: " + "; ".join(faults))
+    return config
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """What scores are multiplied by: 1 / sqrt(qk head width), under YaRN times the square of its magnitude.
+
+    Source: DeepSeek-V3 inference/model.py, class MLA.
+    """
+    scale = 1.0 / math.sqrt(config.attention.qk_head_dim)
+    if (yarn := config.rope.yarn) is not None and yarn.mscale_all_dim:
+        scale *= yarn.magnitude(yarn.mscale_all_dim) ** 2
+    return scale
+
+
+def _attention_shape(values: Values) -> MlaShape:
+    return MlaShape(
+        num_attention_heads=get(values, "num_attention_heads", int),
+        q_lora_rank=None if values.get("q_lora_rank") is None else get(values, "q_lora_rank", int),
+        kv_lora_rank=get(values, "kv_lora_rank", int),
+        qk_nope_head_dim=get(values, "qk_nope_head_dim", int),
+        qk_rope_head_dim=get(values, "qk_rope_head_dim", int),
+        v_head_dim=get(values, "v_head_dim", int),
+    )
+
+
+def _moe_shape(values: Values) -> MoeShape:
+    return MoeShape(
+        n_routed_experts=get(values, "n_routed_experts", int),
+        n_shared_experts=get(values, "n_shared_experts", int),
+        num_experts_per_tok=get(values, "num_experts_per_tok", int),
+        n_group=get(values, "n_group", int),
+        topk_group=get(values, "topk_group", int),
+        norm_topk_prob=get(values, "norm_topk_prob", bool, True),
+        routed_scaling_factor=get(values, "routed_scaling_factor", float),
+        moe_intermediate_size=get(values, "moe_intermediate_size", int),
+        first_k_dense_replace=get(values, "first_k_dense_replace", int),
+    )
+
+
+def _group_faults(moe: MoeShape) -> list[str]:
+    if moe.n_routed_experts % moe.n_group:
+        return [f"n_routed_experts {moe.n_routed_experts} is not a multiple of n_group {moe.n_group}"]
+    faults = []
+    group_size = moe.n_routed_experts // moe.n_group
+    if moe.topk_group > moe.n_group:
+        faults.append(f"topk_group {moe.topk_group} exceeds n_group {moe.n_group}")
+    if moe.n_group > 1 and group_size < 2:
+        faults.append(f"a group of {group_size} expert has no two best: n_group {moe.n_group} is too large")
+    if moe.num_experts_per_tok > moe.topk_group * group_size:
+        faults.append(
+            f"num_experts_per_tok {moe.num_experts_per_tok} exceeds the "
+            f"{moe.topk_group * group_size} experts of topk_group {moe.topk_group} groups"
+        )
+    return faults

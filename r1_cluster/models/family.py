@@ -1,0 +1,52 @@
+"""The architectures of the family: one entry for each, and what is asked of them by a model's config alone.
+
+Whoever only reads configurations, as the ingress does, imports this without torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from r1_cluster.models import deepseek
+from r1_cluster.models.config import ModelConfig, ModelConfigError, UnsupportedModel
+from r1_cluster.models.config_json import Values
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`parse` reads config.json's content; it raises ModelConfigError and UnsupportedModel."""
+
+    parse: Callable[[Values], ModelConfig]
+
+
+ARCHITECTURES = {deepseek.ARCHITECTURE: Architecture(deepseek.parse)}
+"""By the name in config.json's `architectures`."""
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """Reads FOLDER/config.json. Raises ModelConfigError or UnsupportedModel."""
+    file = Path(folder) / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelConfigError(f"{file} is not there: a checkpoint folder needs its config.json") from None
+    except (OSError, ValueError) as error:
+        raise ModelConfigError(f"{file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelConfigError(f"{file} must hold a JSON object, it holds {type(values).__name__}")
+    return parse_config(values)
+
+
+def parse_config(values: Values) -> ModelConfig:
+    """From config.json's content. Raises UnsupportedModel for another architecture or variant,
+    ModelConfigError for keys that are missing, of the wrong type, or contradict each other."""
+    listed = values.get("architectures")
+    names = listed if isinstance(listed, list) else []
+    known = [name for name in names if isinstance(name, str) and name in ARCHITECTURES]
+    if not known:
+        found = ", ".join(map(str, names)) or "an architecture that config.json does not name"
+        raise UnsupportedModel(f"{found} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[known[0]].parse(values)
