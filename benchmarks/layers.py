@@ -28,11 +28,11 @@ from kernels import tuned
 from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.roles import RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.config import ModelConfig
-from r1_cluster.models.family import parse_config
+from r1_cluster.models.family import parse_config, tensor_table
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
 from r1_cluster.weights.checkpoint import Checkpoint
-from r1_cluster.weights.names import HEAD, expected_shapes
+from r1_cluster.weights.tensors import Part, TensorSpec
 
 PAGE = 64
 STEPS = 20
@@ -47,7 +47,7 @@ class RandomCheckpoint:
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.path = Path("random")
-        self._shapes = expected_shapes(config)
+        self._shapes = {spec.name: spec.shape for spec in tensor_table(config)}
         self._device = device
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -147,30 +147,34 @@ def median_step_s(stage: StageRole, batch: int, context: int) -> float:
 def step_work(config: ModelConfig, batch: int, context: int) -> list[Work]:
     """What a decode step must move and compute, by part. Routing is taken as even: of E experts, batch · K
     draws reach E (1 - (1 - K/E)^batch)."""
-    shapes = expected_shapes(config)
+    table = [
+        spec for spec in tensor_table(config) if len(spec.shape) == 2
+    ]  # without norms and the gates' biases
+    assert config.moe is not None
     experts, top_k = config.moe.n_routed_experts, config.moe.num_experts_per_tok
     reached = experts * (1 - (1 - top_k / experts) ** batch)
 
-    def weights(part: str, names: list[str], item_bytes: int, read: float = 1.0, used: float = 1.0) -> Work:
-        size = sum(math.prod(shapes[name]) for name in names)
-        return _work(part, size * item_bytes * read, 2 * batch * size * used, fp8=item_bytes == 1)
+    def weights(
+        name: str, specs: list[TensorSpec], item_bytes: int, read: float = 1.0, used: float = 1.0
+    ) -> Work:
+        size = sum(math.prod(spec.shape) for spec in specs)
+        return _work(name, size * item_bytes * read, 2 * batch * size * used, fp8=item_bytes == 1)
 
-    matrices = [name for name in shapes if "_proj" in name]
-    routed = [name for name in matrices if ".experts." in name]
-    attention = [name for name in matrices if "self_attn" in name]
-    absorbed = [name for name in attention if "kv_b" in name]
-    rest = [name for name in matrices if name not in routed and name not in attention]
+    def of(*parts: Part) -> list[TensorSpec]:
+        return [spec for spec in table if spec.part in parts]
+
+    absorbed = [spec for spec in of("attention") if "kv_b" in spec.name]
     rows = batch * context * config.num_hidden_layers
     latent = config.attention
     scores = 2 * latent.num_attention_heads * (latent.cache_width + latent.kv_lora_rank)
     return [
-        weights("attention's products", [name for name in attention if name not in absorbed], 1),
+        weights("attention's products", [spec for spec in of("attention") if spec not in absorbed], 1),
         weights("keys and values absorbed", absorbed, 2),
         _work("attention over the latents", rows * latent.cache_width * 2, rows * scores, fp8=False),
-        weights("dense MLP and shared experts", rest, 1),
-        weights("routed experts", routed, 1, reached / experts, top_k / experts),
-        weights("gates", [name for name in shapes if name.endswith("mlp.gate.weight")], 4),
-        weights("head", [HEAD], 2),
+        weights("dense MLP and shared experts", of("mlp", "shared_experts"), 1),
+        weights("routed experts", of("experts"), 1, reached / experts, top_k / experts),
+        weights("gates", of("gate"), 4),
+        weights("head", of("head"), 2),
     ]
 
 

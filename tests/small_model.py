@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from r1_cluster.models.batch import AttentionBatch
-from r1_cluster.models.family import load_config, parse_config
+from r1_cluster.models.family import load_config, parse_config, tensor_table
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
 from r1_cluster.weights.checkpoint import Checkpoint
-from r1_cluster.weights.names import expected_shapes
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0)
@@ -94,8 +93,8 @@ def config_values(**changes):
 def random_tensors(config, seed):
     """Every tensor of the model, scaled so that activations, gates and attention are far from trivial."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, shape in expected_shapes(config).items():
+    found = {}
+    for name, shape, *_ in tensor_table(config):
         tensor = torch.randn(shape, generator=generator)
         if name.endswith("norm.weight"):
             tensor = 1 + 0.2 * tensor
@@ -103,8 +102,8 @@ def random_tensors(config, seed):
             tensor *= 0.1
         elif name != "model.embed_tokens.weight":
             tensor *= 1.5 / shape[1] ** 0.5
-        tensors[name] = tensor
-    return tensors
+        found[name] = tensor
+    return found
 
 
 def write_checkpoint(folder, values, seed=0):
@@ -151,7 +150,7 @@ class SmallModel:
     ):
         self.config = config = load_config(folder)
         options = {"dtype": dtype, "device": device, "deterministic": deterministic}
-        with Checkpoint(folder, config) as checkpoint:
+        with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
             edges = [0, *bounds, config.num_hidden_layers]
             self.stages = [
                 StageModel.load(config, checkpoint, range(a, b), **options) for a, b in pairwise(edges)

@@ -12,15 +12,14 @@ PACKAGES = ("kernels", "r1_cluster", "actors")
 
 # Each room may import from itself, from those on lower floors, and from those named beside it.
 FLOORS = [
-    {"records", "config", "text"},
+    {"records", "config", "text", "weights"},
     {"models", "comm", "api"},
-    {"weights", "planning", "evaluation", "edge"},
+    {"planning", "evaluation", "edge"},
     {"engine"},
     {"cli"},
 ]
-# models takes Checkpoint as an argument, comm.dispatch is used by roles: nothing on a floor needs its neighbour,
-# but for these.
-NEIGHBOURS = {("models", "weights"), ("text", "records"), ("api", "records")}
+# Nothing on a floor needs its neighbour, but for these.
+NEIGHBOURS = {("text", "records"), ("api", "records")}
 
 
 def sources(package):

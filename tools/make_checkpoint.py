@@ -28,10 +28,15 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.family import mtp_table, parse_config, tensor_table
 from r1_cluster.text.template import R1_CHAT_TEMPLATE
+from r1_cluster.weights.tensors import TensorSpec
 
 Config = dict[str, object]
 FloatArray = npt.NDArray[np.float32]
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 # R1 marks none of these as special, so that they survive decoding with `skip_special_tokens`.
@@ -137,18 +142,15 @@ SIZES: dict[str, Config] = {
 }
 
 
-class TensorSpec(NamedTuple):
-    """One tensor to be written. `dtype` is "F32" or "BF16"; `mean` + `std` · N(0, 1) are its values."""
+class Stored(NamedTuple):
+    """A tensor to be written as "F32" or "BF16"."""
 
-    name: str
-    shape: tuple[int, ...]
+    spec: TensorSpec
     dtype: str
-    mean: float
-    std: float
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * (4 if self.dtype == "F32" else 2)
+        return math.prod(self.spec.shape) * (4 if self.dtype == "F32" else 2)
 
 
 def build_config(size: str = "nano", **overrides: object) -> Config:
@@ -163,125 +165,40 @@ def build_config(size: str = "nano", **overrides: object) -> Config:
     if "num_attention_heads" in overrides:
         config["num_key_value_heads"] = overrides["num_attention_heads"]
     config |= overrides
-    faults = []
-    if _int(config, "vocab_size") < MIN_VOCAB:
-        faults.append(f"vocab_size {config['vocab_size']} is below {MIN_VOCAB} (bytes and special tokens)")
-    if _int(config, "n_routed_experts") % _int(config, "n_group"):
-        faults.append(
-            f"n_group {config['n_group']} does not divide n_routed_experts {config['n_routed_experts']}"
-        )
-    elif _int(config, "num_experts_per_tok") > (
-        _int(config, "topk_group") * _int(config, "n_routed_experts") // _int(config, "n_group")
-    ):
-        faults.append("num_experts_per_tok is more than topk_group groups hold")
-    if _int(config, "topk_group") > _int(config, "n_group"):
-        faults.append("topk_group is more than n_group")
-    if _int(config, "qk_rope_head_dim") % 2:
-        faults.append("qk_rope_head_dim is odd")
-    if config["torch_dtype"] not in ("float32", "bfloat16"):
-        faults.append(f"torch_dtype {config['torch_dtype']!r} is neither float32 nor bfloat16")
-    if faults:
-        raise ValueError("; ".join(faults))
+    model = parse_config(config)
+    if model.vocab_size < MIN_VOCAB:
+        raise ValueError(f"vocab_size {model.vocab_size} is below {MIN_VOCAB} (bytes and special tokens)")
+    if model.dtype not in _DTYPES:
+        raise ValueError(f"torch_dtype {model.dtype!r} is none of {', '.join(_DTYPES)}")
     return config
 
 
-def _int(config: Config, key: str) -> int:
-    value = config[key]
-    if not isinstance(value, int):
-        raise ValueError(f"{key} must be an integer, not {value!r}")
-    return value
+def _is_gate_bias(spec: TensorSpec) -> bool:
+    return spec.part == "gate" and len(spec.shape) == 1
 
 
-class _Layout:
-    """Collects the tensors of R1's published layout, module by module."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.hidden = _int(config, "hidden_size")
-        self.dtype = "F32" if config["torch_dtype"] == "float32" else "BF16"
-        self.specs: list[TensorSpec] = []
-
-    def matrix(self, name: str, rows: int, columns: int) -> None:
-        self.specs.append(TensorSpec(f"{name}.weight", (rows, columns), self.dtype, 0.0, columns**-0.5))
-
-    def embedding(self, name: str) -> None:
-        shape = (_int(self.config, "vocab_size"), self.hidden)
-        self.specs.append(TensorSpec(f"{name}.weight", shape, self.dtype, 0.0, 1.0))
-
-    def norm(self, name: str, width: int) -> None:
-        self.specs.append(TensorSpec(f"{name}.weight", (width,), self.dtype, 1.0, 0.1))
-
-    def mlp(self, name: str, width: int) -> None:
-        self.matrix(f"{name}.gate_proj", width, self.hidden)
-        self.matrix(f"{name}.up_proj", width, self.hidden)
-        self.matrix(f"{name}.down_proj", self.hidden, width)
-
-    def attention(self, name: str) -> None:
-        heads, latent = _int(self.config, "num_attention_heads"), _int(self.config, "kv_lora_rank")
-        nope, rope = _int(self.config, "qk_nope_head_dim"), _int(self.config, "qk_rope_head_dim")
-        value = _int(self.config, "v_head_dim")
-        if self.config["q_lora_rank"] is None:
-            self.matrix(f"{name}.q_proj", heads * (nope + rope), self.hidden)
-        else:
-            rank = _int(self.config, "q_lora_rank")
-            self.matrix(f"{name}.q_a_proj", rank, self.hidden)
-            self.norm(f"{name}.q_a_layernorm", rank)
-            self.matrix(f"{name}.q_b_proj", heads * (nope + rope), rank)
-        self.matrix(f"{name}.kv_a_proj_with_mqa", latent + rope, self.hidden)
-        self.norm(f"{name}.kv_a_layernorm", latent)
-        self.matrix(f"{name}.kv_b_proj", heads * (nope + value), latent)
-        self.matrix(f"{name}.o_proj", self.hidden, heads * value)
-
-    def moe(self, name: str) -> None:
-        experts, width = _int(self.config, "n_routed_experts"), _int(self.config, "moe_intermediate_size")
-        self.matrix(f"{name}.gate", experts, self.hidden)
-        # R1 keeps this one in float32 whatever the checkpoint's type.
-        self.specs.append(TensorSpec(f"{name}.gate.e_score_correction_bias", (experts,), "F32", 0.0, 0.05))
-        self.mlp(f"{name}.shared_experts", width * _int(self.config, "n_shared_experts"))
-        for expert in range(experts):
-            self.mlp(f"{name}.experts.{expert}", width)
-
-    def layer(self, index: int) -> None:
-        name = f"model.layers.{index}"
-        self.norm(f"{name}.input_layernorm", self.hidden)
-        self.attention(f"{name}.self_attn")
-        self.norm(f"{name}.post_attention_layernorm", self.hidden)
-        if index < _int(self.config, "first_k_dense_replace"):
-            self.mlp(f"{name}.mlp", _int(self.config, "intermediate_size"))
-        else:
-            self.moe(f"{name}.mlp")
-
-    def mtp_module(self, index: int) -> None:
-        name = f"model.layers.{index}"
-        self.embedding(f"{name}.embed_tokens")
-        self.norm(f"{name}.enorm", self.hidden)
-        self.norm(f"{name}.hnorm", self.hidden)
-        self.matrix(f"{name}.eh_proj", self.hidden, 2 * self.hidden)
-        self.layer(index)
-        self.norm(f"{name}.shared_head.norm", self.hidden)
-        self.matrix(f"{name}.shared_head.head", _int(self.config, "vocab_size"), self.hidden)
-
-
-def tensor_specs(config: Config) -> list[TensorSpec]:
-    """All tensors of R1's published layout, in the order of the forward pass; the MTP module comes last."""
-    layout = _Layout(config)
-    num_layers = _int(config, "num_hidden_layers")
-    layout.embedding("model.embed_tokens")
-    for index in range(num_layers):
-        layout.layer(index)
-    layout.norm("model.norm", layout.hidden)
-    layout.matrix("lm_head", _int(config, "vocab_size"), layout.hidden)
-    for index in range(num_layers, num_layers + _int(config, "num_nextn_predict_layers")):
-        layout.mtp_module(index)
-    return layout.specs
+def stored_tensors(model: ModelConfig) -> list[Stored]:
+    """All tensors of the published layout, in the order of the forward pass; the MTP module comes last."""
+    # R1 keeps the gates' biases in float32 whatever the checkpoint's type.
+    return [
+        Stored(spec, "F32" if _is_gate_bias(spec) else _DTYPES[model.dtype])
+        for spec in (*tensor_table(model), *mtp_table(model))
+    ]
 
 
 def random_values(spec: TensorSpec, seed: int) -> FloatArray:
     """float32 array of `spec.shape`, a function of the seed and the tensor's name."""
+    mean, std = 0.0, spec.shape[-1] ** -0.5
+    if spec.part == "norm":
+        mean, std = 1.0, 0.1
+    elif spec.part == "embedding":
+        std = 1.0
+    elif _is_gate_bias(spec):
+        std = 0.05
     rng = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
     values = rng.standard_normal(spec.shape, dtype=np.float32)
-    values *= np.float32(spec.std)
-    values += np.float32(spec.mean)
+    values *= np.float32(std)
+    values += np.float32(mean)
     return values
 
 
@@ -295,33 +212,33 @@ def _to_bytes(values: FloatArray, dtype: str) -> bytes:
 
 def write_weights(
     folder: Path,
-    specs: Sequence[TensorSpec],
+    stored: Sequence[Stored],
     values: Callable[[TensorSpec], FloatArray],
     max_shard_bytes: int,
 ) -> None:
     """Writes model-*-of-*.safetensors and their index; asks for the values of one tensor at a time."""
-    shards: list[list[TensorSpec]] = [[]]
-    for spec in specs:
-        if shards[-1] and sum(s.num_bytes for s in shards[-1]) + spec.num_bytes > max_shard_bytes:
+    shards: list[list[Stored]] = [[]]
+    for tensor in stored:
+        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + tensor.num_bytes > max_shard_bytes:
             shards.append([])
-        shards[-1].append(spec)
+        shards[-1].append(tensor)
     weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards, 1):
         file_name = f"model-{index:05}-of-{len(shards):05}.safetensors"
-        weight_map |= {spec.name: file_name for spec in shard}
+        weight_map |= {tensor.spec.name: file_name for tensor in shard}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for spec in shard:
-            end = offset + spec.num_bytes
-            header[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (offset, end)}
+        for tensor in shard:
+            spec, end = tensor.spec, offset + tensor.num_bytes
+            header[spec.name] = {"dtype": tensor.dtype, "shape": spec.shape, "data_offsets": (offset, end)}
             offset = end
         packed = json.dumps(header, separators=(",", ":")).encode()
         packed += b" " * (-len(packed) % 8)  # the format aligns the data to 8 bytes
         with (folder / file_name).open("wb") as file:
             file.write(len(packed).to_bytes(8, "little") + packed)
-            for spec in shard:
-                file.write(_to_bytes(values(spec), spec.dtype))
-    total = sum(spec.num_bytes for spec in specs)
+            for tensor in shard:
+                file.write(_to_bytes(values(tensor.spec), tensor.dtype))
+    total = sum(tensor.num_bytes for tensor in stored)
     _write_json(
         folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
     )
@@ -405,15 +322,15 @@ def make_checkpoint(
     FileExistsError if `path` holds anything but a checkpoint.
     """
     config = build_config(size, **overrides)
-    specs = tensor_specs(config)
+    model = parse_config(config)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise FileExistsError(f"{folder} is not empty and holds no checkpoint")
     for shard in folder.glob("*.safetensors"):
         shard.unlink()
-    write_weights(folder, specs, lambda spec: random_values(spec, seed), max_shard_bytes)
-    write_tokenizer(folder, _default_tokenizer(_int(config, "vocab_size")))
+    write_weights(folder, stored_tensors(model), lambda spec: random_values(spec, seed), max_shard_bytes)
+    write_tokenizer(folder, _default_tokenizer(model.vocab_size))
     _write_json(folder / "config.json", config)
     return folder
 

@@ -108,7 +108,7 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
 
     from kernels.ops import for_device
     from r1_cluster.models.config import ModelConfigError
-    from r1_cluster.models.family import load_config
+    from r1_cluster.models.family import load_config, tensor_table
     from r1_cluster.models.fitting import check_fits
     from r1_cluster.planning.layout import build_layout
     from r1_cluster.planning.limits import check_messages
@@ -121,7 +121,7 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     try:
         model = load_config(service.model.path)
         check_fits(model, for_device(device), getattr(torch, service.dtype), service.engine.page_size)
-        Checkpoint(service.model.path, model).close()
+        Checkpoint(service.model.path, tensor_table(model), model.fp8_block).close()
     except (ModelConfigError, CheckpointError) as error:
         raise ConfigError(f"model.path: {error}") from None
     layout = build_layout(service.layout, model)

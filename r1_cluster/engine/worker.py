@@ -41,7 +41,7 @@ from r1_cluster.engine.boot import Ready, StepLimits, Topology, WorkerBoot
 from r1_cluster.engine.held import HeldSequences
 from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.config import ModelConfig
-from r1_cluster.models.family import load_config
+from r1_cluster.models.family import load_config, tensor_table
 from r1_cluster.models.fitting import check_fits
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.planning.layout import Layout, WorkerSpec
@@ -112,7 +112,7 @@ class Worker:
         boot, spec = self.boot, self.spec
         folder = boot.checkpoint
         config = load_config(folder)
-        checkpoint = Checkpoint(folder, config)
+        checkpoint = Checkpoint(folder, tensor_table(config), config.fp8_block)
         self.layout = Layout(boot.workers, config.num_hidden_layers)
         dtype, device = _DTYPES[boot.dtype], torch.device(boot.device)
         check_fits(config, for_device(device), dtype, boot.page_size)

@@ -1,11 +1,13 @@
-"""DeepSeek-V3, R1's architecture: how its config.json is read."""
+"""DeepSeek-V3, R1's architecture: how its config.json is read, and which tensors it has."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from r1_cluster.models.config import MlaShape, ModelConfig, ModelConfigError, MoeShape
 from r1_cluster.models.config_json import Values, check_only, common, get, positive_faults, rope
+from r1_cluster.weights.tensors import TensorSpec, layer_name, mlp_tensors
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 
@@ -45,6 +47,52 @@ def parse(values: Values) -> ModelConfig:
     if faults := faults or _group_faults(moe):
         raise ModelConfigError("config.json: " + "; ".join(faults))
     return config
+
+
+def layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
+    """A layer's. What follows the last layer is the MTP module (arXiv:2412.19437, section 2.2), stored as one
+    more layer with an embedding and a head of its own."""
+    name, width, moe = layer_name(layer), config.hidden_size, config.moe
+    assert moe is not None
+    is_mtp = layer >= config.num_hidden_layers
+    if is_mtp:
+        yield TensorSpec(f"{name}.embed_tokens.weight", (config.vocab_size, width), "embedding", 0)
+        yield TensorSpec(f"{name}.enorm.weight", (width,), "norm")
+        yield TensorSpec(f"{name}.hnorm.weight", (width,), "norm")
+        yield TensorSpec(f"{name}.eh_proj.weight", (width, 2 * width), "mtp")
+    yield TensorSpec(f"{name}.input_layernorm.weight", (width,), "norm")
+    yield from _attention_tensors(f"{name}.self_attn", config.attention, width)
+    yield TensorSpec(f"{name}.post_attention_layernorm.weight", (width,), "norm")
+    if layer < moe.first_k_dense_replace:
+        yield from mlp_tensors(f"{name}.mlp", "mlp", width, config.intermediate_size)
+    else:
+        yield from _moe_tensors(f"{name}.mlp", moe, width)
+    if is_mtp:
+        yield TensorSpec(f"{name}.shared_head.norm.weight", (width,), "norm")
+        yield TensorSpec(f"{name}.shared_head.head.weight", (config.vocab_size, width), "head", 0)
+
+
+def _attention_tensors(name: str, shape: MlaShape, width: int) -> Iterator[TensorSpec]:
+    heads, rank = shape.num_attention_heads, shape.q_lora_rank
+    if rank is None:
+        yield TensorSpec(f"{name}.q_proj.weight", (heads * shape.qk_head_dim, width), "attention", 0)
+    else:
+        yield TensorSpec(f"{name}.q_a_proj.weight", (rank, width), "attention")
+        yield TensorSpec(f"{name}.q_a_layernorm.weight", (rank,), "norm")
+        yield TensorSpec(f"{name}.q_b_proj.weight", (heads * shape.qk_head_dim, rank), "attention", 0)
+    yield TensorSpec(f"{name}.kv_a_proj_with_mqa.weight", (shape.cache_width, width), "attention")
+    yield TensorSpec(f"{name}.kv_a_layernorm.weight", (shape.kv_lora_rank,), "norm")
+    kv_rows = heads * (shape.qk_nope_head_dim + shape.v_head_dim)
+    yield TensorSpec(f"{name}.kv_b_proj.weight", (kv_rows, shape.kv_lora_rank), "attention", 0)
+    yield TensorSpec(f"{name}.o_proj.weight", (width, heads * shape.v_head_dim), "attention", 1)
+
+
+def _moe_tensors(name: str, moe: MoeShape, width: int) -> Iterator[TensorSpec]:
+    yield TensorSpec(f"{name}.gate.weight", (moe.n_routed_experts, width), "gate")
+    yield TensorSpec(f"{name}.gate.e_score_correction_bias", (moe.n_routed_experts,), "gate")
+    yield from mlp_tensors(f"{name}.shared_experts", "shared_experts", width, moe.shared_intermediate_size)
+    for expert in range(moe.n_routed_experts):
+        yield from mlp_tensors(f"{name}.experts.{expert}", "experts", width, moe.moe_intermediate_size)
 
 
 def softmax_scale(config: ModelConfig) -> float:

@@ -6,23 +6,26 @@ Whoever only reads configurations, as the ingress does, imports this without tor
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from r1_cluster.models import deepseek
 from r1_cluster.models.config import ModelConfig, ModelConfigError, UnsupportedModel
 from r1_cluster.models.config_json import Values
+from r1_cluster.weights.tensors import TensorSpec
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """`parse` reads config.json's content; it raises ModelConfigError and UnsupportedModel."""
+    """`parse` reads config.json's content; it raises ModelConfigError and UnsupportedModel. `layer_tensors`
+    lists what a layer has, in the order of the forward pass; layers past the last are the MTP modules."""
 
     parse: Callable[[Values], ModelConfig]
+    layer_tensors: Callable[[ModelConfig, int], Iterable[TensorSpec]]
 
 
-ARCHITECTURES = {deepseek.ARCHITECTURE: Architecture(deepseek.parse)}
+ARCHITECTURES = {deepseek.ARCHITECTURE: Architecture(deepseek.parse, deepseek.layer_tensors)}
 """By the name in config.json's `architectures`."""
 
 
@@ -50,3 +53,28 @@ def parse_config(values: Values) -> ModelConfig:
         found = ", ".join(map(str, names)) or "an architecture that config.json does not name"
         raise UnsupportedModel(f"{found} is not supported; supported: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[known[0]].parse(values)
+
+
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+def tensor_table(config: ModelConfig) -> list[TensorSpec]:
+    """All that a model needs, in the order of the forward pass."""
+    vocabulary = (config.vocab_size, config.hidden_size)
+    return [
+        TensorSpec(EMBEDDING, vocabulary, "embedding", 0),
+        *_of_layers(config, range(config.num_hidden_layers)),
+        TensorSpec(FINAL_NORM, (config.hidden_size,), "norm"),
+        TensorSpec(HEAD, vocabulary, "head", 0),
+    ]
+
+
+def mtp_table(config: ModelConfig) -> list[TensorSpec]:
+    """Those of the modules that predict further tokens, which checkpoints have as layers past the last."""
+    last = config.num_hidden_layers
+    return _of_layers(config, range(last, last + config.num_nextn_predict_layers))
+
+
+def _of_layers(config: ModelConfig, layers: range) -> list[TensorSpec]:
+    listed = ARCHITECTURES[config.architecture].layer_tensors
+    return [spec for layer in layers for spec in listed(config, layer)]

@@ -12,12 +12,13 @@ from torch import Tensor
 from kernels import ROW_TILE
 from r1_cluster.models.batch import AttentionBatch
 from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.family import EMBEDDING, FINAL_NORM, HEAD
 from r1_cluster.models.layers import Loader, Mlp
 from r1_cluster.models.mla import Mla
 from r1_cluster.models.moe import ExpertModel, RouterModel
 from r1_cluster.models.rope import rope_table
 from r1_cluster.weights.checkpoint import Checkpoint
-from r1_cluster.weights.names import EMBEDDING, FINAL_NORM, HEAD, dense_mlp, layer_tensor
+from r1_cluster.weights.names import dense_mlp, layer_tensor
 
 __all__ = ["ExpertModel", "MoE", "RouterModel", "StageModel"]
 

@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kernels.ops import for_device
-from r1_cluster.models.config import ModelConfig
-from r1_cluster.weights.names import SCALE_SUFFIX, expected_shapes, layer_of
+from r1_cluster.weights.tensors import SCALE_SUFFIX, TensorSpec, layer_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -53,13 +52,19 @@ class _Entry:
 class Checkpoint:
     """A folder of safetensors files: headers are checked when it is opened, data is read when asked for."""
 
-    def __init__(self, path: str | Path, config: ModelConfig | None = None) -> None:
-        """Checks the files against the index in both directions and, given a config, the tensors against it.
+    def __init__(
+        self,
+        path: str | Path,
+        table: Iterable[TensorSpec] | None = None,
+        fp8_block: tuple[int, int] | None = None,
+    ) -> None:
+        """Checks the files against the index in both directions and, given a table, the tensors against it.
 
-        Raises CheckpointError with all that is wrong.
+        `fp8_block` is the (rows, columns) that share one scale where weights are FP8. Raises CheckpointError
+        with all that is wrong.
         """
         self.path = Path(path)
-        self._block = (128, 128) if config is None or config.fp8_block is None else config.fp8_block
+        self._block = fp8_block or (128, 128)
         self._open_files: dict[str, safe_open] = {}
         self._entries: dict[str, _Entry] = {}
         faults: list[str] = []
@@ -68,8 +73,8 @@ class Checkpoint:
         for file in sorted(set(index.values())) if index is not None else [SINGLE]:
             found[file] = _read_header(self.path / file, file, faults)
         self._merge(index, found, faults)
-        if config is not None and not faults:
-            faults += self._faults_against(config)
+        if table is not None and not faults:
+            faults += self._faults_against({spec.name: spec for spec in table})
         if faults:
             raise CheckpointError(self.path, faults)
 
@@ -133,10 +138,10 @@ class Checkpoint:
                 where = f"it is in {actual.file}" if actual else "no file holds it"
                 faults.append(f"{INDEX} lists tensor {name} in {file}, {where}; download {file} again")
 
-    def _faults_against(self, config: ModelConfig) -> list[str]:
+    def _faults_against(self, table: Mapping[str, TensorSpec]) -> list[str]:
         faults = []
-        expected = expected_shapes(config)
-        for name, shape in expected.items():
+        for name, spec in table.items():
+            shape = spec.shape
             entry = self._entries.get(name)
             if entry is None:
                 faults.append(f"tensor {name} is missing, expected with shape {list(shape)}")
@@ -151,10 +156,11 @@ class Checkpoint:
             elif entry.dtype not in _FLOATS:
                 allowed = ", ".join((*_FLOATS, "F8_E4M3 for matrices"))
                 faults.append(f"{entry.file}: tensor {name} is of dtype {entry.dtype}, expected {allowed}")
+        # Layers past the model's last are modules that predict further tokens, which nobody opens here.
+        last = max((spec.layer or 0 for spec in table.values()), default=0)
         for name, entry in self._entries.items():
-            layer = layer_of(name)
-            is_mtp = layer is not None and layer >= config.num_hidden_layers
-            if not is_mtp and name not in expected and name.removesuffix(SCALE_SUFFIX) not in expected:
+            is_mtp = (layer_of(name) or 0) > last
+            if not is_mtp and name not in table and name.removesuffix(SCALE_SUFFIX) not in table:
                 faults.append(f"{entry.file}: tensor {name} has no place in the model of config.json")
         return faults
 

@@ -1,15 +1,6 @@
-"""The one table of a checkpoint's tensor names (Hugging Face's layout of DeepSeek-V3 and R1)."""
+"""The names under which layers ask for their tensors (Hugging Face's layout of DeepSeek-V3 and R1)."""
 
 from __future__ import annotations
-
-from r1_cluster.models.config import ModelConfig
-
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
-
-SCALE_SUFFIX = "_scale_inv"
-"""An FP8 tensor's block scales stand under its own name with this suffix."""
 
 _LAYER = {
     "input_norm": "input_layernorm.weight",
@@ -45,65 +36,3 @@ def shared_experts(layer: int, part: str) -> str:
 def routed_expert(layer: int, expert: int, part: str) -> str:
     """Name in one routed expert; `part` is gate, up or down."""
     return f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
-
-
-def layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to, None for the embedding, the final norm and the head."""
-    parts = name.split(".")
-    if len(parts) > 2 and parts[:2] == ["model", "layers"] and parts[2].isdigit():
-        return int(parts[2])
-    return None
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a model of this config has, with its shape, but for FP8 scales and the MTP module
-    (layer num_hidden_layers), whose tensors are known names that nobody here opens."""
-    width = config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        EMBEDDING: (config.vocab_size, width),
-        FINAL_NORM: (width,),
-        HEAD: (config.vocab_size, width),
-    }
-    for layer in range(config.num_hidden_layers):
-        for part, shape in _attention_shapes(config).items():
-            shapes[layer_tensor(layer, part)] = shape
-        if layer not in config.moe_layers:
-            shapes |= {
-                dense_mlp(layer, p): s for p, s in _mlp_shapes(width, config.intermediate_size).items()
-            }
-            continue
-        moe = config.moe
-        assert moe is not None
-        shapes[layer_tensor(layer, "gate")] = (moe.n_routed_experts, width)
-        shapes[layer_tensor(layer, "gate_bias")] = (moe.n_routed_experts,)
-        shared_width = moe.shared_intermediate_size
-        shapes |= {shared_experts(layer, p): s for p, s in _mlp_shapes(width, shared_width).items()}
-        for part, shape in _mlp_shapes(width, moe.moe_intermediate_size).items():
-            for expert in range(moe.n_routed_experts):
-                shapes[routed_expert(layer, expert, part)] = shape
-    return shapes
-
-
-def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    width, attention = config.hidden_size, config.attention
-    heads = attention.num_attention_heads
-    query_width = heads * attention.qk_head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_norm": (width,),
-        "mlp_norm": (width,),
-        "kv_a": (attention.cache_width, width),
-        "kv_a_norm": (attention.kv_lora_rank,),
-        "kv_b": (heads * (attention.qk_nope_head_dim + attention.v_head_dim), attention.kv_lora_rank),
-        "o": (width, heads * attention.v_head_dim),
-    }
-    if attention.q_lora_rank is None:
-        return shapes | {"q": (query_width, width)}
-    return shapes | {
-        "q_a": (attention.q_lora_rank, width),
-        "q_a_norm": (attention.q_lora_rank,),
-        "q_b": (query_width, attention.q_lora_rank),
-    }
-
-
-def _mlp_shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    return {"gate": (hidden, width), "up": (hidden, width), "down": (width, hidden)}

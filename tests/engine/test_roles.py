@@ -12,7 +12,7 @@ from r1_cluster.comm.wire import Flags, Message, Unsendable
 from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.graphs import dummy_plan
 from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole, local_dispatcher
-from r1_cluster.models.family import load_config
+from r1_cluster.models.family import load_config, tensor_table
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.weights.checkpoint import Checkpoint
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def stage(folder):
     config = load_config(folder)
-    with Checkpoint(folder, config) as checkpoint:
+    with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
         model = StageModel.load(config, checkpoint, range(config.num_hidden_layers), **OPTIONS)
     return StageRole(model, None, num_pages=8, page_size=PAGE_SIZE)
 
@@ -38,7 +38,7 @@ def stage(folder):
 @pytest.fixture
 def router(folder):
     config = load_config(folder)
-    with Checkpoint(folder, config) as checkpoint:
+    with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
         role = RouterRole(RouterModel.load(config, checkpoint, config.moe_layers, **OPTIONS))
         every = range(config.moe.n_routed_experts)
         experts = ExpertModel.load(config, checkpoint, config.moe_layers, every, **OPTIONS)

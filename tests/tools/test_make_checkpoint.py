@@ -148,10 +148,10 @@ def test_sizes_keep_r1s_geometry_where_they_say_so():
     [
         ({"hiden_size": 4}, "hiden_size"),
         ({"vocab_size": 100}, "vocab_size 100"),
-        ({"n_routed_experts": 6}, "does not divide"),
+        ({"n_routed_experts": 6}, "not a multiple"),
         ({"num_experts_per_tok": 9}, "topk_group"),
-        ({"qk_rope_head_dim": 7}, "odd"),
-        ({"hidden_size": "big"}, "integer"),
+        ({"qk_rope_head_dim": 7}, "must be even"),
+        ({"hidden_size": "big"}, "must be of type int"),
     ],
 )
 def test_dimensions_that_do_not_fit_are_named(tmp_path, overrides, words):

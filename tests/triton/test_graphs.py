@@ -13,7 +13,7 @@ from kernels import ops
 from r1_cluster.comm.device_dispatch import DeviceDispatcher
 from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.roles import RouterRole, StageRole, local_dispatcher
-from r1_cluster.models.family import load_config
+from r1_cluster.models.family import load_config, tensor_table
 from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
 from r1_cluster.records import SampleSpec, StepPlan, pack_int32
 from r1_cluster.weights.checkpoint import Checkpoint
@@ -87,7 +87,7 @@ class Stage:
     def __init__(self, folder, local, dtype=torch.float32, deterministic=False):
         config = load_config(folder)
         options = {"dtype": dtype, "device": torch.device("cpu"), "deterministic": deterministic}
-        with Checkpoint(folder, config) as checkpoint:
+        with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
             model = StageModel.load(config, checkpoint, range(config.num_hidden_layers), **options)
             router = RouterRole(RouterModel.load(config, checkpoint, config.moe_layers, **options))
             every = range(config.moe.n_routed_experts)
@@ -207,7 +207,7 @@ def test_shares_of_shards_add_up_to_the_mixture(folder):
     options = {"dtype": torch.float32, "device": torch.device("cpu"), "deterministic": False}
     layer, num_experts = config.moe_layers[0], config.moe.n_routed_experts
     spans = [range(num_experts // 2), range(num_experts // 2, num_experts)]
-    with Checkpoint(folder, config) as checkpoint:
+    with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
         whole, *shards = [
             ExpertModel.load(config, checkpoint, config.moe_layers, span, **options)
             for span in (range(num_experts), *spans)

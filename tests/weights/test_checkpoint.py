@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from small_model import config_values, random_tensors, write_checkpoint
 
-from r1_cluster.models.family import parse_config
+from r1_cluster.models.family import parse_config, tensor_table
 from r1_cluster.weights.checkpoint import INDEX, SINGLE, Checkpoint, CheckpointError
-from r1_cluster.weights.names import layer_of
+from r1_cluster.weights.tensors import layer_of
 
 CPU = torch.device("cpu")
 CONFIG = parse_config(config_values())
@@ -33,14 +33,14 @@ def write_shards(folder, tensors=None):
 
 def faults(folder, config=CONFIG):
     with pytest.raises(CheckpointError) as error:
-        Checkpoint(folder, config)
+        Checkpoint(folder, *(() if config is None else (tensor_table(config), config.fp8_block)))
     assert all(fault in str(error.value) for fault in error.value.faults[:20])
     return error.value.faults
 
 
 def test_tensors_come_as_they_were_written(tmp_path):
     tensors, _ = write_shards(tmp_path)
-    with Checkpoint(tmp_path, CONFIG) as checkpoint:
+    with Checkpoint(tmp_path, tensor_table(CONFIG)) as checkpoint:
         for name, tensor in tensors.items():
             assert checkpoint.shape(name) == tuple(tensor.shape)
             assert torch.equal(checkpoint.get(name, torch.float32, CPU), tensor)
@@ -54,7 +54,7 @@ def test_tensors_come_as_they_were_written(tmp_path):
 
 def test_the_prediction_module_is_known_and_not_opened(tmp_path):
     write_shards(tmp_path, random_tensors(CONFIG, 0) | {MTP: torch.zeros(48, 96)})
-    with Checkpoint(tmp_path, CONFIG) as checkpoint:
+    with Checkpoint(tmp_path, tensor_table(CONFIG)) as checkpoint:
         assert not checkpoint.missing([MTP])
     assert layer_of(MTP) == 3
     assert layer_of("lm_head.weight") is None
@@ -108,7 +108,7 @@ def test_links_within_a_hugging_face_cache_are_followed(tmp_path):
     (tmp_path / "blobs").mkdir()
     (folder / SINGLE).rename(tmp_path / "blobs" / "123")
     os.symlink("../../blobs/123", folder / SINGLE)
-    Checkpoint(folder, config).close()
+    Checkpoint(folder, tensor_table(config), config.fp8_block).close()
 
 
 def damaged(header=None, length=None, data=b"\0" * 8):
@@ -181,7 +181,7 @@ def test_tensors_are_held_against_the_config(tmp_path):
 
 def test_a_file_that_is_replaced_while_it_is_open(tmp_path):
     tensors, _ = write_shards(tmp_path)
-    with Checkpoint(tmp_path, CONFIG) as checkpoint:
+    with Checkpoint(tmp_path, tensor_table(CONFIG)) as checkpoint:
         name = next(iter(tensors))
         save_file({name: torch.zeros(2, 2)}, tmp_path / "model-0.safetensors")
         with pytest.raises(CheckpointError, match="changed since it was opened"):
@@ -210,7 +210,7 @@ class TestFp8:
         scale = torch.rand(3, 2) + 0.5
         config, weight = self.write(tmp_path, scale)
         expected = weight * scale.repeat_interleave(128, 0)[:300].repeat_interleave(128, 1)[:, :200]
-        with Checkpoint(tmp_path, config) as checkpoint:
+        with Checkpoint(tmp_path, tensor_table(config), config.fp8_block) as checkpoint:
             assert torch.equal(checkpoint.get(self.name, torch.float32, CPU), expected)
             for rows, columns in [(slice(130, 290), slice(5, 129)), (slice(0, 1), slice(199, None))]:
                 part = checkpoint.get(self.name, torch.float32, CPU, (rows, columns))
@@ -234,5 +234,8 @@ class TestFp8:
         scale = torch.ones(3, 2)
         scale[2, 1] = value
         config, _ = self.write(tmp_path, scale)
-        with Checkpoint(tmp_path, config) as checkpoint, pytest.raises(CheckpointError, match="not positive"):
+        with (
+            Checkpoint(tmp_path, tensor_table(config), config.fp8_block) as checkpoint,
+            pytest.raises(CheckpointError, match="not positive"),
+        ):
             checkpoint.get(self.name, torch.float32, CPU)

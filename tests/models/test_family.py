@@ -1,13 +1,15 @@
-"""Configurations are read as they are published, or refused: one sentence says what cannot be run."""
+"""Configurations are read as they are published, or refused: one sentence says what cannot be run. Tensors are those
+that are published."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from small_model import YARN, config_values
 
 from r1_cluster.models.config import ModelConfigError, UnsupportedModel
-from r1_cluster.models.family import load_config, parse_config
+from r1_cluster.models.family import load_config, mtp_table, parse_config, tensor_table
 
 R1 = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -130,3 +132,31 @@ def test_a_folder_without_a_readable_config(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ModelConfigError, match="must hold a JSON object"):
         load_config(tmp_path)
+
+
+def test_r1_has_as_many_parameters_as_published():
+    config = parse_config(R1)
+    counts = [sum(math.prod(spec.shape) for spec in table(config)) for table in (tensor_table, mtp_table)]
+    assert [f"{count / 1e9:.1f}" for count in counts] == ["671.0", "13.5"]
+    assert {spec.layer for spec in tensor_table(config)} == {None, *range(61)}
+    assert {spec.layer for spec in mtp_table(config)} == {61}
+
+
+# DeepSeek-V3 inference/convert.py, `mapping`; norms and gates are in every rank.
+SPLIT = {
+    "embed_tokens": 0,
+    "q_proj": 0,
+    "q_b_proj": 0,
+    "kv_b_proj": 0,
+    "o_proj": 1,
+    "gate_proj": 0,
+    "up_proj": 0,
+}
+SPLIT |= {"down_proj": 1, "lm_head": 0, "head": 0}
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 24])
+def test_ranks_divide_tensors_as_deepseek_does(q_lora_rank):
+    config = parse_config(config_values(q_lora_rank=q_lora_rank, num_nextn_predict_layers=1))
+    for spec in (*tensor_table(config), *mtp_table(config)):
+        assert spec.split_dim == SPLIT.get(spec.name.split(".")[-2]), spec

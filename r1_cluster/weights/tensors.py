@@ -1,0 +1,50 @@
+"""The tensors that a model should have, as rows of one table that its family lists.
+
+Names are those of Hugging Face's layout. What reads, checks, cuts or writes weights is handed the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+SCALE_SUFFIX = "_scale_inv"
+"""An FP8 tensor's block scales stand under its own name with this suffix; the table does not list them."""
+
+_LAYERS = "model.layers."
+
+Part = Literal["embedding", "norm", "attention", "mlp", "gate", "shared_experts", "experts", "mtp", "head"]
+"""What a tensor belongs to. `mtp` is what only a module that predicts further tokens has."""
+
+
+class TensorSpec(NamedTuple):
+    """One tensor. `split_dim` is the dimension that ranks of tensor parallelism divide among them, None where
+    each of them has the whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    part: Part
+    split_dim: int | None = None
+
+    @property
+    def layer(self) -> int | None:
+        """See `layer_of`."""
+        return layer_of(self.name)
+
+
+def layer_name(layer: int) -> str:
+    """What the names of a layer's tensors begin with."""
+    return f"{_LAYERS}{layer}"
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to, None for the embedding, the final norm and the head."""
+    number = name.removeprefix(_LAYERS).partition(".")[0]
+    return int(number) if name.startswith(_LAYERS) and number.isdigit() else None
+
+
+def mlp_tensors(name: str, part: Part, width: int, inner: int) -> Iterator[TensorSpec]:
+    """Those of a gated MLP called `name`, from `width` to `inner` and back."""
+    yield TensorSpec(f"{name}.gate_proj.weight", (inner, width), part, 0)
+    yield TensorSpec(f"{name}.up_proj.weight", (inner, width), part, 0)
+    yield TensorSpec(f"{name}.down_proj.weight", (width, inner), part, 1)
