@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -29,9 +28,10 @@ from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.roles import RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.family import parse_config, tensor_table
-from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
+from r1_cluster.models.loader import Loader, Shard
+from r1_cluster.models.moe import ExpertModel, RouterModel
+from r1_cluster.models.network import StageModel
 from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
-from r1_cluster.weights.checkpoint import Checkpoint
 from r1_cluster.weights.tensors import Part, TensorSpec
 
 PAGE = 64
@@ -39,14 +39,13 @@ STEPS = 20
 SAMPLING = SamplingParams(temperature=0.6, top_p=0.95, top_k=0, seed=1)
 
 
-class RandomCheckpoint:
-    """Answers for any tensor of a model with random values, made where they are needed.
+class RandomSource:
+    """A `TensorSource` with random values for any tensor of a model, made where they are needed.
 
     FP8 wherever R1 has it: all matrices but embedding, head and gates.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        self.path = Path("random")
         self._shapes = {spec.name: spec.shape for spec in tensor_table(config)}
         self._device = device
 
@@ -104,14 +103,12 @@ def r1_config(num_layers: int, num_experts: int) -> ModelConfig:
 
 def build(config: ModelConfig, device: torch.device, dtype: torch.dtype, num_pages: int) -> StageRole:
     """All layers of a model in one stage, with its router and experts beside it."""
-    # A checkpoint is asked for four things, and this one has them.
-    checkpoint = cast(Checkpoint, RandomCheckpoint(config, device))
-    layers = config.moe_layers
-    kind = {"dtype": dtype, "device": device, "deterministic": False}
-    router = RouterRole(RouterModel.load(config, checkpoint, layers, **kind))
-    experts = ExpertModel.load(config, checkpoint, layers, range(config.moe.n_routed_experts), **kind)
+    loader = Loader(RandomSource(config, device), Shard(device, dtype, deterministic=False))
+    assert config.moe is not None
+    router = RouterRole(RouterModel(config, loader, config.moe_layers))
+    experts = ExpertModel(config, loader, config.moe_layers, range(config.moe.n_routed_experts))
     router.dispatcher = local_dispatcher(experts)
-    stage = StageModel.load(config, checkpoint, range(config.num_hidden_layers), **kind)
+    stage = StageModel(config, loader, range(config.num_hidden_layers))
     return StageRole(stage, router, num_pages=num_pages, page_size=PAGE)
 
 

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from r1_cluster.models.batch import AttentionBatch
 from r1_cluster.models.family import load_config, parse_config, tensor_table
-from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
+from r1_cluster.models.loader import Loader, Shard
+from r1_cluster.models.moe import ExpertModel, RouterModel
+from r1_cluster.models.network import StageModel
 from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
 from r1_cluster.weights.checkpoint import Checkpoint
 
@@ -149,17 +151,14 @@ class SmallModel:
         pages_each=24,
     ):
         self.config = config = load_config(folder)
-        options = {"dtype": dtype, "device": device, "deterministic": deterministic}
         with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
+            loader = Loader(checkpoint, Shard(device, dtype, deterministic))
             edges = [0, *bounds, config.num_hidden_layers]
-            self.stages = [
-                StageModel.load(config, checkpoint, range(a, b), **options) for a, b in pairwise(edges)
-            ]
-            self.router = RouterModel.load(config, checkpoint, config.moe_layers, **options)
+            self.stages = [StageModel(config, loader, range(a, b)) for a, b in pairwise(edges)]
+            self.router = RouterModel(config, loader, config.moe_layers)
             cuts = [round(i * config.moe.n_routed_experts / num_shards) for i in range(num_shards + 1)]
             self.shards = [
-                ExpertModel.load(config, checkpoint, config.moe_layers, range(a, b), **options)
-                for a, b in pairwise(cuts)
+                ExpertModel(config, loader, config.moe_layers, range(a, b)) for a, b in pairwise(cuts)
             ]
         self.page_size = page_size
         self.caches = [stage.new_cache(num_seqs * pages_each, page_size) for stage in self.stages]
@@ -193,7 +192,7 @@ class SmallModel:
             pages=pack_int32(np.concatenate(tables)),
             samples=[SampleSpec(i, end, GREEDY) for i, end in enumerate(ends)],
         )
-        return [AttentionBatch.from_plan(plan, self.page_size, stage) for stage in self.stages]
+        return [AttentionBatch.from_plan(plan, self.page_size, stage.shard) for stage in self.stages]
 
     def moe(self, layer, x, num_tokens):
         weights, ids = self.router.gate(layer, x)

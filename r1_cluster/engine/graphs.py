@@ -98,8 +98,8 @@ class DecodeGraphs:
         self.stage = stage
         self.caches = caches
         self.local = local
-        self.num_real = torch.zeros(1, dtype=torch.int32, device=stage.device)
-        least = ROW_TILE if stage.deterministic else 1
+        self.num_real = torch.zeros(1, dtype=torch.int32, device=stage.shard.device)
+        least = ROW_TILE if stage.shard.deterministic else 1
         sizes = buckets(-(-max_num_seqs // least) * least, least, 2)
         self.answer_TD = stage.hidden(sizes[-1])
         self.input_TD = None if stage.is_first else stage.hidden(sizes[-1])
@@ -116,7 +116,7 @@ class DecodeGraphs:
         for reach in reversed(self._reaches):
             for size in reversed(self._sizes):
                 plan = dummy_plan([1] * size, [reach] * size, self._page_size)
-                batch = AttentionBatch.from_plan(plan, self._page_size, self.stage)
+                batch = AttentionBatch.from_plan(plan, self._page_size, self.stage.shard)
                 self._graphs[size, reach] = DecodeGraph(self, batch, self._record)
         logger.info("captured decode steps of %s sequences × %s tokens", self._sizes, self._reaches)
 

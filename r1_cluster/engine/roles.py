@@ -31,7 +31,8 @@ from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.graphs import DecodeGraphs, Recorder, cuda_recorder, dummy_plan
 from r1_cluster.engine.sampler import sample
 from r1_cluster.models.batch import AttentionBatch, buckets
-from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
+from r1_cluster.models.moe import ExpertModel, RouterModel
+from r1_cluster.models.network import StageModel
 from r1_cluster.records import StepPlan
 
 
@@ -87,7 +88,7 @@ class RouterRole:
         header = message.header
         tag = StepTag(header.epoch, header.step, header.layer, header.micro_batch)
         x_TD = only_tensor(message)
-        y_TD = self.forward(tag, x_TD.to(self.model.device), header.rows).to(x_TD.device)
+        y_TD = self.forward(tag, x_TD.to(self.model.shard.device), header.rows).to(x_TD.device)
         settle(y_TD.device)
         compute_s = time.perf_counter() - began - (self.idle_s - idle_s)
         reply = header._replace(kind=int(Kind.MOE_RESULT), flags=0)
@@ -105,7 +106,7 @@ def settle(device: torch.device) -> None:
 def local_dispatcher(experts: ExpertModel) -> Dispatcher:
     """For a router whose experts are all in its process: on the device where it can, else by the host."""
     if experts.on_device:
-        return DeviceDispatcher(experts.mixture, experts.device)
+        return DeviceDispatcher(experts.mixture, experts.shard.device)
     return LocalDispatcher(experts.forward, len(experts.experts))
 
 
@@ -176,7 +177,7 @@ class StageRole:
         the first. Returns the hidden states and, on the last stage, one token per `plan.samples`. By then
         the device has done its work, and `compute_s` is how long the model's operators took, in whatever
         process. Raises Unsendable."""
-        batch = AttentionBatch.from_plan(plan, self.page_size, self.model)
+        batch = AttentionBatch.from_plan(plan, self.page_size, self.model.shard)
         began, idle_s = time.perf_counter(), self._idle_s
         result = self._run(plan, batch, x_TD)
         self.compute_s = time.perf_counter() - began - (self._idle_s - idle_s)
@@ -190,7 +191,7 @@ class StageRole:
         self, plan: StepPlan, batch: AttentionBatch, x_TD: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[int] | None]:
         if x_TD is not None:
-            x_TD = x_TD.to(self.model.device)
+            x_TD = x_TD.to(self.model.shard.device)
         graph = self.graphs.fitting(batch) if self.graphs is not None else None
         if graph is not None:
             out_TD = graph.replay(x_TD, batch, self._moe_of(plan))
@@ -224,7 +225,7 @@ class StageRole:
             whole, rest = divmod(num_tokens, reach)
             lengths = [reach] * whole + [rest] * (rest > 0)
             plan = dummy_plan(lengths, lengths, self.page_size)
-            batch = AttentionBatch.from_plan(plan, self.page_size, self.model)
+            batch = AttentionBatch.from_plan(plan, self.page_size, self.model.shard)
             x_TD = self.model.hidden(batch.num_rows)
             self.model.forward(x_TD, batch, self.caches, moe or _no_experts)
         self.graphs = DecodeGraphs(

@@ -43,7 +43,9 @@ from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole, local_d
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.family import load_config, tensor_table
 from r1_cluster.models.fitting import check_fits
-from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
+from r1_cluster.models.loader import Loader, Shard
+from r1_cluster.models.moe import ExpertModel, RouterModel
+from r1_cluster.models.network import StageModel
 from r1_cluster.planning.layout import Layout, WorkerSpec
 from r1_cluster.planning.memory import check_room, worker_bytes
 from r1_cluster.records import StepPlan, StepResult
@@ -110,42 +112,22 @@ class Worker:
 
     def _load(self) -> None:
         boot, spec = self.boot, self.spec
-        folder = boot.checkpoint
-        config = load_config(folder)
-        checkpoint = Checkpoint(folder, tensor_table(config), config.fp8_block)
+        config = load_config(boot.checkpoint)
         self.layout = Layout(boot.workers, config.num_hidden_layers)
-        dtype, device = _DTYPES[boot.dtype], torch.device(boot.device)
-        check_fits(config, for_device(device), dtype, boot.page_size)
-        moe_layers = config.moe_layers
-        if spec.experts is not None:
-            self.experts = ExpertModel.load(
-                config,
-                checkpoint,
-                moe_layers,
-                range(*spec.experts),
-                dtype=dtype,
-                device=device,
-                deterministic=boot.deterministic,
-            )
-        if spec.router is not None:
-            layers = range(max(spec.router[0], moe_layers.start), spec.router[1])
-            router = RouterModel.load(
-                config, checkpoint, layers, dtype=dtype, device=device, deterministic=boot.deterministic
-            )
-            self.router = RouterRole(router)
-            if self.experts is not None and self.layout.shards == (spec,):
-                self.router.dispatcher = local_dispatcher(self.experts)
+        shard = Shard(torch.device(boot.device), _DTYPES[boot.dtype], boot.deterministic)
+        check_fits(config, shard.ops, shard.dtype, boot.page_size)
         stage: StageModel | None = None
-        if spec.stage is not None:
-            stage = StageModel.load(
-                config,
-                checkpoint,
-                range(*spec.stage),
-                dtype=dtype,
-                device=device,
-                deterministic=boot.deterministic,
-            )
-        checkpoint.close()
+        with Checkpoint(boot.checkpoint, tensor_table(config), config.fp8_block) as checkpoint:
+            loader = Loader(checkpoint, shard)
+            if spec.experts is not None:
+                self.experts = ExpertModel(config, loader, config.moe_layers, range(*spec.experts))
+            if spec.router is not None:
+                layers = range(max(spec.router[0], config.moe_layers.start), spec.router[1])
+                self.router = RouterRole(RouterModel(config, loader, layers))
+            if spec.stage is not None:
+                stage = StageModel(config, loader, range(*spec.stage))
+        if self.router is not None and self.experts is not None and self.layout.shards == (spec,):
+            self.router.dispatcher = local_dispatcher(self.experts)
         if boot.limits is not None:
             self._check_memory(config, boot.limits)
         if stage is not None:
@@ -155,7 +137,7 @@ class Worker:
                 self._remote = RemoteRouter(serving.name, boot.step_timeout_s + 0.5)
             moe = self._remote or self.router
             self.stage = StageRole(stage, moe, num_pages=boot.num_pages, page_size=boot.page_size)
-        if device.type == "cuda" and boot.limits is not None:
+        if shard.device.type == "cuda" and boot.limits is not None:
             self._prepare(boot.limits, config)
 
     def _prepare(self, limits: StepLimits, config: ModelConfig) -> None:
@@ -202,7 +184,7 @@ class Worker:
             assert shard.experts is not None
             spans.append(range(*shard.experts))
         try:
-            on_device = self._groups is not None and for_device(self.router.model.device).HAS_MOE
+            on_device = self._groups is not None and for_device(self.router.model.shard.device).HAS_MOE
             broadcast = BROADCAST_TOKENS if on_device and not self.boot.deterministic else 0
             self.router.dispatcher = LinkDispatcher(links, spans, self.boot.step_timeout_s, broadcast)
         except ValueError:  # somebody is missing; there will be another topology before the next step

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kernels import ROW_TILE
-from kernels.ops import AttentionPlan, Ops
+from kernels.ops import AttentionPlan
+from r1_cluster.models.loader import Shard
 from r1_cluster.records import StepPlan, unpack_int32
-
-
-class Placement(Protocol):
-    """Where and how a stage computes; StageModel is one."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def ops(self) -> Ops: ...
-
-    @property
-    def deterministic(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,7 @@ class AttentionBatch:
     attention: AttentionPlan
 
     @classmethod
-    def from_plan(cls, plan: StepPlan, page_size: int, model: Placement) -> AttentionBatch:
+    def from_plan(cls, plan: StepPlan, page_size: int, shard: Shard) -> AttentionBatch:
         """Raises ValueError for a plan whose lists or page tables do not fit together."""
         num_new = np.asarray(plan.num_new, dtype=np.int64)
         num_cached = np.asarray(plan.num_cached, dtype=np.int64)
@@ -58,7 +45,7 @@ class AttentionBatch:
         context = num_cached + num_new
         _check(plan, len(tokens), len(pages), context, page_size)
         num_tokens = len(tokens)
-        num_rows = -(-num_tokens // ROW_TILE) * ROW_TILE if model.deterministic else num_tokens
+        num_rows = -(-num_tokens // ROW_TILE) * ROW_TILE if shard.deterministic else num_tokens
 
         starts = np.concatenate(([0], np.cumsum(num_new)))
         sequence_T = np.repeat(np.arange(len(num_new)), num_new)
@@ -74,14 +61,14 @@ class AttentionBatch:
 
         context_lens = tuple(context.tolist())
         host = [torch.from_numpy(array) for array in (token_ids, positions, slots, sample_rows)]
-        attention, there = model.ops.plan_attention(
+        attention, there = shard.ops.plan_attention(
             plan.num_new,
             context_lens,
             torch.from_numpy(table),
             page_size,
-            absorb_all=model.deterministic,
+            absorb_all=shard.deterministic,
             along=host,
-            device=model.device,
+            device=shard.device,
         )
         token_ids_T, positions_T, slots_T, sample_rows_S = there
         return cls(

@@ -1,13 +1,19 @@
-"""DeepSeek-V3, R1's architecture: how its config.json is read, and which tensors it has."""
+"""DeepSeek-V3, R1's architecture: how its config.json is read, and which tensors it has, how its
+attention is built."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from r1_cluster.models.config import MlaShape, ModelConfig, ModelConfigError, MoeShape
 from r1_cluster.models.config_json import Values, check_only, common, get, positive_faults, rope
 from r1_cluster.weights.tensors import TensorSpec, layer_name, mlp_tensors
+
+if TYPE_CHECKING:
+    from r1_cluster.models.layers import Attention
+    from r1_cluster.models.loader import Loader
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 
@@ -29,19 +35,19 @@ def parse(values: Values) -> ModelConfig:
             "num_key_value_heads": values.get("num_attention_heads"),
         },
     )
-    attention, moe = _attention_shape(values), _moe_shape(values)
+    shape, moe = _attention_shape(values), _moe_shape(values)
     config = ModelConfig(
         architecture=ARCHITECTURE,
         **common(values),
         num_nextn_predict_layers=get(values, "num_nextn_predict_layers", int, 0),
-        attention=attention,
+        attention=shape,
         moe=moe,
-        rope=rope(values, attention.qk_rope_head_dim),
+        rope=rope(values, shape.qk_rope_head_dim),
     )
-    faults = [*positive_faults(config), *positive_faults(attention), *positive_faults(moe)]
+    faults = [*positive_faults(config), *positive_faults(shape), *positive_faults(moe)]
     # The rotation reads pairs in place, so the rotary part must begin at an even offset.
     for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"):
-        value = getattr(attention, name)
+        value = getattr(shape, name)
         if value is not None and value % 2:
             faults.append(f"{name} must be even, it is {value}")
     if faults := faults or _group_faults(moe):
@@ -72,6 +78,13 @@ def layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
         yield TensorSpec(f"{name}.shared_head.head.weight", (config.vocab_size, width), "head", 0)
 
 
+def attention(config: ModelConfig, loader: Loader) -> Attention:
+    """One layer's. Raises CheckpointError."""
+    from r1_cluster.models.mla import Mla  # with torch, which whoever reads configurations does without
+
+    return Mla(loader, config.attention, _softmax_scale(config))
+
+
 def _attention_tensors(name: str, shape: MlaShape, width: int) -> Iterator[TensorSpec]:
     heads, rank = shape.num_attention_heads, shape.q_lora_rank
     if rank is None:
@@ -95,7 +108,7 @@ def _moe_tensors(name: str, moe: MoeShape, width: int) -> Iterator[TensorSpec]:
         yield from mlp_tensors(f"{name}.experts.{expert}", "experts", width, moe.moe_intermediate_size)
 
 
-def softmax_scale(config: ModelConfig) -> float:
+def _softmax_scale(config: ModelConfig) -> float:
     """What scores are multiplied by: 1 / sqrt(qk head width), under YaRN times the square of its magnitude.
 
     Source: DeepSeek-V3 inference/model.py, class MLA.

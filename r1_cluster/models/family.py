@@ -9,23 +9,32 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from r1_cluster.models import deepseek
 from r1_cluster.models.config import ModelConfig, ModelConfigError, UnsupportedModel
 from r1_cluster.models.config_json import Values
 from r1_cluster.weights.tensors import TensorSpec
 
+if TYPE_CHECKING:
+    from r1_cluster.models.layers import Attention
+    from r1_cluster.models.loader import Loader
+
 
 @dataclass(frozen=True)
 class Architecture:
     """`parse` reads config.json's content; it raises ModelConfigError and UnsupportedModel. `layer_tensors`
-    lists what a layer has, in the order of the forward pass; layers past the last are the MTP modules."""
+    lists what a layer has, in the order of the forward pass; layers past the last are the MTP modules.
+    `attention` builds a layer's, from a loader of what lies under `self_attn`."""
 
     parse: Callable[[Values], ModelConfig]
     layer_tensors: Callable[[ModelConfig, int], Iterable[TensorSpec]]
+    attention: Callable[[ModelConfig, Loader], Attention]
 
 
-ARCHITECTURES = {deepseek.ARCHITECTURE: Architecture(deepseek.parse, deepseek.layer_tensors)}
+ARCHITECTURES = {
+    deepseek.ARCHITECTURE: Architecture(deepseek.parse, deepseek.layer_tensors, deepseek.attention),
+}
 """By the name in config.json's `architectures`."""
 
 

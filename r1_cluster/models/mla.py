@@ -11,41 +11,46 @@ from torch import Tensor
 
 from kernels.ops import Rotation, Weight
 from r1_cluster.models.batch import AttentionBatch
-from r1_cluster.models.deepseek import softmax_scale
-from r1_cluster.models.layers import Loader
-from r1_cluster.weights.names import layer_tensor
+from r1_cluster.models.config import MlaShape
+from r1_cluster.models.loader import Loader
 
 
 class Mla:
     """One layer's attention, from the normed hidden states to the output projection."""
 
-    def __init__(self, loader: Loader, layer: int) -> None:
-        shape = loader.config.attention
-        self._ops = loader.ops
-        self._tiled = loader.deterministic
+    def __init__(self, loader: Loader, shape: MlaShape, scale: float) -> None:
+        """`scale` is what scores are multiplied by."""
+        self._shard = loader.shard
+        self._ops = loader.shard.ops
+        self._tiled = loader.shard.deterministic
         self._eps = 1e-6  # of both inner norms, whatever rms_norm_eps says: DeepSeek-V3 inference/model.py
-        self._scale = softmax_scale(loader.config)
+        self._scale = scale
         self._num_heads = shape.num_attention_heads
         self._num_latent = shape.kv_lora_rank
         self._num_nope = shape.qk_nope_head_dim
-        query = "q" if shape.q_lora_rank is None else "q_a"
-        self._down = loader.weight(layer_tensor(layer, query), layer_tensor(layer, "kv_a"))
-        self._query_width = loader.checkpoint.shape(layer_tensor(layer, query))[0]
+        self._cache_width = shape.cache_width
+        query = "q_proj.weight" if shape.q_lora_rank is None else "q_a_proj.weight"
+        self._down = loader.weight(query, "kv_a_proj_with_mqa.weight")
+        self._query_width = loader.shape(query)[0]
         self._q_norm: Tensor | None = None
         self._q_up: Weight | None = None
         if shape.q_lora_rank is not None:
-            self._q_norm = loader.get(layer_tensor(layer, "q_a_norm"))
-            self._q_up = loader.weight(layer_tensor(layer, "q_b"))
-        self._kv_norm = loader.get(layer_tensor(layer, "kv_a_norm"))
+            self._q_norm = loader.get("q_a_layernorm.weight")
+            self._q_up = loader.weight("q_b_proj.weight")
+        self._kv_norm = loader.get("kv_a_layernorm.weight")
         # Per head the rows of the keys, then those of the values. Never in FP8: absorbed, it meets queries
         # and attended latents head by head, in small products that published engines keep in BF16 too.
-        self._kv_up_HOC = loader.get(layer_tensor(layer, "kv_b")).view(self._num_heads, -1, self._num_latent)
+        self._kv_up_HOC = loader.get("kv_b_proj.weight").view(self._num_heads, -1, self._num_latent)
         self._key_up_HNC = self._kv_up_HOC[:, : self._num_nope]
         self._value_up_HCV = self._kv_up_HOC[:, self._num_nope :].transpose(1, 2)
-        self._out = loader.weight(layer_tensor(layer, "o"))
+        self._out = loader.weight("o_proj.weight")
+
+    def new_cache(self, num_pages: int, page_size: int) -> Tensor:
+        """Latents [num_pages, page_size, C + R], zeros."""
+        return self._shard.zeros(num_pages, page_size, self._cache_width)
 
     def forward(self, x_TD: Tensor, batch: AttentionBatch, rotation: Rotation, cache_PSL: Tensor) -> Tensor:
-        """Normed hidden states [T, D] → [T, D]; writes the new tokens' latents to their slots."""
+        """See `Attention.forward`; what is kept are latents."""
         down = self._ops.linear(x_TD, self._down, tiled=self._tiled)
         self._ops.store_latents(
             cache_PSL, batch.slots_T, down[:, self._query_width :], self._kv_norm, self._eps, rotation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import cast
 
 import torch
@@ -12,21 +11,21 @@ from torch import Tensor
 from kernels.ops import BlockScaled, DeviceOps, Routing, Weight
 from r1_cluster.models.batch import buckets
 from r1_cluster.models.config import ModelConfig
-from r1_cluster.models.layers import Loader, Mlp
-from r1_cluster.weights.checkpoint import Checkpoint
-from r1_cluster.weights.names import layer_tensor, routed_expert, shared_experts
+from r1_cluster.models.layers import Mlp
+from r1_cluster.models.loader import Loader
 
 
 class RouterModel:
     """Gates and shared experts of some MoE layers."""
 
-    def __init__(self, loader: Loader, layers: Sequence[int]) -> None:
-        moe = loader.config.moe
+    def __init__(self, config: ModelConfig, loader: Loader, layers: Sequence[int]) -> None:
+        """Opens the gates and shared experts of `layers` alone. Raises CheckpointError."""
+        moe = config.moe
         assert moe is not None, "only layers with experts have a router"
-        self.device = loader.device
-        self.dtype = loader.dtype
-        self._ops = loader.ops
-        self._tiled = loader.deterministic
+        self.shard = loader.shard
+        self._ops = loader.shard.ops
+        self._tiled = loader.shard.deterministic
+        self._width = config.hidden_size
         self._routing = Routing(
             num_groups=moe.n_group,
             top_groups=moe.topk_group,
@@ -34,28 +33,12 @@ class RouterModel:
             normalize=moe.norm_topk_prob,
             scaling=moe.routed_scaling_factor,
         )
+        mlps = {layer: loader.layer(layer).under("mlp") for layer in layers}
         self._gates = {
-            layer: (
-                loader.get_float32(layer_tensor(layer, "gate")),
-                loader.get_float32(layer_tensor(layer, "gate_bias")),
-            )
-            for layer in layers
+            layer: (mlp.get_float32("gate.weight"), mlp.get_float32("gate.e_score_correction_bias"))
+            for layer, mlp in mlps.items()
         }
-        self._shared = {layer: Mlp(loader, partial(shared_experts, layer)) for layer in layers}
-
-    @classmethod
-    def load(
-        cls,
-        config: ModelConfig,
-        checkpoint: Checkpoint,
-        layers: Sequence[int],
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        deterministic: bool,
-    ) -> RouterModel:
-        """Opens the gates and shared experts of `layers` alone. Raises CheckpointError."""
-        return cls(Loader(config, checkpoint, dtype, device, deterministic), layers)
+        self._shared = {layer: Mlp(mlp.under("shared_experts")) for layer, mlp in mlps.items()}
 
     @torch.inference_mode()
     def gate(self, layer: int, x_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,9 +49,9 @@ class RouterModel:
     def warm_up(self, max_tokens: int) -> None:
         """Compiles and tunes a device's kernels for every power of two of tokens and for the most there can
         be, so that no step waits for that. All layers have the same shapes."""
-        layer, (weight_ED, _) = next(iter(self._gates.items()))
+        layer = next(iter(self._gates))
         for num_tokens in buckets(max_tokens):
-            x_TD = torch.zeros(num_tokens, weight_ED.shape[1], dtype=self.dtype, device=self.device)
+            x_TD = self.shard.zeros(num_tokens, self._width)
             self.gate(layer, x_TD)
             self.shared(layer, x_TD)
 
@@ -81,32 +64,19 @@ class RouterModel:
 class ExpertModel:
     """The routed experts [experts.start, experts.stop) of some MoE layers."""
 
-    def __init__(self, loader: Loader, layers: Sequence[int], experts: range) -> None:
-        num_experts = 0 if loader.config.moe is None else loader.config.moe.n_routed_experts
+    def __init__(self, config: ModelConfig, loader: Loader, layers: Sequence[int], experts: range) -> None:
+        """Opens these experts' tensors alone. Raises CheckpointError, ValueError for a range that is none."""
+        num_experts = 0 if config.moe is None else config.moe.n_routed_experts
         if not 0 <= experts.start < experts.stop <= num_experts or experts.step != 1:
             raise ValueError(f"{experts} is no range of the {num_experts} routed experts")
         self.experts = experts
-        self.device = loader.device
-        self._dtype = loader.dtype
-        self._width = loader.config.hidden_size
-        self._ops = loader.ops
-        self._tiled = loader.deterministic
-        self._weights = {layer: _load_experts(loader, layer, experts) for layer in layers}
-
-    @classmethod
-    def load(
-        cls,
-        config: ModelConfig,
-        checkpoint: Checkpoint,
-        layers: Sequence[int],
-        experts: range,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        deterministic: bool,
-    ) -> ExpertModel:
-        """Opens these experts' tensors alone. Raises CheckpointError, ValueError for a range that is none."""
-        return cls(Loader(config, checkpoint, dtype, device, deterministic), layers, experts)
+        self.shard = loader.shard
+        self._width = config.hidden_size
+        self._ops = loader.shard.ops
+        self._tiled = loader.shard.deterministic
+        self._weights = {
+            layer: _load_experts(loader.layer(layer).under("mlp.experts"), experts) for layer in layers
+        }
 
     @torch.inference_mode()
     def forward(self, layer: int, x_ND: Tensor, counts: Sequence[int]) -> Tensor:
@@ -123,7 +93,7 @@ class ExpertModel:
         if not len(x_ND):
             return torch.empty_like(x_ND)
         gate_up_e2FD, down_eDF = self._weights[layer]
-        x = x_ND.to(self.device)
+        x = x_ND.to(self.shard.device)
         return self._ops.experts(x, counts, gate_up_e2FD, down_eDF, tiled=self._tiled).to(x_ND.device)
 
     @torch.inference_mode()
@@ -137,12 +107,13 @@ class ExpertModel:
     ) -> Tensor:
         """What these experts, or those of them that are `asked`, add to the mixture: Σ weight · expert(x)
         over the k that are theirs, [T, D], on the device that x came from. Where `on_device` alone."""
-        ids_TK = expert_ids_TK.to(self.device, torch.int32) - self.experts.start
+        device = self.shard.device
+        ids_TK = expert_ids_TK.to(device, torch.int32) - self.experts.start
         if asked is not None:
-            theirs = torch.tensor([*asked, False], device=self.device)  # the last for whoever is not here
+            theirs = torch.tensor([*asked, False], device=device)  # the last for whoever is not here
             here = (ids_TK >= 0) & (ids_TK < len(self.experts))
             ids_TK = torch.where(theirs[torch.where(here, ids_TK, -1)], ids_TK, -1)
-        y_TD = self.mixture(layer, x_TD.to(self.device), weights_TK.to(self.device), ids_TK)
+        y_TD = self.mixture(layer, x_TD.to(device), weights_TK.to(device), ids_TK)
         return y_TD.to(x_TD.device)
 
     def warm_up(self, max_rows: int) -> None:
@@ -151,15 +122,15 @@ class ExpertModel:
         num_experts = len(self.experts)
         for num_rows in buckets(max_rows):
             counts = [(num_rows + i) // num_experts for i in range(num_experts)]
-            self.forward(layer, torch.zeros(num_rows, self._width, dtype=self._dtype), counts)
+            self.forward(layer, torch.zeros(num_rows, self._width, dtype=self.shard.dtype), counts)
 
     def warm_up_shares(self, max_tokens: int, top_k: int) -> None:
         """See `RouterModel.warm_up`; for broadcast steps."""
         layer = next(iter(self._weights))
         for num_tokens in buckets(max_tokens):
-            x_TD = torch.zeros(num_tokens, self._width, dtype=self._dtype, device=self.device)
-            ids_TK = torch.arange(top_k, device=self.device).expand(num_tokens, top_k) + self.experts.start
-            self.share(layer, x_TD, torch.ones(num_tokens, top_k, device=self.device), ids_TK)
+            x_TD = self.shard.zeros(num_tokens, self._width)
+            ids_TK = torch.arange(top_k, device=x_TD.device).expand(num_tokens, top_k) + self.experts.start
+            self.share(layer, x_TD, torch.ones(num_tokens, top_k, device=x_TD.device), ids_TK)
 
     @property
     def on_device(self) -> bool:
@@ -189,27 +160,31 @@ class ExpertModel:
         )
 
 
-def _load_experts(loader: Loader, layer: int, experts: range) -> tuple[Weight, Weight]:
+_PARTS = (("gate_proj.weight", "up_proj.weight"), ("down_proj.weight",))
+
+
+def _load_experts(loader: Loader, experts: range) -> tuple[Weight, Weight]:
     """(gate and up [e, 2F, D], down [e, D, F]), filled tensor by tensor: no second copy at any time."""
-    names = [routed_expert(layer, expert, part) for expert in experts for part in ("gate", "up", "down")]
-    if loader.ops.KEEPS_FP8 and all(loader.checkpoint.is_fp8(name) for name in names):
-        return _load_scaled_experts(loader, layer, experts)
-    hidden, width = loader.checkpoint.shape(names[0])
-    gate_up = torch.empty(len(experts), 2 * hidden, width, dtype=loader.dtype, device=loader.device)
-    down = torch.empty(len(experts), width, hidden, dtype=loader.dtype, device=loader.device)
+    if loader.stays_fp8(*(f"{expert}.{name}" for expert in experts for names in _PARTS for name in names)):
+        return _load_scaled_experts(loader, experts)
+    first, shard = loader.under(str(experts.start)), loader.shard
+    hidden, width = first.shape("gate_proj.weight")
+    gate_up = torch.empty(len(experts), 2 * hidden, width, dtype=shard.dtype, device=shard.device)
+    down = torch.empty(len(experts), width, hidden, dtype=shard.dtype, device=shard.device)
     for i, expert in enumerate(experts):
-        gate_up[i, :hidden] = loader.get(routed_expert(layer, expert, "gate"))
-        gate_up[i, hidden:] = loader.get(routed_expert(layer, expert, "up"))
-        down[i] = loader.get(routed_expert(layer, expert, "down"))
+        own = loader.under(str(expert))
+        gate_up[i, :hidden] = own.get("gate_proj.weight")
+        gate_up[i, hidden:] = own.get("up_proj.weight")
+        down[i] = own.get("down_proj.weight")
     return gate_up, down
 
 
-def _load_scaled_experts(loader: Loader, layer: int, experts: range) -> tuple[BlockScaled, BlockScaled]:
+def _load_scaled_experts(loader: Loader, experts: range) -> tuple[BlockScaled, BlockScaled]:
     """As `_load_experts`, in FP8 with block scales."""
     stacks: list[BlockScaled] = []
     for i, expert in enumerate(experts):
-        for j, parts in enumerate((("gate", "up"), ("down",))):
-            weight = loader.weight(*(routed_expert(layer, expert, part) for part in parts))
+        for j, names in enumerate(_PARTS):
+            weight = loader.under(str(expert)).weight(*names)
             assert isinstance(weight, BlockScaled)
             if i == 0:
                 stacks.append(_empty_stack(weight, len(experts)))

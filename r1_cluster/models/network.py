@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +11,10 @@ from torch import Tensor
 from kernels import ROW_TILE
 from r1_cluster.models.batch import AttentionBatch
 from r1_cluster.models.config import ModelConfig
-from r1_cluster.models.family import EMBEDDING, FINAL_NORM, HEAD
-from r1_cluster.models.layers import Loader, Mlp
-from r1_cluster.models.mla import Mla
-from r1_cluster.models.moe import ExpertModel, RouterModel
+from r1_cluster.models.family import ARCHITECTURES, EMBEDDING, FINAL_NORM, HEAD
+from r1_cluster.models.layers import Mlp
+from r1_cluster.models.loader import Loader
 from r1_cluster.models.rope import rope_table
-from r1_cluster.weights.checkpoint import Checkpoint
-from r1_cluster.weights.names import dense_mlp, layer_tensor
-
-__all__ = ["ExpertModel", "MoE", "RouterModel", "StageModel"]
 
 MoE = Callable[[int, Tensor, int], Tensor]
 """(layer, normed hidden states [T, D], number of real rows) → the experts' output [T, D]."""
@@ -29,61 +23,43 @@ MoE = Callable[[int, Tensor, int], Tensor]
 class _Layer:
     """One layer without its mixture of experts: `mlp` is None where there is one."""
 
-    def __init__(self, loader: Loader, layer: int) -> None:
-        self.index = layer
-        self.attention_norm = loader.get(layer_tensor(layer, "input_norm"))
-        self.attention = Mla(loader, layer)
-        self.mlp_norm = loader.get(layer_tensor(layer, "mlp_norm"))
-        is_moe = layer in loader.config.moe_layers
-        self.mlp = None if is_moe else Mlp(loader, partial(dense_mlp, layer))
+    def __init__(self, config: ModelConfig, loader: Loader, index: int) -> None:
+        self.index = index
+        self.attention_norm = loader.get("input_layernorm.weight")
+        self.attention = ARCHITECTURES[config.architecture].attention(config, loader.under("self_attn"))
+        self.mlp_norm = loader.get("post_attention_layernorm.weight")
+        self.mlp = None if index in config.moe_layers else Mlp(loader.under("mlp"))
 
 
 class StageModel:
     """Layers [first, last): attention and dense MLPs; with layer 0 the embedding, with the last the head."""
 
-    def __init__(self, loader: Loader, layers: range) -> None:
-        config = loader.config
+    def __init__(self, config: ModelConfig, loader: Loader, layers: range) -> None:
+        """Opens these layers' tensors alone. Raises CheckpointError, ValueError for a range that is none."""
         if not 0 <= layers.start < layers.stop <= config.num_hidden_layers or layers.step != 1:
             raise ValueError(f"{layers} is no range of the {config.num_hidden_layers} layers")
         self.config = config
-        self.device = loader.device
-        self.dtype = loader.dtype
-        self.deterministic = loader.deterministic
-        self.ops = loader.ops
+        self.shard = loader.shard
+        self.ops = loader.shard.ops
         self.is_first = layers.start == 0
         self.is_last = layers.stop == config.num_hidden_layers
         self._embedding = loader.get(EMBEDDING) if self.is_first else None
-        self._layers = [_Layer(loader, layer) for layer in layers]
+        self._layers = [_Layer(config, loader.layer(layer), layer) for layer in layers]
         self._final_norm = loader.get(FINAL_NORM) if self.is_last else None
         self._head = loader.get(HEAD) if self.is_last else None
-        self._rope_table = rope_table(config.rope, config.max_position_embeddings, loader.device)
-
-    @classmethod
-    def load(
-        cls,
-        config: ModelConfig,
-        checkpoint: Checkpoint,
-        layers: range,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        deterministic: bool,
-    ) -> StageModel:
-        """Opens these layers' tensors alone. Raises CheckpointError, ValueError for a range that is none."""
-        return cls(Loader(config, checkpoint, dtype, device, deterministic), layers)
+        self._rope_table = rope_table(config.rope, config.max_position_embeddings, self.shard.device)
 
     def new_cache(self, num_pages: int, page_size: int) -> list[Tensor]:
-        """An empty latent cache [num_pages, page_size, C + R] for each own layer."""
-        shape = (num_pages, page_size, self.config.attention.cache_width)
-        return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self._layers]
+        """An empty cache for each own layer."""
+        return [layer.attention.new_cache(num_pages, page_size) for layer in self._layers]
 
     def hidden(self, num_rows: int) -> Tensor:
         """A buffer for hidden states, [num_rows, D], zeros."""
-        return torch.zeros(num_rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        return self.shard.zeros(num_rows, self.config.hidden_size)
 
     def empty_logits(self, num_rows: int) -> Tensor:
         """A buffer for logits, float32 [num_rows, V]."""
-        return torch.empty(num_rows, self.config.vocab_size, dtype=torch.float32, device=self.device)
+        return torch.empty(num_rows, self.config.vocab_size, dtype=torch.float32, device=self.shard.device)
 
     @torch.inference_mode()
     def embed(self, token_ids_T: Tensor) -> Tensor:
@@ -94,7 +70,8 @@ class StageModel:
 
     @torch.inference_mode()
     def forward(self, x_TD: Tensor, batch: AttentionBatch, caches: Sequence[Tensor], moe: MoE) -> Tensor:
-        """Hidden states [num_rows, D] through the stage's layers; new latents go to `caches`.
+        """Hidden states [num_rows, D] through the stage's layers; what is kept of new tokens goes to
+        `caches`.
 
         `x_TD` is overwritten. `moe` is called for each layer with experts. Running a step again over the
         same caches gives the same.
@@ -136,7 +113,7 @@ class StageModel:
         if self._final_norm is None or self._head is None:
             raise ValueError("only the last stage has a head")
         x_SD = x_TD.index_select(0, rows)
-        if self.deterministic and len(rows) % ROW_TILE:
+        if self.shard.deterministic and len(rows) % ROW_TILE:
             x_SD = F.pad(x_SD, (0, 0, 0, ROW_TILE - len(rows) % ROW_TILE))
         normed = self.ops.rms_norm(x_SD, self._final_norm, self.config.rms_norm_eps)
-        return self.ops.linear(normed, self._head, tiled=self.deterministic)[: len(rows)].float()
+        return self.ops.linear(normed, self._head, tiled=self.shard.deterministic)[: len(rows)].float()

@@ -6,7 +6,11 @@ Names are those of Hugging Face's layout. What reads, checks, cuts or writes wei
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SCALE_SUFFIX = "_scale_inv"
 """An FP8 tensor's block scales stand under its own name with this suffix; the table does not list them."""
@@ -30,6 +34,22 @@ class TensorSpec(NamedTuple):
     def layer(self) -> int | None:
         """See `layer_of`."""
         return layer_of(self.name)
+
+
+class TensorSource(Protocol):
+    """Where tensors come from: `Checkpoint` is one. All methods raise CheckpointError."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+
+    def get(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """One tensor in `dtype`, whatever it is stored in."""
+
+    def is_fp8(self, name: str) -> bool:
+        """Whether a tensor is stored in FP8, with block scales beside it."""
+
+    def get_scaled(self, name: str) -> tuple[Tensor, Tensor]:
+        """An FP8 matrix as it is stored, and its float32 block scales."""
 
 
 def layer_name(layer: int) -> str:

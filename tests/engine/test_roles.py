@@ -13,10 +13,12 @@ from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.graphs import dummy_plan
 from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.family import load_config, tensor_table
-from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
+from r1_cluster.models.loader import Loader, Shard
+from r1_cluster.models.moe import ExpertModel, RouterModel
+from r1_cluster.models.network import StageModel
 from r1_cluster.weights.checkpoint import Checkpoint
 
-OPTIONS = {"dtype": torch.float32, "device": torch.device("cpu"), "deterministic": False}
+SHARD = Shard(torch.device("cpu"), torch.float32, deterministic=False)
 PAGE_SIZE = 16
 
 
@@ -31,7 +33,8 @@ def folder(tmp_path_factory):
 def stage(folder):
     config = load_config(folder)
     with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
-        model = StageModel.load(config, checkpoint, range(config.num_hidden_layers), **OPTIONS)
+        loader = Loader(checkpoint, SHARD)
+        model = StageModel(config, loader, range(config.num_hidden_layers))
     return StageRole(model, None, num_pages=8, page_size=PAGE_SIZE)
 
 
@@ -39,9 +42,10 @@ def stage(folder):
 def router(folder):
     config = load_config(folder)
     with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
-        role = RouterRole(RouterModel.load(config, checkpoint, config.moe_layers, **OPTIONS))
+        loader = Loader(checkpoint, SHARD)
+        role = RouterRole(RouterModel(config, loader, config.moe_layers))
         every = range(config.moe.n_routed_experts)
-        experts = ExpertModel.load(config, checkpoint, config.moe_layers, every, **OPTIONS)
+        experts = ExpertModel(config, loader, config.moe_layers, every)
     role.dispatcher = local_dispatcher(experts)
     return role
 

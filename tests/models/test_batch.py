@@ -4,19 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.ops import for_device
 from r1_cluster.models.batch import AttentionBatch
+from r1_cluster.models.loader import Shard
 from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
 
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0)
-
-
-class Cpu:
-    device = torch.device("cpu")
-    ops = for_device(device)
-
-    def __init__(self, deterministic):
-        self.deterministic = deterministic
+CPU = torch.device("cpu")
 
 
 def plan(**changes):
@@ -36,7 +29,7 @@ def plan(**changes):
 
 
 def test_padded_to_the_tile():
-    batch = AttentionBatch.from_plan(plan(), 4, Cpu(deterministic=True))
+    batch = AttentionBatch.from_plan(plan(), 4, Shard(CPU, torch.float32, deterministic=True))
     assert (batch.num_tokens, batch.num_rows) == (4, 8)
     assert batch.token_ids_T.tolist() == [11, 21, 22, 23, 0, 0, 0, 0]
     assert batch.positions_T.tolist() == [5, 0, 1, 2, 0, 0, 0, 0]
@@ -47,7 +40,7 @@ def test_padded_to_the_tile():
 
 
 def test_real_rows_alone():
-    batch = AttentionBatch.from_plan(plan(samples=[]), 4, Cpu(deterministic=False))
+    batch = AttentionBatch.from_plan(plan(samples=[]), 4, Shard(CPU, torch.float32, deterministic=False))
     assert batch.num_rows == 4
     assert batch.token_ids_T.tolist() == [11, 21, 22, 23]
     assert batch.sample_rows.shape == (0,)
@@ -64,4 +57,4 @@ def test_real_rows_alone():
 )
 def test_plans_that_do_not_fit_together(changes, words):
     with pytest.raises(ValueError, match=words):
-        AttentionBatch.from_plan(plan(**changes), 4, Cpu(deterministic=True))
+        AttentionBatch.from_plan(plan(**changes), 4, Shard(CPU, torch.float32, deterministic=True))

@@ -11,6 +11,7 @@ from small_model import config_values, write_checkpoint
 from kernels import cpu, reference
 from kernels.ops import Routing, for_device
 from r1_cluster.models.family import load_config, tensor_table
+from r1_cluster.models.loader import Loader, Shard
 from r1_cluster.models.moe import ExpertModel, RouterModel
 from r1_cluster.weights.checkpoint import Checkpoint
 
@@ -27,13 +28,15 @@ def folder(tmp_path_factory):
 def load(folder, layers, experts, deterministic=True):
     config = load_config(folder)
     with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
-        return ExpertModel.load(config, checkpoint, layers, experts, **OPTIONS, deterministic=deterministic)
+        loader = Loader(checkpoint, Shard(**OPTIONS, deterministic=deterministic))
+        return ExpertModel(config, loader, layers, experts)
 
 
 def load_router(folder, layers):
     config = load_config(folder)
     with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
-        return RouterModel.load(config, checkpoint, layers, **OPTIONS, deterministic=False)
+        loader = Loader(checkpoint, Shard(**OPTIONS, deterministic=False))
+        return RouterModel(config, loader, layers)
 
 
 @settings(max_examples=30)

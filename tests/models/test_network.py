@@ -205,19 +205,14 @@ def test_a_step_can_be_done_again(tmp_path):
 
 @pytest.mark.parametrize("layers", [range(2, 2), range(2, 4), range(-1, 2), range(0, 3, 2)])
 def test_a_stage_takes_a_range_of_the_layers_alone(tmp_path, layers):
+    from r1_cluster.models.loader import Loader, Shard
     from r1_cluster.models.network import StageModel
     from r1_cluster.weights.checkpoint import Checkpoint
 
     config = write_checkpoint(tmp_path, config_values())
+    shard = Shard(torch.device("cpu"), torch.float32, deterministic=True)
     with pytest.raises(ValueError, match="no range of the 3 layers"):
-        StageModel.load(
-            config,
-            Checkpoint(tmp_path),
-            layers,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            deterministic=True,
-        )
+        StageModel(config, Loader(Checkpoint(tmp_path), shard), layers)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

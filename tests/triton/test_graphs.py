@@ -14,7 +14,9 @@ from r1_cluster.comm.device_dispatch import DeviceDispatcher
 from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.roles import RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.family import load_config, tensor_table
-from r1_cluster.models.network import ExpertModel, RouterModel, StageModel
+from r1_cluster.models.loader import Loader, Shard
+from r1_cluster.models.moe import ExpertModel, RouterModel
+from r1_cluster.models.network import StageModel
 from r1_cluster.records import SampleSpec, StepPlan, pack_int32
 from r1_cluster.weights.checkpoint import Checkpoint
 
@@ -86,12 +88,13 @@ class Stage:
 
     def __init__(self, folder, local, dtype=torch.float32, deterministic=False):
         config = load_config(folder)
-        options = {"dtype": dtype, "device": torch.device("cpu"), "deterministic": deterministic}
+        shard = Shard(torch.device("cpu"), dtype, deterministic)
         with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
-            model = StageModel.load(config, checkpoint, range(config.num_hidden_layers), **options)
-            router = RouterRole(RouterModel.load(config, checkpoint, config.moe_layers, **options))
+            loader = Loader(checkpoint, shard)
+            model = StageModel(config, loader, range(config.num_hidden_layers))
+            router = RouterRole(RouterModel(config, loader, config.moe_layers))
             every = range(config.moe.n_routed_experts)
-            experts = ExpertModel.load(config, checkpoint, config.moe_layers, every, **options)
+            experts = ExpertModel(config, loader, config.moe_layers, every)
         router.dispatcher = local_dispatcher(experts)
         assert isinstance(router.dispatcher, DeviceDispatcher)
         self.calls = 0
@@ -204,13 +207,13 @@ def test_a_decode_step_is_our_kernels_and_the_products_of_a_library(folder, reco
 
 def test_shares_of_shards_add_up_to_the_mixture(folder):
     config = load_config(folder)
-    options = {"dtype": torch.float32, "device": torch.device("cpu"), "deterministic": False}
+    shard = Shard(torch.device("cpu"), torch.float32, deterministic=False)
     layer, num_experts = config.moe_layers[0], config.moe.n_routed_experts
     spans = [range(num_experts // 2), range(num_experts // 2, num_experts)]
     with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
+        loader = Loader(checkpoint, shard)
         whole, *shards = [
-            ExpertModel.load(config, checkpoint, config.moe_layers, span, **options)
-            for span in (range(num_experts), *spans)
+            ExpertModel(config, loader, config.moe_layers, span) for span in (range(num_experts), *spans)
         ]
     x, weights = torch.randn(5, config.hidden_size), torch.rand(5, 2)
     ids = torch.arange(10).view(5, 2) % num_experts

@@ -1,0 +1,88 @@
+"""From tensors on disk, or wherever they come from, to weights on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kernels.ops import BlockScaled, Ops, Weight, for_device
+from r1_cluster.weights.tensors import TensorSource, layer_name
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where and how a process computes its part of a model."""
+
+    device: torch.device
+    dtype: torch.dtype
+    deterministic: bool
+
+    @cached_property
+    def ops(self) -> Ops:
+        """The operations of the device, chosen once."""
+        return for_device(self.device)
+
+    def zeros(self, *sizes: int) -> Tensor:
+        """In the compute dtype, on the device."""
+        return torch.zeros(sizes, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Reads tensors for a shard. Whoever is given one names its own tensors alone: `under` and `layer` give
+    loaders of what lies below a name. All methods raise CheckpointError."""
+
+    source: TensorSource
+    shard: Shard
+    prefix: str = ""
+
+    def under(self, name: str) -> Loader:
+        """For the module called `name`."""
+        return replace(self, prefix=f"{self.prefix}{name}.")
+
+    def layer(self, layer: int) -> Loader:
+        """For one layer of the network."""
+        return self.under(layer_name(layer))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return self.source.shape(self.prefix + name)
+
+    def get(self, name: str) -> Tensor:
+        """One tensor in the compute dtype."""
+        return self.source.get(self.prefix + name, self.shard.dtype, self.shard.device)
+
+    def get_float32(self, name: str) -> Tensor:
+        """One tensor in float32, whatever the compute dtype."""
+        return self.source.get(self.prefix + name, torch.float32, self.shard.device)
+
+    def stays_fp8(self, *names: str) -> bool:
+        """Whether all of them are stored in FP8 and the device multiplies FP8."""
+        return self.shard.ops.KEEPS_FP8 and all(self.source.is_fp8(self.prefix + name) for name in names)
+
+    def weight(self, *names: str) -> Weight:
+        """Matrices of the same width, one below the other: in FP8 where they stay so, else in the
+        compute dtype."""
+        if self.stays_fp8(*names):
+            return self._scaled(names)
+        if len(names) == 1:
+            return self.get(names[0])
+        rows = [self.shape(name)[0] for name in names]
+        width = self.shape(names[0])[1]
+        out = torch.empty(sum(rows), width, dtype=self.shard.dtype, device=self.shard.device)
+        for part, name in zip(torch.split(out, rows), names):
+            part.copy_(self.get(name))  # each copied once
+        return out
+
+    def _scaled(self, names: Sequence[str]) -> BlockScaled:
+        stored = [self.source.get_scaled(self.prefix + name) for name in names]
+        parts = [self.shard.ops.block_scaled(*pair, self.shard.device) for pair in stored]
+        if len(parts) == 1:
+            return parts[0]
+        # Scales fit the stack because all parts but the last end with a whole block: see `fitting`.
+        values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(parts[0].values.dtype)
+        return BlockScaled(values, torch.cat([part.scale for part in parts]))
