@@ -21,13 +21,13 @@ import torch
 
 import r1_cluster
 from benchmarks.processes import LocalEngine, Settings
-from r1_cluster.config import Layout
+from r1_cluster.config import LayoutConfig
 from r1_cluster.records import Request, SamplingParams
 
 CHECKPOINT = Path(r1_cluster.__file__).parent / "assets/nano_r1"
 LAYOUTS = {
-    "colocated": Layout(kind="colocated"),
-    "disaggregated": Layout(kind="disaggregated", stages=2, expert_shards=3),
+    "colocated": LayoutConfig(kind="colocated"),
+    "disaggregated": LayoutConfig(kind="disaggregated", stages=2, expert_shards=3),
 }
 PROMPT_TOKENS = 16
 VICTIM = "experts-1"

@@ -20,7 +20,7 @@ import msgspec
 
 from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.listener import Endpoint, Listener, connect
-from r1_cluster.config import Layout as LayoutConfig
+from r1_cluster.config import LayoutConfig
 from r1_cluster.engine.boot import ENGINE, StepLimits, Transport, WorkerBoot
 from r1_cluster.engine.core import EngineCore
 from r1_cluster.engine.pages import PageAllocator

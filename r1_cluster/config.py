@@ -37,7 +37,7 @@ class Model(_Section):
     dtype: Literal["float32", "bfloat16"] | None = None
 
 
-class Layout(_Section):
+class LayoutConfig(_Section):
     """Which roles share a process.
 
     `stages` and `expert_shards` are a count (split evenly) or a list of inclusive ranges such as
@@ -127,7 +127,7 @@ class Service(_Section):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
     model: Model
-    layout: Layout = Layout()
+    layout: LayoutConfig = LayoutConfig()
     engine: Engine = Engine()
     serve: Serve = Serve()
     cluster: Cluster = Cluster()

@@ -5,10 +5,10 @@ import random
 from small_model import KERNEL_SHAPE, config_values, write_checkpoint
 
 from benchmarks.processes import LocalEngine, Settings
-from r1_cluster.config import Layout
+from r1_cluster.config import LayoutConfig
 from r1_cluster.records import Request, SamplingParams
 
-COLOCATED = Layout(kind="colocated")
+COLOCATED = LayoutConfig(kind="colocated")
 
 
 def settings(folder, **changes):

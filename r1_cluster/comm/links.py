@@ -23,9 +23,9 @@ from r1_cluster.comm.wire import (
     LinkTimeout,
     Message,
     StaleEpoch,
-    TensorSpec,
     Unsendable,
     WireError,
+    WireSpec,
 )
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class TcpLink:
         external = header._replace(flags=header.flags | wire.Flags.EXTERNAL)
         self._send([wire.encode_prefix(external, tensors, len(body)), body])
 
-    def recv_announcement(self, timeout_s: float | None) -> tuple[Header, list[TensorSpec], bytes]:
+    def recv_announcement(self, timeout_s: float | None) -> tuple[Header, list[WireSpec], bytes]:
         """Receives what `send_announcement` sent. Raises as `recv`."""
         try:
             with self._recv_lock:
@@ -190,7 +190,7 @@ class TcpLink:
                 return
             buffers = _without_first(buffers, sent)
 
-    def _recv_prefix(self, timeout_s: float | None) -> tuple[Header, list[TensorSpec], bytes, float | None]:
+    def _recv_prefix(self, timeout_s: float | None) -> tuple[Header, list[WireSpec], bytes, float | None]:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         received = self._recv_into(self._head, timeout_s)
         if deadline is not None:
@@ -205,7 +205,7 @@ class TcpLink:
         self._fill(memoryview(rest), deadline)
         return header, wire.decode_specs(rest, num_tensors), bytes(memoryview(rest)[specs_bytes:]), deadline
 
-    def _recv_tensor(self, spec: TensorSpec, deadline: float | None) -> Tensor:
+    def _recv_tensor(self, spec: WireSpec, deadline: float | None) -> Tensor:
         """One allocation each: the allocator's alignment keeps results bit-identical to those of tensors
         that never travelled."""
         import torch

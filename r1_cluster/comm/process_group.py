@@ -31,8 +31,8 @@ from r1_cluster.comm.wire import (
     LinkError,
     LinkTimeout,
     Message,
-    TensorSpec,
     Unsendable,
+    WireSpec,
 )
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class ProcessGroups:
             link = ProcessGroupLink(header_link, pair, self._watch)
             self._watch.add(link)
             # The first transfer opens the connection: here, not in the first step.
-            spec = TensorSpec(torch.uint8, (1,))
+            spec = WireSpec(torch.uint8, (1,))
             if rank == 0:
                 pair.send(torch.zeros(1, dtype=torch.uint8, device=pair.device))
                 pair.recv(spec).cpu()
@@ -138,7 +138,7 @@ class ProcessGroupLink:
             except RuntimeError as error:
                 logger.warning("giving up the group with %s: %s", self.peer, _first_line(error))
 
-    def _recv_tensor(self, spec: TensorSpec) -> Tensor:
+    def _recv_tensor(self, spec: WireSpec) -> Tensor:
         if 0 in spec.shape:
             return torch.empty(spec.shape, dtype=spec.dtype, device=self._pair.device)
         return self._pair.recv(spec)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from r1_cluster.comm.rendezvous import LinkStore
-from r1_cluster.comm.wire import TensorSpec
+from r1_cluster.comm.wire import WireSpec
 
 SLOTS = 4
 SLOT_BYTES = 4 << 20
@@ -195,7 +195,7 @@ class SharedPair:
                 ring.slots[ring.position % SLOTS, : len(piece)].copy_(piece)
                 self._count(ring, _FILLED)
 
-    def recv(self, spec: TensorSpec) -> Tensor:
+    def recv(self, spec: WireSpec) -> Tensor:
         ring = self._in
         tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
         for piece in torch.split(_bytes(tensor), SLOT_BYTES):

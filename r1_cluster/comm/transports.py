@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import ErrorType
 
 from r1_cluster.comm.rendezvous import LinkStore
 from r1_cluster.comm.shared_memory import CudaMemory, HostMemory, Memory, SharedPair, SlotPool
-from r1_cluster.comm.wire import TensorSpec
+from r1_cluster.comm.wire import WireSpec
 
 
 class _Work(Protocol):
@@ -48,7 +48,7 @@ class Pair(Protocol):
     def send(self, tensor: Tensor) -> None:
         """Sends a contiguous, non-empty tensor of `device`."""
 
-    def recv(self, spec: TensorSpec) -> Tensor:
+    def recv(self, spec: WireSpec) -> Tensor:
         """A new tensor of `device`."""
 
     def abort(self) -> None:
@@ -93,7 +93,7 @@ class GlooPair:
     def send(self, tensor: Tensor) -> None:
         self._alive().send([tensor], self._peer_rank, 0).wait()
 
-    def recv(self, spec: TensorSpec) -> Tensor:
+    def recv(self, spec: WireSpec) -> Tensor:
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
         self._alive().recv([tensor], self._peer_rank, 0).wait()
         return tensor
@@ -160,7 +160,7 @@ class NcclPair:
         # A copy, which the sender cannot overwrite while it is on its way; nobody waits for it.
         self._group.send([tensor.clone()], self._peer_rank, 0)
 
-    def recv(self, spec: TensorSpec) -> Tensor:
+    def recv(self, spec: WireSpec) -> Tensor:
         tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
         self._group.recv([tensor], self._peer_rank, 0).wait()  # the stream waits, not the host
         return tensor

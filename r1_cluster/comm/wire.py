@@ -134,7 +134,7 @@ class Header(NamedTuple):
     flags: int = 0
 
 
-class TensorSpec(NamedTuple):
+class WireSpec(NamedTuple):
     """dtype and shape of a tensor that is to come."""
 
     dtype: torch.dtype
@@ -213,7 +213,7 @@ def decode_header(data: bytes | bytearray | memoryview) -> tuple[Header, int, in
     return Header(kind, epoch, step, layer, micro_batch, rows, flags), num_tensors, body_bytes
 
 
-def decode_specs(data: bytes | bytearray | memoryview, num_tensors: int) -> list[TensorSpec]:
+def decode_specs(data: bytes | bytearray | memoryview, num_tensors: int) -> list[WireSpec]:
     """The first `num_tensors` · SPEC_SIZE bytes of `data` → descriptors. Raises WireError."""
     specs = []
     total_bytes = 0
@@ -221,7 +221,7 @@ def decode_specs(data: bytes | bytearray | memoryview, num_tensors: int) -> list
         code, num_dims, *sizes = _SPEC.unpack_from(data, i * SPEC_SIZE)
         if not 1 <= code <= len(_DTYPE_NAMES) or num_dims > MAX_DIMS or any(sizes[num_dims:]):
             raise WireError(f"tensor descriptor with dtype code {code} and {num_dims} dimensions")
-        spec = TensorSpec(_dtypes()[code - 1], tuple(sizes[:num_dims]))
+        spec = WireSpec(_dtypes()[code - 1], tuple(sizes[:num_dims]))
         # An empty tensor's other sizes must be sane too: torch multiplies them for the strides.
         total_bytes += spec.dtype.itemsize * math.prod(max(size, 1) for size in spec.shape)
         specs.append(spec)

@@ -25,7 +25,7 @@ from torch import Tensor
 from kernels import ROW_TILE
 from kernels.ops import DeviceOps
 from r1_cluster.models.batch import AttentionBatch, buckets
-from r1_cluster.models.network import MoE, StageModel
+from r1_cluster.models.network import MoeCall, StageModel
 from r1_cluster.records import StepPlan, pack_int32
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class DecodeGraphs:
         *,
         max_num_seqs: int,
         max_context_len: int,
-        local: MoE | None,
+        local: MoeCall | None,
         record: Recorder,
     ) -> None:
         self.stage = stage
@@ -176,7 +176,7 @@ class DecodeGraph:
         yield None, out_TD
 
     @torch.inference_mode()
-    def replay(self, x_TD: Tensor | None, batch: AttentionBatch, moe: MoE) -> Tensor:
+    def replay(self, x_TD: Tensor | None, batch: AttentionBatch, moe: MoeCall) -> Tensor:
         """Runs a step: hidden states of the stage before (None on the first) → logits of all its rows, or
         hidden states. The result is overwritten by the next step of any bucket."""
         self._fill(x_TD, batch)

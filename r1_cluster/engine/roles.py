@@ -36,7 +36,7 @@ from r1_cluster.models.network import StageModel
 from r1_cluster.records import StepPlan
 
 
-class MoE(Protocol):
+class Router(Protocol):
     """What a stage asks for at a layer with experts."""
 
     @property
@@ -62,7 +62,7 @@ class RouterRole:
 
     @property
     def idle_s(self) -> float:
-        """See `MoE.idle_s`."""
+        """See `Router.idle_s`."""
         return self.dispatcher.idle_s if self.dispatcher is not None else 0.0
 
     def forward(self, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -74,7 +74,7 @@ class RouterRole:
         return self.dispatcher.combine().to(x_TD.device).add_(shared_TD)
 
     def take_lost(self) -> list[str]:
-        """See `MoE.take_lost`."""
+        """See `Router.take_lost`."""
         lost = self.dispatcher.lost if self.dispatcher is not None else []
         taken = list(dict.fromkeys(lost))
         lost.clear()
@@ -154,7 +154,7 @@ class RemoteRouter:
         return y_TD
 
     def take_lost(self) -> list[str]:
-        """See `MoE.take_lost`."""
+        """See `Router.take_lost`."""
         if self.link is not None and self.link.closed:
             self._lost.append(self.name)
         lost, self._lost = self._lost, []
@@ -164,7 +164,7 @@ class RemoteRouter:
 class StageRole:
     """Some layers of the network with their KV pages; the first embeds, the last samples."""
 
-    def __init__(self, model: StageModel, moe: MoE | None, *, num_pages: int, page_size: int) -> None:
+    def __init__(self, model: StageModel, moe: Router | None, *, num_pages: int, page_size: int) -> None:
         self.model = model
         self.moe = moe
         self.page_size = page_size

@@ -33,11 +33,11 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions of `dim` numbers of each head; `yarn` stretches them, None leaves them plain."""
+    """Rotary positions of `dim` numbers of each head; `scaling` stretches them, None leaves them plain."""
 
     dim: int
     theta: float
-    yarn: Yarn | None
+    scaling: Yarn | None
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def rope(values: Values, dim: int) -> Rope:
         if not isinstance(part, dict):
             raise ModelConfigError(f"config.json: {key} must be an object, it is {part!r}")
         found.update(part)
-    return Rope(dim, get(found, "rope_theta", float), _yarn(found))
+    return Rope(dim, get(found, "rope_theta", float), _scaling(found))
 
 
 def positive_faults(shape: object) -> list[str]:
@@ -96,7 +96,7 @@ def positive_faults(shape: object) -> list[str]:
     ]
 
 
-def _yarn(values: Values) -> Yarn | None:
+def _scaling(values: Values) -> Yarn | None:
     kind = values.get("rope_type", values.get("type", "default"))
     if kind == "default":
         return None

@@ -1,4 +1,4 @@
-"""DeepSeek-V3, R1's architecture: how its config.json is read, and which tensors it has, how its
+"""DeepSeek-V3, R1's architecture: how its config.json is read, which tensors it has, and how its
 attention is built."""
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _softmax_scale(config: ModelConfig) -> float:
     Source: DeepSeek-V3 inference/model.py, class MLA.
     """
     scale = 1.0 / math.sqrt(config.attention.qk_head_dim)
-    if (yarn := config.rope.yarn) is not None and yarn.mscale_all_dim:
+    if (yarn := config.rope.scaling) is not None and yarn.mscale_all_dim:
         scale *= yarn.magnitude(yarn.mscale_all_dim) ** 2
     return scale
 

@@ -16,7 +16,7 @@ from r1_cluster.models.layers import Mlp
 from r1_cluster.models.loader import Loader
 from r1_cluster.models.rope import rope_table
 
-MoE = Callable[[int, Tensor, int], Tensor]
+MoeCall = Callable[[int, Tensor, int], Tensor]
 """(layer, normed hidden states [T, D], number of real rows) → the experts' output [T, D]."""
 
 
@@ -69,7 +69,7 @@ class StageModel:
         return self._embedding.index_select(0, token_ids_T)
 
     @torch.inference_mode()
-    def forward(self, x_TD: Tensor, batch: AttentionBatch, caches: Sequence[Tensor], moe: MoE) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: AttentionBatch, caches: Sequence[Tensor], moe: MoeCall) -> Tensor:
         """Hidden states [num_rows, D] through the stage's layers; what is kept of new tokens goes to
         `caches`.
 

@@ -36,7 +36,7 @@ def rope_table(rope: Rope, num_positions: int, device: torch.device) -> Tensor:
     """
     frequencies = 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
     amplitude = 1.0
-    if (yarn := rope.yarn) is not None:
+    if (yarn := rope.scaling) is not None:
         frequencies = _yarn_frequencies(frequencies, yarn, rope.theta)
         if yarn.mscale and yarn.mscale_all_dim:
             amplitude = yarn.magnitude(yarn.mscale) / yarn.magnitude(yarn.mscale_all_dim)

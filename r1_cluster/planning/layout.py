@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from r1_cluster.config import ConfigError
-from r1_cluster.config import Layout as LayoutConfig
+from r1_cluster.config import ConfigError, LayoutConfig
 
 if TYPE_CHECKING:
     from r1_cluster.models.config import ModelConfig

@@ -60,7 +60,7 @@ def layer_name(layer: int) -> str:
 def layer_of(name: str) -> int | None:
     """The layer that a tensor belongs to, None for the embedding, the final norm and the head."""
     number = name.removeprefix(_LAYERS).partition(".")[0]
-    return int(number) if name.startswith(_LAYERS) and number.isdigit() else None
+    return int(number) if name.startswith(_LAYERS) and number.isdecimal() else None
 
 
 def mlp_tensors(name: str, part: Part, width: int, inner: int) -> Iterator[TensorSpec]:

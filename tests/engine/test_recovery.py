@@ -3,7 +3,7 @@
 import pytest
 from small_model import config_values
 
-from r1_cluster.config import Layout as LayoutConfig
+from r1_cluster.config import LayoutConfig
 from r1_cluster.engine import recovery as module
 from r1_cluster.engine.pages import PageAllocator
 from r1_cluster.engine.pipeline import Deposed, Member, WorkerLost

@@ -14,7 +14,7 @@ from r1_cluster.comm import wire
 from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.listener import Listener, connect
 from r1_cluster.comm.wire import Header, Kind, LinkClosed, LinkError
-from r1_cluster.config import Layout as LayoutConfig
+from r1_cluster.config import LayoutConfig
 from r1_cluster.engine import worker as worker_module
 from r1_cluster.engine.boot import ENGINE, StepLimits, WorkerBoot
 from r1_cluster.engine.core import EngineCore

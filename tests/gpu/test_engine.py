@@ -9,10 +9,10 @@ from processes import COLOCATED, assert_texts_survive, requests, settings
 from small_model import FP8_SHAPE, config_values, to_fp8, write_checkpoint
 
 from benchmarks.processes import LocalEngine
-from r1_cluster.config import Layout
+from r1_cluster.config import LayoutConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DISAGGREGATED = Layout(kind="disaggregated", stages=2, expert_shards=3)
+DISAGGREGATED = LayoutConfig(kind="disaggregated", stages=2, expert_shards=3)
 
 
 @pytest.mark.parametrize("victim", ["experts-1", "stage-0"])

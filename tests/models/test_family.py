@@ -58,9 +58,9 @@ def test_r1_as_published():
     assert config.fp8_block == (128, 128)
     assert config.dtype == "bfloat16"
     assert config.eos_token_ids == (1,)
-    assert config.rope.yarn is not None
-    assert config.rope.yarn.factor == 40.0
-    assert config.rope.yarn.truncate
+    assert config.rope.scaling is not None
+    assert config.rope.scaling.factor == 40.0
+    assert config.rope.scaling.truncate
 
 
 def test_what_transformers_writes_means_the_same(tmp_path):

@@ -2,14 +2,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from r1_cluster.config import ConfigError, Layout
+from r1_cluster.config import ConfigError, LayoutConfig
 from r1_cluster.planning.layout import build_layout
 
 MODEL = SimpleNamespace(num_hidden_layers=4, moe_layers=range(1, 4), moe=SimpleNamespace(n_routed_experts=8))
 
 
 def build(model=MODEL, **layout):
-    return build_layout(Layout(**layout), model)
+    return build_layout(LayoutConfig(**layout), model)
 
 
 def test_colocated_is_one_worker_with_every_role():

@@ -1,15 +1,15 @@
 import pytest
 from small_model import config_values
 
-from r1_cluster.config import Layout
+from r1_cluster.config import LayoutConfig
 from r1_cluster.models.family import parse_config
 from r1_cluster.planning.layout import build_layout
 from r1_cluster.planning.memory import OutOfDeviceMemory, check_room, worker_bytes
 
 CONFIG = parse_config(config_values())
 LIMITS = {"num_pages": 10, "page_size": 16, "max_num_seqs": 8, "max_batch_tokens": 64, "max_context_len": 512}
-COLOCATED = build_layout(Layout(kind="colocated"), CONFIG)
-APART = build_layout(Layout(kind="disaggregated", stages=2, expert_shards=2), CONFIG)
+COLOCATED = build_layout(LayoutConfig(kind="colocated"), CONFIG)
+APART = build_layout(LayoutConfig(kind="disaggregated", stages=2, expert_shards=2), CONFIG)
 MORE = {
     "max_num_seqs": 500,
     "max_batch_tokens": 5000,
@@ -70,7 +70,7 @@ def test_rows_for_experts_are_at_most_a_message():
     """What goes in pieces is never here as a whole: R1 at 100,000 tokens a step needs no more than at 9,362."""
     values = {"hidden_size": 7168, "num_experts_per_tok": 8, "n_routed_experts": 256, "n_group": 8}
     r1 = parse_config(config_values(**values))
-    layout = build_layout(Layout(kind="disaggregated", expert_shards=2), r1)
+    layout = build_layout(LayoutConfig(kind="disaggregated", expert_shards=2), r1)
     for name, part in (("router-0", "rows to and from experts"), ("experts-0", "experts' rows")):
         fewer, most, more = (
             parts_of(name, layout, r1, max_batch_tokens=tokens)[part] for tokens in (4000, 9362, 100_000)
