@@ -46,10 +46,14 @@ class Pulse:
         watchers: list[TcpLink] = []
         next_beat = 0.0
         while True:
-            sources: list[Wakeup | Listener] = [self._wakeup, self._listener]
+            sources: list[Wakeup | Listener | TcpLink] = [self._wakeup, self._listener, *watchers]
             ready = wait_any(sources, max(next_beat - time.monotonic(), 0.0))
             if self._wakeup in ready:
                 break
+            # Watchers say nothing: what can be read is that they left, which who does not beat would miss.
+            for link in [link for link in watchers if link in ready]:
+                link.close()
+                watchers.remove(link)
             if self._listener in ready:
                 watchers.append(self._listener.accept(0)[1])
                 next_beat = 0.0  # who has just come wants to know at once

@@ -1,5 +1,6 @@
 """A watcher notices at once when an engine is gone, and soon when it hangs."""
 
+import os
 import threading
 import time
 
@@ -45,6 +46,18 @@ def test_an_engine_that_hangs_is_a_vacancy():
     watcher.join(SILENCE_S + 5)
     assert not watcher.is_alive()
     assert not lives(engine.endpoint, "standby", SECRET)
+    engine.close()
+
+
+def test_who_has_left_is_let_go_by_an_engine_that_does_not_beat():
+    """It may stand by for days, and be watched again and again."""
+    engine = pulse(well=lambda: False)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        assert not lives(engine.endpoint, "standby", SECRET)
+    deadline = time.monotonic() + 5
+    while len(os.listdir("/proc/self/fd")) > before:
+        assert time.monotonic() < deadline
     engine.close()
 
 

@@ -88,7 +88,8 @@ class Service:
 
     def engine(self):
         """What `r1-cluster status` says of the engine."""
-        anywhere = next(host for host in self.hosts.hosts[1:] if host.up)
+        # But where Ray runs: a host that was cut off for long has lost its raylet.
+        anywhere = next(host for host in self.hosts.hosts[1:] if host.up and host.processes("raylet/raylet"))
         (engine,) = json.loads(self.hosts.run(anywhere, "r1-cluster", "status", "--json"))["engines"]
         return engine
 
