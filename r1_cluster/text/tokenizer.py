@@ -79,7 +79,7 @@ class Tokenizer:
         self.eos_ids = eos_ids if eos_id is None else eos_ids | {eos_id}
         if not self.eos_ids:
             raise TokenizerError("the checkpoint names no end-of-sequence token")
-        self.think_end_id = self.token_id(THINK_END)
+        self.think_start_id, self.think_end_id = self.token_id(THINK_START), self.token_id(THINK_END)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
@@ -110,6 +110,14 @@ class Tokenizer:
     def control_ids(self) -> frozenset[int]:
         """The ids that text never becomes."""
         return frozenset(added.id for added in self._added.values())
+
+    def is_blank(self, token_id: int) -> bool:
+        """Whether a token's text is white space alone. A token without text is not blank."""
+        return self.decode((token_id,)).isspace()
+
+    def blank_ids(self) -> frozenset[int]:
+        """All blank tokens; looks at the whole vocabulary."""
+        return frozenset(filter(self.is_blank, chain(self._tokens, self.control_ids)))
 
     def token_id(self, text: str) -> int | None:
         """The id of a control token by its text."""

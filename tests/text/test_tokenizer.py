@@ -3,7 +3,7 @@ import json
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from make_checkpoint import BOS, CONTROL_TOKENS, EOS
+from make_tokenizer import BOS, CONTROL_TOKENS, EOS
 from tokenizers import Tokenizer as Reference
 
 from r1_cluster.text.tokenizer import Piece, Tokenizer, TokenizerError
