@@ -71,8 +71,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     generated: list[int] = []
     ignore_eos: bool = False
     sleeping_until: int | None = None
-    sleeping_from: int | None = None
     attempt: int = 0
+    sleeping_from: int | None = None
 
 
 class SampleSpec(msgspec.Struct, frozen=True, array_like=True):

@@ -112,6 +112,8 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     from r1_cluster.models.fitting import check_fits
     from r1_cluster.planning.layout import build_layout
     from r1_cluster.planning.limits import check_messages
+    from r1_cluster.text.template import ChatTemplate, TemplateError
+    from r1_cluster.text.tokenizer import Tokenizer, TokenizerError
     from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError
 
     device = torch.device(service.layout.device)
@@ -122,7 +124,8 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
         model = load_config(service.model.path)
         check_fits(model, for_device(device), getattr(torch, service.dtype), service.engine.page_size)
         Checkpoint(service.model.path, tensor_table(model), model.fp8_block).close()
-    except (ModelConfigError, CheckpointError) as error:
+        ChatTemplate.from_folder(service.model.path, Tokenizer.from_folder(service.model.path))
+    except (ModelConfigError, CheckpointError, TokenizerError, TemplateError) as error:
         raise ConfigError(f"model.path: {error}") from None
     layout = build_layout(service.layout, model)
     check_messages(service, model)

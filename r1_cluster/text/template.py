@@ -63,6 +63,11 @@ R1_CHAT_TEMPLATE = r"""
 {%- endif -%}
 """
 
+_RENDERING_FAILS = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError),
+)
+
 
 class TemplateError(Exception):
     """Messages that cannot be rendered, or a template that cannot be used; the text says why."""
@@ -170,15 +175,25 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, path: str | Path, tokenizer: Tokenizer) -> ChatTemplate:
-        """chat_template.jinja, or `chat_template` in tokenizer_config.json, or else R1's own."""
-        folder = Path(path)
-        file = folder / "chat_template.jinja"
+        """chat_template.jinja, or `chat_template` in tokenizer_config.json; else R1's own."""
+        file, config = Path(path) / "chat_template.jinja", Path(path) / "tokenizer_config.json"
         if file.is_file():
-            return cls(file.read_text(encoding="utf-8"), tokenizer)
-        source = read_json(folder / "tokenizer_config.json").get("chat_template")
+            try:
+                text = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeError) as error:
+                raise TemplateError(f"{file} cannot be read: {error}") from None
+            return cls(text, tokenizer)
+        source = read_json(config).get("chat_template")
         if isinstance(source, list):  # several, by name
-            source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
-        return cls(source if isinstance(source, str) else R1_CHAT_TEMPLATE, tokenizer)
+            named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+            source = named[0].get("template") if named else source
+        if source is None:
+            return cls(R1_CHAT_TEMPLATE, tokenizer)
+        if not isinstance(source, str):
+            raise TemplateError(
+                f"{config}: chat_template is neither a text nor a list with one named default"
+            )
+        return cls(source, tokenizer)
 
     def prompt_ids(
         self, messages: Sequence[Mapping[str, object]], *, thinking: bool = True, limit: int | None = None
@@ -226,7 +241,7 @@ class ChatTemplate:
                 bos_token=self._tokenizer.bos_token,
                 eos_token=self._tokenizer.eos_token,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except _RENDERING_FAILS as error:
             raise TemplateError(f"the model's chat template refuses these messages: {error}") from None
 
     def _with_one_bos(self, ids: list[int]) -> list[int]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import tokenizers
 
@@ -94,7 +94,7 @@ class Tokenizer:
         eos_ids: set[int] = set()
         for name in ("config.json", "generation_config.json"):
             value = read_json(folder / name).get("eos_token_id")
-            eos_ids |= {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
+            eos_ids |= set(filter(_is_id, value if isinstance(value, list) else [value]))
         definition = read_json(folder / "tokenizer.json")
         if not definition:
             raise TokenizerError(f"there is no {folder / 'tokenizer.json'}")
@@ -204,12 +204,20 @@ def _added_tokens(definition: Mapping[str, object]) -> dict[str, _AddedToken]:
     entries = definition.get("added_tokens") or []
     added: dict[str, _AddedToken] = {}
     for entry in entries if isinstance(entries, list) else [entries]:
-        if not isinstance(entry, dict) or not {"id", "content"} <= entry.keys():
-            raise TokenizerError("tokenizer.json: added_tokens is malformed")
+        if not isinstance(entry, dict) or not _is_id(entry.get("id")) or not _is_name(entry.get("content")):
+            raise TokenizerError(f"tokenizer.json: an added token is malformed: {str(entry)[:200]}")
         if entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word"):
             raise TokenizerError(f"added token {entry['content']!r} wants lstrip, rstrip or single_word")
         added[entry["content"]] = _AddedToken(entry["id"], bool(entry.get("special")))
     return added
+
+
+def _is_id(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _longest_token(

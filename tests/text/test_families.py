@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from make_tokenizer import BOS, EOS, FAMILIES, MIN_VOCAB, TEMPLATES, main, make_tokenizer, min_vocab
+from make_tokenizer import BOS, EOS, FAMILIES, TEMPLATES, main, make_tokenizer, min_vocab
 from tokenizers import Tokenizer as Reference
 
 from r1_cluster.text.detokenize import StreamDecoder
@@ -202,4 +202,3 @@ def test_what_there_is_not_is_named(tmp_path):
         make_tokenizer(tmp_path, "gpt2")
     with pytest.raises(ValueError, match=f"there are: {', '.join(TEMPLATES)}"):
         make_tokenizer(tmp_path, "llama", template="chatml")
-    assert min_vocab("deepseek_v3") == MIN_VOCAB

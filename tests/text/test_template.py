@@ -330,5 +330,22 @@ def test_where_the_template_is_looked_for(tmp_path, tokenizer):
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]
     config.write_text(json.dumps({"chat_template": named}))
     assert text() == "named"
+    for broken in ([{"name": "tool_use", "template": "tools"}], [], ["x"], 7, {"default": "x"}):
+        config.write_text(json.dumps({"chat_template": broken}))
+        with pytest.raises(TemplateError, match="neither a text nor a list with one named default"):
+            text()
     (tmp_path / "chat_template.jinja").write_text("file")
     assert text() == "file"
+    (tmp_path / "chat_template.jinja").write_bytes(b"file\xff")
+    with pytest.raises(TemplateError, match=r"chat_template\.jinja cannot be read"):
+        text()
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ 1 / 0 }}", "{{ none + 'x' }}", "{{ messages[9].content.x }}", "{{ 'x' | int('y') % 's' }}",
+     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 10.0 ** 400 }}"],
+)  # fmt: skip
+def test_a_template_that_fails_is_refused_at_once(tokenizer, source):
+    with pytest.raises(TemplateError):
+        ChatTemplate(source, tokenizer)

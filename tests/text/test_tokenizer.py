@@ -121,7 +121,12 @@ def edited(folder, target, name, change):
 
 
 def test_eos_ids_come_from_all_three_files(folder, tmp_path):
-    edited(folder, tmp_path, "generation_config.json", lambda data: data.update(eos_token_id=[7, 9]))
+    edited(
+        folder,
+        tmp_path,
+        "generation_config.json",
+        lambda data: data.update(eos_token_id=[7, 9, True, "8", -1]),
+    )
     assert Tokenizer.from_folder(tmp_path).eos_ids == {1, 7, 9}
 
 
@@ -153,6 +158,11 @@ def break_model(data):
         (strip_left, "lstrip"),
         (break_model, "cannot be read"),
         (lambda data: data.update(added_tokens=["x"]), "malformed"),
+        (lambda data: data["added_tokens"].append({"id": 5, "content": ""}), "malformed"),
+        (lambda data: data["added_tokens"].append({"id": -1, "content": "x"}), "malformed"),
+        (lambda data: data["added_tokens"].append({"id": "5", "content": "x"}), "malformed"),
+        (lambda data: data["added_tokens"].append({"id": True, "content": "x"}), "malformed"),
+        (lambda data: data["added_tokens"].append({"id": 5, "content": 7}), "malformed"),
     ],
 )
 def test_unusable_tokenizers_are_refused(folder, tmp_path, change, words):
