@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from make_tokenizer import make_tokenizer, min_vocab
+from make_tokenizer import MIN_VOCAB, make_tokenizer
 
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.family import mtp_table, parse_config, tensor_table
@@ -134,9 +134,8 @@ def build_config(size: str = "nano", **overrides: object) -> Config:
         config["num_key_value_heads"] = overrides["num_attention_heads"]
     config |= overrides
     model = parse_config(config)
-    least = min_vocab(str(config["model_type"]))
-    if model.vocab_size < least:
-        raise ValueError(f"vocab_size {model.vocab_size} is below {least} (bytes and special tokens)")
+    if model.vocab_size < MIN_VOCAB:
+        raise ValueError(f"vocab_size {model.vocab_size} is below {MIN_VOCAB} (bytes and special tokens)")
     if model.dtype not in _DTYPES:
         raise ValueError(f"torch_dtype {model.dtype!r} is none of {', '.join(_DTYPES)}")
     return config

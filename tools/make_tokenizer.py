@@ -165,6 +165,10 @@ def min_vocab(family: str) -> int:
     return 256 + len(FAMILIES[family].first) + len(FAMILIES[family].last)
 
 
+MIN_VOCAB = max(map(min_vocab, FAMILIES))
+"""Enough for every family."""
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, family: str = "deepseek_v3") -> Tokenizer:
     """Byte-level BPE of at most `vocab_size` entries, laid out as the family's. R1's: BOS 0, EOS 1,
     padding 2, then bytes and merges, then the control tokens."""

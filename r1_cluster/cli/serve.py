@@ -102,6 +102,17 @@ def _overridden(service: Service, arguments: argparse.Namespace) -> Service:
     return service
 
 
+def _check_text(folder: str) -> None:
+    """Raises ConfigError where the checkpoint's tokenizer or chat template cannot be used."""
+    from r1_cluster.text.template import ChatTemplate, TemplateError
+    from r1_cluster.text.tokenizer import Tokenizer, TokenizerError
+
+    try:
+        ChatTemplate.from_folder(folder, Tokenizer.from_folder(folder))
+    except (TokenizerError, TemplateError) as error:
+        raise ConfigError(f"model.path: {error}") from None
+
+
 def _check(service: Service) -> tuple[Layout, ModelConfig]:
     """Everything that can be known before something is started; raises ConfigError."""
     import torch
@@ -112,8 +123,6 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     from r1_cluster.models.fitting import check_fits
     from r1_cluster.planning.layout import build_layout
     from r1_cluster.planning.limits import check_messages
-    from r1_cluster.text.template import ChatTemplate, TemplateError
-    from r1_cluster.text.tokenizer import Tokenizer, TokenizerError
     from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError
 
     device = torch.device(service.layout.device)
@@ -124,11 +133,11 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
         model = load_config(service.model.path)
         check_fits(model, for_device(device), getattr(torch, service.dtype), service.engine.page_size)
         Checkpoint(service.model.path, tensor_table(model), model.fp8_block).close()
-        ChatTemplate.from_folder(service.model.path, Tokenizer.from_folder(service.model.path))
-    except (ModelConfigError, CheckpointError, TokenizerError, TemplateError) as error:
+    except (ModelConfigError, CheckpointError) as error:
         raise ConfigError(f"model.path: {error}") from None
     layout = build_layout(service.layout, model)
     check_messages(service, model)
+    _check_text(service.model.path)
     if service.cluster.address is None:
         from r1_cluster.cli.running import services
 

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from make_checkpoint import build_config, main, make_checkpoint
-from make_tokenizer import min_vocab
+from make_checkpoint import MIN_VOCAB, build_config, main, make_checkpoint
 from safetensors import safe_open
 
 TINY = {
@@ -18,7 +17,7 @@ TINY = {
     "n_group": 2,
     "topk_group": 1,
     "num_experts_per_tok": 2,
-    "vocab_size": min_vocab("deepseek_v3") + 8,
+    "vocab_size": MIN_VOCAB + 8,
 }
 
 
