@@ -93,15 +93,16 @@ texts = st.lists(
 ).map("".join)
 
 
+@pytest.mark.parametrize("source", [R1_CHAT_TEMPLATE, R1_0528_CHAT_TEMPLATE], ids=["r1", "0528"])
 @given(
     st.lists(
         st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), texts), min_size=1, max_size=6
     )
 )
-def test_text_of_messages_never_becomes_a_control_token(tokenizer, pairs):
+def test_text_of_messages_never_becomes_a_control_token(tokenizer, source, pairs):
     messages = [{"role": role, "content": text} for role, text in pairs]
     harmless = [{"role": role, "content": "x"} for role, _ in pairs]
-    template = ChatTemplate(R1_CHAT_TEMPLATE, tokenizer)
+    template = ChatTemplate(source, tokenizer)
     ids, plain = template.prompt_ids(messages), template.prompt_ids(harmless)
     controls = tokenizer.control_ids
     assert [i for i in ids if i in controls] == [i for i in plain if i in controls]
