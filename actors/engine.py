@@ -51,7 +51,8 @@ class Engine:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._model = load_config(service.model.path)
-        self._eos_ids = frozenset(Tokenizer.from_folder(service.model.path).eos_ids)
+        tokenizer = Tokenizer.from_folder(service.model.path)
+        self._eos_ids, self._blank_ids = tokenizer.eos_ids, tokenizer.blank_ids()
         self._layout = build_layout(service.layout, self._model)
         check_messages(service, self._model)
         self._id = serve.get_replica_context().replica_id.unique_id
@@ -114,7 +115,8 @@ class Engine:
             max_model_len(service, self._model),
             engine.micro_batches,
         )
-        scheduler = Scheduler(limits, PageAllocator(engine.num_pages, engine.page_size), self._eos_ids)
+        allocator = PageAllocator(engine.num_pages, engine.page_size)
+        scheduler = Scheduler(limits, allocator, self._eos_ids, self._blank_ids)
         scheduler.adopt(held)
         fan = TokenFan(name, self._secret, self._id)
         fan.epoch = pipeline.epoch

@@ -139,10 +139,14 @@ class Ingress:
 
     async def chat(self, body: bytes) -> Answer:
         """Answers a chat, streamed or whole; raises ApiError up to when an engine has taken it."""
-        chat, record = await self._pool.prepare(body)
+        chat, record, thought = await self._pool.prepare(body)
         record = msgspec.structs.replace(record, request_id=uuid.uuid4().hex, sink=self._sink.name)
         stream = ChatStream(
-            chat, self._pool.tokenizer, prompt_tokens=len(record.prompt), request_id=record.request_id
+            chat,
+            self._pool.tokenizer,
+            thought=thought,
+            prompt_tokens=len(record.prompt),
+            request_id=record.request_id,
         )
         answer = self._generate(record)
         # Until an engine has taken the request, an error is a status, and not a broken stream.

@@ -56,6 +56,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     `prompt` and `generated` are token ids; `generated` holds what a former engine had already
     produced, so that a replayed request goes on at the next token. `stop_token_ids` end the answer once
     `sleeping_until` (the id of `</think>`) has been generated; where that is None, from the first token on.
+    Where the prompt leaves it to the model whether to think, `sleeping_from` is the id of `<think>`: unless
+    that is the first token that is not white space, there is no thought, and nothing sleeps from there on.
     `attempt` counts how often the ingress has asked for this answer: what comes of a former attempt is no
     longer listened to.
     """
@@ -70,6 +72,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     ignore_eos: bool = False
     sleeping_until: int | None = None
     attempt: int = 0
+    sleeping_from: int | None = None
 
 
 class SampleSpec(msgspec.Struct, frozen=True, array_like=True):

@@ -70,11 +70,12 @@ class ScriptedServer:
 
     async def chat(self, body):
         self.bodies.append(json.loads(body))
-        chat, record = self._preparer.prepare(body)
+        chat, record, thought = self._preparer.prepare(body)
         self.prompts.append(self._preparer.tokenizer.decode(record.prompt))
         stream = ChatStream(
             chat,
             self._preparer.tokenizer,
+            thought=thought,
             prompt_tokens=len(record.prompt),
             request_id=str(len(self.bodies)),
         )

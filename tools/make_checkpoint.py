@@ -17,55 +17,23 @@ import argparse
 import json
 import math
 import sys
-import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from make_tokenizer import MIN_VOCAB, make_tokenizer
 
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.family import mtp_table, parse_config, tensor_table
-from r1_cluster.text.template import R1_CHAT_TEMPLATE
 from r1_cluster.weights.tensors import TensorSpec
 
 Config = dict[str, object]
 FloatArray = npt.NDArray[np.float32]
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-
-BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-# R1 marks none of these as special, so that they survive decoding with `skip_special_tokens`.
-CONTROL_TOKENS = (
-    "<｜User｜>",
-    "<｜Assistant｜>",
-    "<think>",
-    "</think>",
-    "<｜tool▁calls▁begin｜>",
-    "<｜tool▁calls▁end｜>",
-    "<｜tool▁call▁begin｜>",
-    "<｜tool▁call▁end｜>",
-    "<｜tool▁outputs▁begin｜>",
-    "<｜tool▁outputs▁end｜>",
-    "<｜tool▁output▁begin｜>",
-    "<｜tool▁output▁end｜>",
-    "<｜tool▁sep｜>",
-)
-MIN_VOCAB = 256 + 3 + len(CONTROL_TOKENS)
-
-# The splits of R1's tokenizer.json: digits in threes, runs of Chinese and Japanese, words and punctuation.
-R1_SPLITS = (
-    r"\p{N}{1,3}",
-    "[一-龥぀-ゟ゠-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-)
-# Prose and code that every Python installation has.
-TRAINING_MODULES = ("argparse", "typing", "datetime", "statistics", "random", "textwrap", "inspect", "turtle")
 
 R1_CONFIG: Config = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -244,67 +212,6 @@ def write_weights(
     )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` entries, laid out as R1's: BOS 0, EOS 1, padding 2, then bytes
-    and merges, then the control tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in R1_SPLITS]
-        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(CONTROL_TOKENS),
-        special_tokens=[AddedToken(text, normalized=False, special=True) for text in (BOS, EOS, PAD)],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in CONTROL_TOKENS])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
-    return tokenizer
-
-
-@cache
-def _default_tokenizer(vocab_size: int) -> Tokenizer:
-    library = Path(sysconfig.get_paths()["stdlib"])
-    files = [library / f"{name}.py" for name in TRAINING_MODULES]
-    if vocab_size > 2048:
-        files = sorted(library.glob("*.py"))
-    return train_tokenizer((file.read_text(encoding="utf-8") for file in files), vocab_size)
-
-
-def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """tokenizer.json, tokenizer_config.json (with R1's chat template) and generation_config.json."""
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-    def added(text: str) -> dict[str, object]:
-        flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-        return {"__type": "AddedToken", "content": text, **flags}
-
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "bos_token": added(BOS),
-            "clean_up_tokenization_spaces": False,
-            "eos_token": added(EOS),
-            "legacy": True,
-            "model_max_length": 16384,
-            "pad_token": added(EOS),
-            # R1 names LlamaTokenizerFast, for which transformers 5 replaces the file's splits.
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "unk_token": None,
-            "chat_template": R1_CHAT_TEMPLATE,
-        },
-    )
-    generation = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
-
-
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
@@ -330,7 +237,7 @@ def make_checkpoint(
     for shard in folder.glob("*.safetensors"):
         shard.unlink()
     write_weights(folder, stored_tensors(model), lambda spec: random_values(spec, seed), max_shard_bytes)
-    write_tokenizer(folder, _default_tokenizer(model.vocab_size))
+    config |= make_tokenizer(folder, str(config["model_type"]), model.vocab_size)
     _write_json(folder / "config.json", config)
     return folder
 

@@ -8,7 +8,7 @@ from r1_cluster.api.errors import ApiError, unavailable
 from r1_cluster.api.protocol import ChatCompletionRequest
 from r1_cluster.api.streaming import DONE, ChunkFrames, error_frame
 from r1_cluster.records import TokenDelta
-from r1_cluster.text.reasoning import ReasoningSplitter, StopChecker
+from r1_cluster.text.reasoning import ReasoningSplitter, StopChecker, Thought
 from r1_cluster.text.tokenizer import Tokenizer
 
 
@@ -34,8 +34,15 @@ class ChatStream:
     """
 
     def __init__(
-        self, request: ChatCompletionRequest, tokenizer: Tokenizer, *, prompt_tokens: int, request_id: str
+        self,
+        request: ChatCompletionRequest,
+        tokenizer: Tokenizer,
+        *,
+        thought: Thought,
+        prompt_tokens: int,
+        request_id: str,
     ) -> None:
+        """`thought`: how the prompt left it."""
         self.id = f"chatcmpl-{request_id}"
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
@@ -46,7 +53,7 @@ class ChatStream:
         self._include_usage = request.include_usage
         self._num_prompt, self._num_cached = prompt_tokens, 0
         self._hidden_ids = tokenizer.eos_ids.union(request.stop_token_ids)
-        self._splitter = ReasoningSplitter(tokenizer, thinking=request.thinking)
+        self._splitter = ReasoningSplitter(tokenizer, thought)
         self._stop = StopChecker(request.stop)
         self._stops_sleep = request.stops_sleep
         self._frames = ChunkFrames(self.id, self._created, self._model, include_usage=self._include_usage)

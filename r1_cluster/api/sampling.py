@@ -35,19 +35,19 @@ def sampling_of(request: ChatCompletionRequest, defaults: Sampling, *, drawn_see
     )
 
 
-def check_stop_tokens(request: ChatCompletionRequest, vocab_size: int, think_end_id: int | None) -> None:
+def check_stop_tokens(request: ChatCompletionRequest, vocab_size: int, *, tags_seen: bool) -> None:
     """Raises ApiError (400) for ids that the model cannot produce, and where stop tokens would have to sleep
-    until the end of the thought, but the tokenizer has no token (`think_end_id`) that the engine could
-    see it by."""
+    through the thought, but the tokenizer has no tokens for its tags by which the engine could see it
+    (`tags_seen`)."""
     for i, token in enumerate(request.stop_token_ids):
         if token >= vocab_size:
             name = f"stop_token_ids[{i}]"
             raise invalid_request(
                 name, f"{name}: {token} is beyond the vocabulary, whose last id is {vocab_size - 1}"
             )
-    if request.stop_token_ids and request.stops_sleep and think_end_id is None:
+    if request.stop_token_ids and request.stops_sleep and not tags_seen:
         message = (
-            "stop_token_ids sleep until </think>, for which this model has no token: "
+            "stop_token_ids sleep until </think>, but this model has no tokens for the tags of its thought: "
             "give strings in stop, or set stop_in_thought to true"
         )
         raise invalid_request("stop_token_ids", message)

@@ -102,6 +102,17 @@ def _overridden(service: Service, arguments: argparse.Namespace) -> Service:
     return service
 
 
+def _check_text(folder: str) -> None:
+    """Raises ConfigError where the checkpoint's tokenizer or chat template cannot be used."""
+    from r1_cluster.text.template import ChatTemplate, TemplateError
+    from r1_cluster.text.tokenizer import Tokenizer, TokenizerError
+
+    try:
+        ChatTemplate.from_folder(folder, Tokenizer.from_folder(folder))
+    except (TokenizerError, TemplateError) as error:
+        raise ConfigError(f"model.path: {error}") from None
+
+
 def _check(service: Service) -> tuple[Layout, ModelConfig]:
     """Everything that can be known before something is started; raises ConfigError."""
     import torch
@@ -126,6 +137,7 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
         raise ConfigError(f"model.path: {error}") from None
     layout = build_layout(service.layout, model)
     check_messages(service, model)
+    _check_text(service.model.path)
     if service.cluster.address is None:
         from r1_cluster.cli.running import services
 

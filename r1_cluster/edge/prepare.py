@@ -13,6 +13,7 @@ from r1_cluster.api.protocol import ChatCompletionRequest, parse_chat_request
 from r1_cluster.api.sampling import check_stop_tokens, sampling_of
 from r1_cluster.config import Sampling
 from r1_cluster.records import Request
+from r1_cluster.text.reasoning import Thought
 from r1_cluster.text.template import ChatTemplate, PromptTooLong, TemplateError
 from r1_cluster.text.tokenizer import Tokenizer
 
@@ -31,10 +32,12 @@ class PrepareOptions(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A request as the engine knows it, but for its id and sink; and as it was sent, without messages."""
+    """A request as it was sent, without messages; as the engine knows it, but for its id and sink; and how
+    the prompt left the thought."""
 
     chat: ChatCompletionRequest
     record: Request
+    thought: Thought
 
 
 class Preparer:
@@ -55,9 +58,15 @@ class Preparer:
             raise invalid_request(
                 "stop", f"stop: all strings together may have {MAX_STOP_CHARACTERS} characters at most"
             )
-        check_stop_tokens(chat, self._options.vocab_size, self.tokenizer.think_end_id)
-        prompt = self._prompt(chat)
-        return Prepared(chat.model_copy(update={"messages": []}), self._record(chat, prompt))
+        thought = self._template.thought(thinking=chat.thinking)
+        check_stop_tokens(chat, self._options.vocab_size, tags_seen=self._sees_tags(thought))
+        record = self._record(chat, self._prompt(chat), thought)
+        return Prepared(chat.model_copy(update={"messages": []}), record, thought)
+
+    def _sees_tags(self, thought: Thought) -> bool:
+        """Whether the engine, which reads tokens, can tell where the thought begins and ends."""
+        start_is_seen = thought is not Thought.UNDECIDED or self.tokenizer.think_start_id is not None
+        return start_is_seen and self.tokenizer.think_end_id is not None
 
     def _prompt(self, chat: ChatCompletionRequest) -> list[int]:
         limit, wanted = self._options.max_model_len, chat.max_output_tokens
@@ -72,7 +81,7 @@ class Preparer:
             raise context_length_exceeded(limit, len(prompt), wanted)
         return prompt
 
-    def _record(self, chat: ChatCompletionRequest, prompt: list[int]) -> Request:
+    def _record(self, chat: ChatCompletionRequest, prompt: list[int], thought: Thought) -> Request:
         defaults, wanted = self._options.defaults, chat.max_output_tokens
         room = self._options.max_model_len - len(prompt)
         return Request(
@@ -84,4 +93,7 @@ class Preparer:
             sink="",
             ignore_eos=chat.ignore_eos,
             sleeping_until=self.tokenizer.think_end_id if chat.stops_sleep else None,
+            sleeping_from=(
+                self.tokenizer.think_start_id if chat.stops_sleep and thought is Thought.UNDECIDED else None
+            ),
         )

@@ -39,7 +39,7 @@ class Sequence:
     it runs alone, so that, should it be the cause, it is found out. `suspected_at` (time.monotonic) is when
     that began, `num_kills` counts the deaths in steps that it had to itself; its next token clears it of
     both. `turn` counts on whenever a sequence is planned: who has the lowest waits longest. `stop_ids` are
-    the tokens that end it now.
+    the tokens that end it now. `undecided`: the model may still open a thought, through which stops sleep.
     """
 
     request: Request
@@ -54,10 +54,18 @@ class Sequence:
     suspected_at: float = math.inf
     num_kills: int = 0
     turn: int = -1
+    undecided: bool = False
 
     @property
     def seq_id(self) -> str:
         return self.request.request_id
+
+    def decide(self, token: int) -> None:
+        """The first token that is not white space says whether there is a thought. What is neither tag is the
+        answer already, and may end it."""
+        self.undecided = False
+        if token not in (self.request.sleeping_from, self.request.sleeping_until):
+            self.wake_stops()
 
     def wake_stops(self) -> None:
         """From the next token on, the request's stop tokens end it. EOS never sleeps."""
@@ -95,13 +103,20 @@ def refused(request: Request, refusal: Refusal) -> Finished:
 class Scheduler:
     """Holds all sequences of one engine. Not thread-safe: one loop owns it."""
 
-    def __init__(self, limits: Limits, allocator: PageAllocator, eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        allocator: PageAllocator,
+        eos_ids: frozenset[int],
+        blank_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """`blank_ids`: the tokens of white space alone, which a model may write before a thought."""
         self.limits = limits
         self.allocator = allocator
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preempted = 0
-        self._eos_ids = eos_ids
+        self._eos_ids, self._blank_ids = eos_ids, blank_ids
         self._by_request: dict[str, Sequence] = {}
         self._planned: dict[int, list[tuple[Sequence, int]]] = {}
         self._closed: list[str] = []
@@ -123,9 +138,14 @@ class Scheduler:
         tokens.extend(request.generated)
         stop_ids = frozenset() if request.ignore_eos else self._eos_ids
         sequence = Sequence(request, tokens, stop_ids)
-        # What a former engine generated may hold the end of the thought.
+        # What a former engine generated may hold the end of the thought, or that there is none.
         if request.sleeping_until is None or request.sleeping_until in request.generated:
             sequence.wake_stops()
+        elif request.sleeping_from is not None:
+            sequence.undecided = True
+            first = next((token for token in request.generated if token not in self._blank_ids), None)
+            if first is not None:
+                sequence.decide(first)
         self._by_request[request.request_id] = sequence
         if not self._take_over(sequence):
             self.waiting.append(sequence)
@@ -412,6 +432,8 @@ class Scheduler:
         sequence.tokens.append(token)
         # What killed before did so again before it came this far.
         sequence.num_kills, sequence.suspected_at = 0, math.inf
+        if sequence.undecided and token not in self._blank_ids:
+            sequence.decide(token)
         reason: FinishReason | None = None
         if token in sequence.stop_ids:
             reason = "stop"

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from enum import Enum
 from typing import NamedTuple
 
 from r1_cluster.text.detokenize import StreamDecoder
-from r1_cluster.text.tokenizer import THINK_END, Tokenizer
+from r1_cluster.text.tokenizer import THINK_END, THINK_START, Tokenizer
+
+
+class Thought(Enum):
+    """How a prompt leaves the thought: open, closed before it began, or to the model, which may open one."""
+
+    OPEN = "open"
+    CLOSED = "closed"
+    UNDECIDED = "undecided"
 
 
 class Split(NamedTuple):
@@ -74,61 +84,110 @@ class StopChecker:
 class ReasoningSplitter:
     """Splits at the first `</think>`; the tag and the white space around it reach neither side.
 
-    Without the tag everything is reasoning. `num_reasoning_tokens` counts the tokens before the tag.
-    Where the tokenizer has no token for the tag, it is looked for in the text.
+    Where the model itself decides whether it thinks (`Thought.UNDECIDED`), the first token that is not white
+    space alone decides: `<think>` opens the thought and reaches neither side, nor does the white space around
+    it; a `</think>` closes one that never began; anything else is content already, in which a tag is text.
+
+    Without `</think>` all of a thought is reasoning. `num_reasoning_tokens` counts the tokens between the
+    tags. Where the tokenizer has no token for a tag, it is looked for in the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, thinking: bool = True) -> None:
-        """`thinking`: whether the prompt left the thought open."""
+    def __init__(self, tokenizer: Tokenizer, thought: Thought) -> None:
+        """`thought`: how the prompt left it."""
+        self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer)
-        self._end_id = tokenizer.think_end_id
-        self._tag = StopChecker([THINK_END] if self._end_id is None else [])
-        self._in_reasoning = thinking
+        self._start_id, self._end_id = tokenizer.think_start_id, tokenizer.think_end_id
+        self._tag = StopChecker([THINK_END])  # where it has no token
+        self._thought = thought
+        self._begun = thought is Thought.OPEN  # white space behind a tag is dropped
         self._white_space = ""  # may turn out to stand before the tag
-        self._content_started = False
+        self._undecided = ""  # may turn out to begin with a tag that has no token
+        self._starts: list[int] = []  # of each token in the thought's text, where its end is looked for there
+        self._length = 0  # of that text
         self.num_reasoning_tokens = 0
 
     def feed(self, ids: Sequence[int]) -> Split:
         """What these tokens add."""
-        if not self._in_reasoning:
-            return Split("", self._content(self._decoder.feed(ids)))
-        if self._end_id in ids:
-            at = ids.index(self._end_id)
-            self.num_reasoning_tokens += at
-            reasoning = self._reasoning(self._decoder.feed(ids[:at]) + self._decoder.flush())
-            self._in_reasoning = False
-            return Split(reasoning, self._content(self._decoder.feed(ids[at + 1 :])))
-        self.num_reasoning_tokens += len(ids)
-        return self._search(self._decoder.feed(ids))
+        reasoning = content = ""
+        for token in ids:
+            thought, said = self._take(token)
+            reasoning, content = reasoning + thought, content + said
+        return Split(reasoning, content)
 
     def finish(self) -> Split:
         """What was held back, once no further token comes."""
         text = self._decoder.flush()
-        if not self._in_reasoning:
-            return Split("", self._content(text))
-        reasoning, content = self._search(text)
-        if self._in_reasoning:
-            reasoning += self._reasoning(self._tag.flush()) + self._white_space
+        if self._thought is Thought.OPEN:
+            reasoning = self._reasoning(self._tag.feed(text) + self._tag.flush()) + self._white_space
             self._white_space = ""
-        return Split(reasoning, content)
+            return Split(reasoning, "")
+        return Split("", self._without_lead(self._undecided + text))
 
-    def _search(self, text: str) -> Split:
+    def _take(self, token: int) -> Split:
+        if self._thought is Thought.CLOSED:
+            return Split("", self._without_lead(self._decoder.feed((token,))))
+        if token == self._end_id and not self._undecided:
+            reasoning = self._reasoning(self._decoder.flush())
+            self._begin(Thought.CLOSED)
+            return Split(reasoning, "")
+        if self._thought is Thought.OPEN:
+            return self._think(self._decoder.feed((token,)))
+        if token == self._start_id:
+            self._begin(Thought.OPEN)
+            return Split("", "")
+        if self._start_id is None:
+            return self._look_for_tag(self._decoder.feed((token,)))
+        if self._tokenizer.is_blank(token):
+            return Split("", "")
+        self._begin(Thought.CLOSED)
+        return self._take(token)
+
+    def _look_for_tag(self, text: str) -> Split:
+        """Decides by whether the text so far begins with `<think>`, or with `</think>` if that has no token
+        either."""
+        self._undecided = text = (self._undecided + text).lstrip()
+        tags = {THINK_START: Thought.OPEN} | ({THINK_END: Thought.CLOSED} if self._end_id is None else {})
+        if any(tag.startswith(text) for tag in tags if tag != text):
+            return Split("", "")
+        self._undecided = ""
+        tag = next((tag for tag in tags if text.startswith(tag)), "")
+        self._begin(tags.get(tag, Thought.CLOSED))
+        rest = text.removeprefix(tag)
+        if self._thought is Thought.CLOSED:
+            return Split("", self._without_lead(rest))
+        return self._think(rest) if rest else Split("", "")
+
+    def _think(self, text: str) -> Split:
+        """What a token of the thought adds, whose text this is."""
+        self.num_reasoning_tokens += 1
+        if self._end_id is not None:
+            return Split(self._reasoning(text), "")
+        self._starts.append(self._length)
+        self._length += len(text)
         reasoning = self._reasoning(self._tag.feed(text))
         if self._tag.found is None:
             return Split(reasoning, "")
-        self._in_reasoning = False
-        return Split(reasoning, self._content(self._tag.rest))
+        # A token that the tag shares with the thought is the thought's.
+        tag_at = self._length - len(self._tag.rest) - len(THINK_END)
+        self.num_reasoning_tokens = bisect_left(self._starts, tag_at)
+        self._begin(Thought.CLOSED)
+        return Split(reasoning, self._without_lead(self._tag.rest))
+
+    def _begin(self, thought: Thought) -> None:
+        self._thought = thought
+        self._begun = False
+        self._white_space = ""
 
     def _reasoning(self, text: str) -> str:
-        text = self._white_space + text
+        text = self._without_lead(self._white_space + text)
         solid = text.rstrip()
         self._white_space = text[len(solid) :]
         return solid
 
-    def _content(self, text: str) -> str:
-        if not self._content_started:
+    def _without_lead(self, text: str) -> str:
+        if not self._begun:
             text = text.lstrip()
-            self._content_started = bool(text)
+            self._begun = bool(text)
         return text
 
 

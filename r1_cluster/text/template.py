@@ -11,8 +11,12 @@ from typing import NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from r1_cluster.text.reasoning import Thought
 from r1_cluster.text.tokenizer import THINK_END, THINK_START, Piece, Tokenizer, read_json
 
+# What templates are asked before they are used.
+_QUESTION = {"role": "user", "content": "?"}
+_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 _OPEN_THOUGHT, _CLOSE_THOUGHT = f"{THINK_START}\n", f"\n{THINK_END}\n\n"
 
 # Written from the behaviour of the template that DeepSeek publishes with R1 (tokenizer_config.json).
@@ -58,6 +62,11 @@ R1_CHAT_TEMPLATE = r"""
   {{- '<｜Assistant｜><think>\n' -}}
 {%- endif -%}
 """
+
+_RENDERING_FAILS = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError),
+)
 
 
 class TemplateError(Exception):
@@ -141,7 +150,11 @@ class ChatTemplate:
     """A checkpoint's chat template, run in jinja2's sandbox."""
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
-        """Raises TemplateError where `source` is no template."""
+        """Raises TemplateError where `source` is no template, or refuses even a plain question.
+
+        What kind of template it is shows in what it renders: `opens_thought` tells whether it opens the
+        thought itself, as all of the family's but R1-0528's do.
+        """
         self._tokenizer = tokenizer
         # The two block settings are those that published templates are written for (transformers').
         environment = ImmutableSandboxedEnvironment(
@@ -152,18 +165,35 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise TemplateError(f"the checkpoint's chat template is broken: {error}") from None
+        # R1's templates want null for the content of a turn with calls alone; R1-0528's take text only.
+        self._no_content: str | None = None
+        self.opens_thought = self._run([_QUESTION], str).endswith((THINK_START, _OPEN_THOUGHT))
+        try:
+            self._run([_QUESTION, _CALL], str)
+        except TemplateError:
+            self._no_content = ""
 
     @classmethod
     def from_folder(cls, path: str | Path, tokenizer: Tokenizer) -> ChatTemplate:
-        """chat_template.jinja, or `chat_template` in tokenizer_config.json, or else R1's own."""
-        folder = Path(path)
-        file = folder / "chat_template.jinja"
+        """chat_template.jinja, or `chat_template` in tokenizer_config.json; else R1's own."""
+        file, config = Path(path) / "chat_template.jinja", Path(path) / "tokenizer_config.json"
         if file.is_file():
-            return cls(file.read_text(encoding="utf-8"), tokenizer)
-        source = read_json(folder / "tokenizer_config.json").get("chat_template")
+            try:
+                text = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeError) as error:
+                raise TemplateError(f"{file} cannot be read: {error}") from None
+            return cls(text, tokenizer)
+        source = read_json(config).get("chat_template")
         if isinstance(source, list):  # several, by name
-            source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
-        return cls(source if isinstance(source, str) else R1_CHAT_TEMPLATE, tokenizer)
+            named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+            source = named[0].get("template") if named else source
+        if source is None:
+            return cls(R1_CHAT_TEMPLATE, tokenizer)
+        if not isinstance(source, str):
+            raise TemplateError(
+                f"{config}: chat_template is neither a text nor a list with one named default"
+            )
+        return cls(source, tokenizer)
 
     def prompt_ids(
         self, messages: Sequence[Mapping[str, object]], *, thinking: bool = True, limit: int | None = None
@@ -172,12 +202,13 @@ class ChatTemplate:
         before any text is tokenized, where it is plain that there are more than `limit`.
 
         A message has `role` (system, developer, user, assistant or tool) and `content`, an assistant's may
-        have `tool_calls` in OpenAI's form. The prompt ends in an open thought, `<think>\\n`; without
-        `thinking` in one that is closed at once.
+        have `tool_calls` in OpenAI's form. With a template that opens the thought every prompt ends so
+        (R1's leaves it out behind a tool's output), in `<think>\\n`; without `thinking` any prompt ends in a
+        thought that is closed at once.
         """
         pieces = self._render(messages)
         tail = pieces[-1].text  # what comes after the last marker: always trusted
-        if not tail.endswith(_OPEN_THOUGHT):
+        if (self.opens_thought or not thinking) and not tail.endswith(_OPEN_THOUGHT):
             tail += _OPEN_THOUGHT.removeprefix(THINK_START) if tail.endswith(THINK_START) else _OPEN_THOUGHT
         if not thinking:
             tail += _CLOSE_THOUGHT
@@ -185,6 +216,12 @@ class ChatTemplate:
         if limit is not None and (at_least := self._tokenizer.at_least(pieces)) > limit:
             raise PromptTooLong(at_least)
         return self._with_one_bos(self._tokenizer.encode_pieces(pieces))
+
+    def thought(self, *, thinking: bool) -> Thought:
+        """How prompts leave the thought."""
+        if not thinking:
+            return Thought.CLOSED
+        return Thought.OPEN if self.opens_thought else Thought.UNDECIDED
 
     def _render(self, messages: Sequence[Mapping[str, object]]) -> list[Piece]:
         book = _MarkerBook()
@@ -199,12 +236,12 @@ class ChatTemplate:
     def _run(self, messages: Sequence[Mapping[str, object]], mark: Callable[[str], str]) -> str:
         try:
             return self._template.render(
-                messages=[_for_template(message, mark) for message in messages],
+                messages=[_for_template(message, mark, self._no_content) for message in messages],
                 add_generation_prompt=True,
                 bos_token=self._tokenizer.bos_token,
                 eos_token=self._tokenizer.eos_token,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except _RENDERING_FAILS as error:
             raise TemplateError(f"the model's chat template refuses these messages: {error}") from None
 
     def _with_one_bos(self, ids: list[int]) -> list[int]:
@@ -215,14 +252,17 @@ class ChatTemplate:
         return [bos, *ids[start:]]
 
 
-def _for_template(message: Mapping[str, object], mark: Callable[[str], str]) -> dict[str, object]:
-    """A message as templates know it, every text of the client's marked."""
+def _for_template(
+    message: Mapping[str, object], mark: Callable[[str], str], no_content: str | None
+) -> dict[str, object]:
+    """A message as templates know it, every text of the client's marked; `no_content` stands for null."""
     role, content = message["role"], message.get("content")
     if role == "developer":
         role = "system"
     if role == "assistant" and isinstance(content, str):
         content = content.split(THINK_END)[-1]
-    shown: dict[str, object] = {"role": role, "content": mark(content) if isinstance(content, str) else None}
+    shown: dict[str, object] = {"role": role}
+    shown["content"] = mark(content) if isinstance(content, str) else no_content
     calls = message.get("tool_calls")
     if isinstance(calls, list) and calls:
         shown["tool_calls"] = [

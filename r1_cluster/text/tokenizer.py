@@ -8,13 +8,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import tokenizers
 
 # Each text is encoded by the thread that asks: the library's pool of threads would wait for nothing.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+NFC_SHORTENS = 4
+"""By how much NFC shortens text at most: seven bytes, U+1FBE U+0308 U+0341, become the two of U+0390."""
 THINK_START, THINK_END = "<think>", "</think>"
 
 
@@ -79,7 +81,7 @@ class Tokenizer:
         self.eos_ids = eos_ids if eos_id is None else eos_ids | {eos_id}
         if not self.eos_ids:
             raise TokenizerError("the checkpoint names no end-of-sequence token")
-        self.think_end_id = self.token_id(THINK_END)
+        self.think_start_id, self.think_end_id = self.token_id(THINK_START), self.token_id(THINK_END)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
@@ -92,7 +94,7 @@ class Tokenizer:
         eos_ids: set[int] = set()
         for name in ("config.json", "generation_config.json"):
             value = read_json(folder / name).get("eos_token_id")
-            eos_ids |= {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
+            eos_ids |= set(filter(_is_id, value if isinstance(value, list) else [value]))
         definition = read_json(folder / "tokenizer.json")
         if not definition:
             raise TokenizerError(f"there is no {folder / 'tokenizer.json'}")
@@ -110,6 +112,14 @@ class Tokenizer:
     def control_ids(self) -> frozenset[int]:
         """The ids that text never becomes."""
         return frozenset(added.id for added in self._added.values())
+
+    def is_blank(self, token_id: int) -> bool:
+        """Whether a token's text is white space alone. A token without text is not blank."""
+        return self.decode((token_id,)).isspace()
+
+    def blank_ids(self) -> frozenset[int]:
+        """All blank tokens; looks at the whole vocabulary."""
+        return frozenset(filter(self.is_blank, chain(self._tokens, self.control_ids)))
 
     def token_id(self, text: str) -> int | None:
         """The id of a control token by its text."""
@@ -194,23 +204,33 @@ def _added_tokens(definition: Mapping[str, object]) -> dict[str, _AddedToken]:
     entries = definition.get("added_tokens") or []
     added: dict[str, _AddedToken] = {}
     for entry in entries if isinstance(entries, list) else [entries]:
-        if not isinstance(entry, dict) or not {"id", "content"} <= entry.keys():
-            raise TokenizerError("tokenizer.json: added_tokens is malformed")
+        if not isinstance(entry, dict) or not _is_id(entry.get("id")) or not _is_name(entry.get("content")):
+            raise TokenizerError(f"tokenizer.json: an added token is malformed: {str(entry)[:200]}")
         if entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word"):
             raise TokenizerError(f"added token {entry['content']!r} wants lstrip, rstrip or single_word")
         added[entry["content"]] = _AddedToken(entry["id"], bool(entry.get("special")))
     return added
 
 
+def _is_id(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
 def _longest_token(
     definition: Mapping[str, object], vocabulary: Iterable[str], added: Iterable[str]
 ) -> int | None:
-    """Bytes of text that one token stands for at most; None where text may shrink before it is cut."""
+    """Bytes of text that one token stands for at most; None where a normalizer may shorten text at will."""
     normalizer = definition.get("normalizer")
-    if normalizer is not None and (not isinstance(normalizer, dict) or normalizer.get("normalizers") != []):
+    steps = normalizer.get("normalizers", [normalizer]) if isinstance(normalizer, dict) else [normalizer]
+    if any(step not in (None, {"type": "NFC"}) for step in steps):
         return None
     # The vocabulary of byte-level BPE writes each byte as one character.
-    return max(chain(map(len, vocabulary), (len(text.encode()) for text in added)))
+    longest = max(chain(map(len, vocabulary), (len(text.encode()) for text in added)))
+    return longest * (NFC_SHORTENS if {"type": "NFC"} in steps else 1)
 
 
 def _check_byte_level(definition: Mapping[str, object]) -> None:

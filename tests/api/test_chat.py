@@ -13,12 +13,20 @@ from r1_cluster.api.errors import ApiError, unavailable
 from r1_cluster.api.protocol import parse_chat_request
 from r1_cluster.api.streaming import ChunkFrames
 from r1_cluster.records import TokenDelta
+from r1_cluster.text.reasoning import Thought
 from r1_cluster.text.tokenizer import Piece, Tokenizer
 
 
 def request(**fields):
     fields = {"model": "nano", "messages": [{"role": "user", "content": "x"}], **fields}
     return parse_chat_request(json.dumps(fields).encode())
+
+
+def stream_of(tokenizer, *, thought=None, prompt_tokens=1, **fields):
+    """The stream of an answer whose prompt left the thought open, unless the request closed it."""
+    asked = request(**fields)
+    thought = thought or (Thought.OPEN if asked.thinking else Thought.CLOSED)
+    return ChatStream(asked, tokenizer, thought=thought, prompt_tokens=prompt_tokens, request_id="r")
 
 
 def deltas(tokenizer, text, size=1, end="stop"):
@@ -29,8 +37,8 @@ def deltas(tokenizer, text, size=1, end="stop"):
         yield TokenDelta("r", start, ids[start : start + size], end if last else None, num_cached_prompt=3)
 
 
-def answer(tokenizer, text, size=1, end="stop", **fields):
-    stream = ChatStream(request(**fields), tokenizer, prompt_tokens=10, request_id="r")
+def answer(tokenizer, text, size=1, end="stop", thought=None, **fields):
+    stream = stream_of(tokenizer, thought=thought, prompt_tokens=10, **fields)
     frames = []
     for delta in deltas(tokenizer, text, size, end):
         frames += stream.feed(delta)
@@ -130,7 +138,7 @@ def test_usage_chunk_comes_last_where_it_was_asked_for(tokenizer):
 
 
 def test_first_token_is_flushed_at_once(tokenizer):
-    stream = ChatStream(request(stream=True), tokenizer, prompt_tokens=1, request_id="r")
+    stream = stream_of(tokenizer, stream=True)
     frames = stream.feed(TokenDelta("r", 0, tokenizer.encode("a")))
     assert b'"role":"assistant"' in frames[0]
     assert b'"reasoning":"a"' in frames[1]
@@ -227,6 +235,38 @@ def test_without_a_thought_stop_strings_are_awake_at_once(tokenizer, size, switc
     stops_at(tokenizer, "ab END", size, ("", "ab ", "stop"), stop=["END"], **switched_off)
 
 
+OWN_THOUGHT = [
+    ("<think>\nab END\n</think>\n\ncd END", ["END"], ("ab END", "cd ", "stop")),
+    ("\n<think>ab END", ["END"], ("ab END", "", "length")),
+    ("ab END cd", ["END"], ("", "ab ", "stop")),
+    ("\n\nab END cd", ["\n\n", "END"], ("", "ab ", "stop")),
+    ("END", ["END"], ("", "", "stop")),
+    ("</think>ab END", ["END"], ("", "ab ", "stop")),
+    ("ab <think> cd", ["<think>"], ("", "ab ", "stop")),
+    ("<think>ab", ["<think>", "<"], ("ab", "", "length")),
+]
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize(("text", "stop", "expected"), OWN_THOUGHT)
+def test_stop_strings_sleep_only_through_a_thought_that_is_there(
+    either_tokenizer, text, stop, expected, size
+):
+    stops_at(either_tokenizer, text, size, expected, stop=stop, thought=Thought.UNDECIDED)
+
+
+def test_usage_of_a_model_that_decides_itself(tokenizer):
+    def num_reasoning(text):
+        stream, _ = answer(tokenizer, text, thought=Thought.UNDECIDED)
+        assert stream.usage()["completion_tokens"] == len(stream.tokens)
+        return stream.usage()["completion_tokens_details"]["reasoning_tokens"]
+
+    assert num_reasoning("aaa bb") == 0
+    thought = len(tokenizer.encode("aaa\n"))
+    assert num_reasoning("\n<think>aaa\n</think>\n\nbb") == thought
+    assert num_reasoning("<think>aaa\n") == thought
+
+
 def test_tokens_behind_a_stop_string_are_not_counted(tokenizer):
     stream, _ = answer(tokenizer, "a b c d e f", 1000, "length", stop="c", stop_in_thought=True)
     assert tokenizer.decode(stream.tokens) == "a b c"
@@ -236,14 +276,14 @@ def test_tokens_behind_a_stop_string_are_not_counted(tokenizer):
 
 def test_a_stop_token_is_counted_but_not_shown(tokenizer):
     token = tokenizer.encode("b")[0]
-    stream = ChatStream(request(stop_token_ids=[token]), tokenizer, prompt_tokens=1, request_id="r")
+    stream = stream_of(tokenizer, stop_token_ids=[token])
     stream.feed(TokenDelta("r", 0, [*tokenizer.encode("a"), token], "stop"))
     assert said(stream) == ("a", "", "stop")
     assert len(stream.tokens) == 2
 
 
 def test_an_ignored_eos_is_not_shown(tokenizer):
-    stream = ChatStream(request(ignore_eos=True), tokenizer, prompt_tokens=1, request_id="r")
+    stream = stream_of(tokenizer, ignore_eos=True)
     stream.feed(TokenDelta("r", 0, [*tokenizer.encode("a"), 1, *tokenizer.encode("b"), 1], "length"))
     assert said(stream) == ("ab", "", "length")
     assert len(stream.tokens) == 4
@@ -256,7 +296,7 @@ def test_deltas_told_twice_change_nothing(tokenizer, size, rewinds):
     expected = b"".join(answer(tokenizer, text, 1, stream=True)[1])
     once = list(deltas(tokenizer, text, size))
     everything = [token for delta in once for token in delta.tokens]
-    stream = ChatStream(request(stream=True), tokenizer, prompt_tokens=10, request_id="r")
+    stream = stream_of(tokenizer, prompt_tokens=10, stream=True)
     frames = []
     for delta, back in zip(once, rewinds + [0] * len(once), strict=False):
         start = max(0, delta.position - back)
@@ -267,7 +307,7 @@ def test_deltas_told_twice_change_nothing(tokenizer, size, rewinds):
 
 
 def test_missing_tokens_are_an_error(tokenizer):
-    stream = ChatStream(request(), tokenizer, prompt_tokens=1, request_id="r")
+    stream = stream_of(tokenizer)
     with pytest.raises(ValueError, match="token 1 came when 0 was next"):
         stream.feed(TokenDelta("r", 1, [5]))
 
@@ -275,12 +315,12 @@ def test_missing_tokens_are_an_error(tokenizer):
 @pytest.mark.parametrize("reason", ["error", "abort"])
 def test_an_answer_that_could_not_be_finished_is_an_error(tokenizer, reason):
     failed = TokenDelta("r", 0, [], reason, "RuntimeError: boom")
-    stream = ChatStream(request(), tokenizer, prompt_tokens=1, request_id="r")
+    stream = stream_of(tokenizer)
     assert stream.feed(failed) == []
     assert stream.finished
     with pytest.raises(ApiError, match="could not be finished"):
         stream.whole()
-    stream = ChatStream(request(stream=True), tokenizer, prompt_tokens=1, request_id="r")
+    stream = stream_of(tokenizer, stream=True)
     stream.feed(TokenDelta("r", 0, tokenizer.encode("a")))
     (payload,) = events(stream.feed(failed))
     assert payload["error"]["code"] == "service_unavailable"
@@ -288,7 +328,7 @@ def test_an_answer_that_could_not_be_finished_is_an_error(tokenizer, reason):
 
 
 def test_fail_ends_a_stream_once(tokenizer):
-    stream = ChatStream(request(stream=True), tokenizer, prompt_tokens=1, request_id="r")
+    stream = stream_of(tokenizer, stream=True)
     assert events(stream.fail(unavailable("no")))[0]["error"]["message"] == "no"
     assert stream.fail(unavailable("no")) == []
 
@@ -310,7 +350,7 @@ def test_a_token_costs_microseconds(tokenizer):
     ids = tokenizer.encode("and then the answer is " * 400)
 
     def microseconds_per_token():
-        stream = ChatStream(request(stream=True), tokenizer, prompt_tokens=1, request_id="r")
+        stream = stream_of(tokenizer, stream=True)
         batch = [TokenDelta("r", i, [token]) for i, token in enumerate(ids)]
         start = time.thread_time()
         for delta in batch:

@@ -17,7 +17,6 @@ from r1_cluster.config import Sampling
 
 DEFAULTS = Sampling()
 VOCABULARY = 129_280
-TAG = 7
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 
 INTEGERS = {"top_k": (-1, INT32), "seed": (-INT64 - 1, INT64)}
@@ -49,7 +48,7 @@ def numbers(literal):
     value = f"[{text}]" if name == "stop_token_ids" else text
     body = f'{{"model": "m", "messages": [{{"role": "user", "content": "x"}}], "{name}": {value}}}'
     request = parse_chat_request(body.encode())
-    check_stop_tokens(request, VOCABULARY, TAG)
+    check_stop_tokens(request, VOCABULARY, tags_seen=True)
     return request, sampling_of(request, DEFAULTS, drawn_seed=5)
 
 
@@ -165,7 +164,7 @@ def test_a_stop_token_beyond_the_vocabulary_is_named():
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "stop_token_ids": [5, VOCABULARY]}
     request = parse_chat_request(json.dumps(body).encode())
     with pytest.raises(ApiError, match="beyond the vocabulary, whose last id is 129279") as caught:
-        check_stop_tokens(request, VOCABULARY, TAG)
+        check_stop_tokens(request, VOCABULARY, tags_seen=True)
     assert (caught.value.status, caught.value.param) == (400, "stop_token_ids[1]")
 
 
@@ -173,7 +172,8 @@ def test_stop_tokens_that_could_not_sleep_are_refused():
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "stop_token_ids": [5]}
 
     def check(**fields):
-        check_stop_tokens(parse_chat_request(json.dumps({**body, **fields}).encode()), VOCABULARY, None)
+        request = parse_chat_request(json.dumps({**body, **fields}).encode())
+        check_stop_tokens(request, VOCABULARY, tags_seen=False)
 
     with pytest.raises(ApiError, match="stop_in_thought") as caught:
         check()

@@ -94,6 +94,15 @@ def test_a_damaged_checkpoint(write, tmp_path):
     fails_with(run("serve", str(write(model={"path": "broken"}))), "model.path", file.name)
 
 
+def test_a_checkpoint_whose_tokenizer_or_template_cannot_be_used(write, tmp_path):
+    folder = make_checkpoint(tmp_path / "other", size="nano")
+    service = str(write(model={"path": "other"}))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}")
+    fails_with(run("serve", service), "model.path: the checkpoint's chat template is broken")
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:-9])
+    fails_with(run("serve", service), "model.path", "tokenizer.json cannot be read")
+
+
 def test_a_port_in_use(write):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

@@ -1,9 +1,11 @@
 import json
 
 import pytest
+from make_tokenizer import make_tokenizer
 
 from r1_cluster.api.errors import ApiError
 from r1_cluster.edge.prepare import MAX_STOP_CHARACTERS, Preparer
+from r1_cluster.text.reasoning import Thought
 from r1_cluster.text.tokenizer import Tokenizer
 
 
@@ -23,7 +25,7 @@ def refused(preparer, data):
 
 
 def test_a_request_gets_the_services_defaults(preparer):
-    chat, record = preparer.prepare(body(seed=5))
+    chat, record, _ = preparer.prepare(body(seed=5))
     assert (record.sampling.temperature, record.sampling.top_p) == pytest.approx((0.6, 0.95))
     assert (record.sampling.top_k, record.sampling.seed) == (0, 5)
     assert record.max_tokens == 128 - len(record.prompt)
@@ -41,7 +43,7 @@ def test_what_a_request_asks_for_is_passed_on(preparer):
         "stop_token_ids": [9],
         "ignore_eos": True,
     }
-    chat, record = preparer.prepare(body(stop="\n", stream=True, **fields))
+    chat, record, _ = preparer.prepare(body(stop="\n", stream=True, **fields))
     assert (record.sampling.temperature, record.sampling.top_p, record.sampling.top_k) == (0, 0.5, 3)
     assert (record.max_tokens, record.stop_token_ids, record.ignore_eos) == (7, [9], True)
     assert (chat.stop, chat.stream) == (["\n"], True)
@@ -73,6 +75,45 @@ def test_stop_tokens_are_the_models_and_sleep_until_the_answer(preparer):
     end = preparer.tokenizer.think_end_id
     assert preparer.prepare(body(stop_token_ids=[511])).record.sleeping_until == end
     assert preparer.prepare(body(stop_in_thought=True)).record.sleeping_until is None
+
+
+@pytest.fixture(scope="module")
+def undecided(options, tmp_path_factory):
+    """As R1-0528's service prepares: its template opens no thought."""
+    folder = tmp_path_factory.mktemp("r1-0528")
+    make_tokenizer(folder, "deepseek_v3", template="r1-0528")
+    return Preparer(options._replace(model_path=str(folder)))
+
+
+def test_where_the_model_opens_the_thought_stop_tokens_wait_for_what_it_does(preparer, undecided):
+    start, end = undecided.tokenizer.think_start_id, undecided.tokenizer.think_end_id
+    _, record, thought = undecided.prepare(body(stop_token_ids=[9]))
+    assert (record.sleeping_from, record.sleeping_until, thought) == (start, end, Thought.UNDECIDED)
+    assert undecided.tokenizer.decode(record.prompt) == "<｜User｜>Hello<｜Assistant｜>"
+    _, record, thought = undecided.prepare(body(stop_in_thought=True))
+    assert (record.sleeping_from, record.sleeping_until, thought) == (None, None, Thought.UNDECIDED)
+    _, record, thought = undecided.prepare(body(thinking={"type": "disabled"}))
+    assert (record.sleeping_from, record.sleeping_until, thought) == (None, None, Thought.CLOSED)
+    assert undecided.tokenizer.decode(record.prompt).endswith("<｜Assistant｜><think>\n\n</think>\n\n")
+    _, record, thought = preparer.prepare(body())
+    assert (record.sleeping_from, record.sleeping_until, thought) == (None, end, Thought.OPEN)
+
+
+@pytest.mark.parametrize("missing", ["<think>", "</think>"])
+def test_stop_tokens_are_refused_where_the_engine_could_not_see_the_thought(options, tmp_path, missing):
+    """A template that opens the thought itself needs no token for its beginning."""
+    for template, refuses in (("r1", missing == "</think>"), ("r1-0528", True)):
+        make_tokenizer(tmp_path, "deepseek_v3", template=template)
+        file = tmp_path / "tokenizer.json"
+        definition = json.loads(file.read_text())
+        definition["added_tokens"] = [t for t in definition["added_tokens"] if t["content"] != missing]
+        file.write_text(json.dumps(definition))
+        preparer = Preparer(options._replace(model_path=str(tmp_path)))
+        assert preparer.prepare(body(stop_token_ids=[9], stop_in_thought=True))
+        if refuses:
+            assert refused(preparer, body(stop_token_ids=[9])).param == "stop_token_ids"
+        else:
+            assert preparer.prepare(body(stop_token_ids=[9])).record.sleeping_until is not None
 
 
 def test_only_the_served_model_is_there(preparer):

@@ -9,6 +9,7 @@ from r1_cluster.api.protocol import parse_chat_request
 from r1_cluster.api.streaming import DONE, KEEP_ALIVE
 from r1_cluster.edge import sse
 from r1_cluster.records import TokenDelta
+from r1_cluster.text.reasoning import Thought
 from r1_cluster.text.tokenizer import Tokenizer
 
 
@@ -25,7 +26,7 @@ def often(monkeypatch):
 @pytest.fixture
 def stream(tokenizer):
     chat = parse_chat_request(b'{"model":"m","messages":[{"role":"user","content":"x"}],"stream":true}')
-    return ChatStream(chat, tokenizer, prompt_tokens=1, request_id="r")
+    return ChatStream(chat, tokenizer, thought=Thought.OPEN, prompt_tokens=1, request_id="r")
 
 
 def delta(tokenizer, position, reason=None):

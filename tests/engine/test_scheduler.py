@@ -18,6 +18,8 @@ from r1_cluster.records import (
     StepResult,
     unpack_int32,
 )
+from r1_cluster.text.reasoning import ReasoningSplitter, Thought
+from r1_cluster.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(0.0, 1.0, 0, 0)
 
@@ -209,6 +211,76 @@ def test_stop_tokens_stay_awake_when_a_sequence_is_computed_again():
     sched.forget_kv()
     collect(sched, workers, texts)
     assert texts["a"] == WHOLE[:9]
+
+
+BLANK, START, END = 10, 11, 12
+
+
+def where_it_ends(tokens, stops, known, adopted=False):
+    """How many of the tokens that a model writes an answer has, whose first `known` a former engine computed."""
+
+    def new():
+        return Scheduler(Limits(8, 16, 64), PageAllocator(16, 4), frozenset({1}), frozenset({BLANK}))
+
+    def ask(generated):
+        return Request(
+            "a", SLEEPY, GREEDY, 20, stops, "sink", generated, sleeping_until=END, sleeping_from=START
+        )
+
+    sched = new()
+    sched.add(ask([]))
+    for i, token in enumerate(tokens, 1):
+        if i - 1 == known:
+            if adopted:
+                (sequence,) = sched.running
+                held = HeldSequence(
+                    sequence.tokens.tobytes(), sequence.pages.tobytes(), sequence.num_computed
+                )
+                sched = new()
+                sched.adopt({"a": held})
+            else:
+                sched = new()
+            sched.add(ask(tokens[:known]))
+        plan = sched.schedule(1)
+        (done,) = sched.commit(StepResult(1, plan.step, [token]))
+        if done.delta.finish_reason is not None:
+            assert done.delta.finish_reason == "stop"
+            return i
+    return None
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "stops", "length"),
+    [
+        ([BLANK, START, 5, BLANK, 5, END, 6, 5, 5], [5, BLANK], 8),
+        ([START, 5, 5, 5], [5], None),
+        ([BLANK, BLANK, 6, 5, 6], [5], 4),
+        ([BLANK, 5, 6], [5, BLANK], 2),  # the answer's first token may end it
+        ([5, START, 6], [5], 1),
+        ([END, 6, 5, 6], [5, END], 3),
+        ([6, END, 5], [END], 2),  # in an answer without a thought it is a token like any other
+        ([START, START, END, 6, 5], [START, 5], 5),
+    ],
+)
+def test_stop_tokens_sleep_only_through_a_thought_that_is_there(tokens, stops, length, adopted):
+    for known in range(len(tokens)):
+        assert where_it_ends(tokens, stops, known, adopted and known > 0) == length
+
+
+@given(st.lists(st.sampled_from(["\n", "<think>", "</think>", "a", "b"]), max_size=12), st.integers(0, 12))
+def test_the_engine_sees_the_thought_where_the_edge_shows_it(checkpoint, texts, known):
+    """`b` ends the answer as soon as it is content, and not before."""
+    tokenizer = Tokenizer.from_folder(checkpoint)
+    splitter, length = ReasoningSplitter(tokenizer, Thought.UNDECIDED), None
+    tags = {"<think>": tokenizer.think_start_id, "</think>": tokenizer.think_end_id}
+    tokens = [tags[text] if text in tags else tokenizer.encode(text)[0] for text in texts]
+    for i, (text, token) in enumerate(zip(texts, tokens), 1):
+        if splitter.feed([token]).content.endswith("b") and text == "b":
+            length = i
+            break
+    names = {"\n": BLANK, "<think>": START, "</think>": END, "a": 5, "b": 6}
+    assert where_it_ends([names[text] for text in texts], [6], known, adopted=False) == length
 
 
 def test_micro_batches_split_the_running_sequences():

@@ -1,13 +1,20 @@
 """How the ingress takes an answer up again: its `_generate` over an engine that says what a test tells it to."""
 
 import asyncio
+import json
+from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import msgspec
 import pytest
+from make_tokenizer import make_tokenizer
 
 from actors import ingress as module
 from r1_cluster.api.errors import ApiError
+from r1_cluster.config import Sampling
+from r1_cluster.edge.prepare import PrepareOptions, Preparer
 from r1_cluster.records import Refusal, Request, SamplingParams, TokenDelta
+from r1_cluster.text.tokenizer import Piece
 
 RECORD = Request("r", [5, 6], SamplingParams(0.0, 1.0, 0, 0), 3, [], "sink")
 
@@ -15,6 +22,7 @@ RECORD = Request("r", [5, 6], SamplingParams(0.0, 1.0, 0, 0), 3, [], "sink")
 class Edge:
     """What of an ingress has to do with engines; the whole would be a Serve replica."""
 
+    chat = module.Ingress.chat
     _generate = module.Ingress._generate
     _attempt = module.Ingress._attempt
     _distribute = module.Ingress._distribute
@@ -24,6 +32,7 @@ class Edge:
     def __init__(self, *script):
         self._streams, self._endpoint = {}, b""
         self._in_hand, self.places, self._draining = set(), 2, False
+        self._sink = SimpleNamespace(name="sink")
         self._engine = Engine(self, *script)
 
 
@@ -32,17 +41,21 @@ class Engine:
     the ingress and the call. Deltas are of the attempt that is being made, unless they say otherwise."""
 
     def __init__(self, ingress, *script):
-        self.asked = []
+        self.asked, self.records = [], []
         self._ingress, self._script = ingress, list(script)
         self.generate = self
 
     def remote(self, request, endpoint):
         record = msgspec.msgpack.decode(request, type=Request)
         self.asked.append(list(record.generated))
+        self.records.append(record)
         call = asyncio.get_running_loop().create_future()
 
         def send(*deltas):
-            marked = [msgspec.structs.replace(d, attempt=d.attempt or record.attempt) for d in deltas]
+            marked = [
+                msgspec.structs.replace(d, attempt=d.attempt or record.attempt, request_id=record.request_id)
+                for d in deltas
+            ]
             self._ingress._distribute("replica", marked)
 
         self._script.pop(0)(send, call)
@@ -140,6 +153,57 @@ def test_that_an_engine_has_taken_a_request_is_said_once_and_before_its_tokens()
         assert [delta.tokens async for delta in answer] == [[101], [102]]
 
     asyncio.run(asyncio.wait_for(collect(), 20))
+
+
+@pytest.fixture(scope="module")
+def undecided(tmp_path_factory):
+    """Prepares requests for a model whose template opens no thought."""
+    folder = tmp_path_factory.mktemp("r1-0528")
+    make_tokenizer(folder, "qwen3")
+    return Preparer(PrepareOptions(str(folder), "tiny", Sampling(), 128, 512))
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "content"),
+    [
+        ("\n<think>\nab END\n</think>\n\ncd 世 END", "ab END", "cd 世 "),
+        ("ab 世 END", "", "ab 世 "),
+        ("</think>\nab END", "", "ab "),
+    ],
+)
+def test_a_thought_goes_on_where_another_engine_takes_it_up(undecided, text, thought, content):
+    """Whatever the model had written when its engine died, `<think>` or a part of a character, say."""
+    tokenizer = undecided.tokenizer
+    ids = tokenizer.encode_pieces([Piece(text, True)])
+
+    def lose(known):
+        def act(send, call):
+            send(TokenDelta("", 0, []), *(TokenDelta("", i, [ids[i]]) for i in range(known)))
+            call.set_exception(RuntimeError("the replica died"))
+
+        return act
+
+    def go_on(known):
+        return say(*(TokenDelta("", i, [ids[i]]) for i in range(known, len(ids))))
+
+    async def ask(known):
+        edge = Edge(lose(known), go_on(known))
+        edge._pool = SimpleNamespace(tokenizer=tokenizer, prepare=AsyncMock(side_effect=undecided.prepare))
+        fields = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stop": "END"}
+        whole = await edge.chat(json.dumps(fields).encode())
+        return whole, edge._engine.records
+
+    for known in range(len(ids)):
+        whole, records = asyncio.run(asyncio.wait_for(ask(known), 20))
+        (choice,) = whole["choices"]
+        assert (choice["message"]["reasoning_content"], choice["message"]["content"]) == (thought, content)
+        assert choice["finish_reason"] == "stop"
+        counted = whole["usage"]["completion_tokens_details"]["reasoning_tokens"]
+        assert counted == (len(tokenizer.encode("\nab END\n")) if thought else 0)
+        assert [record.generated for record in records] == [[], ids[:known]]
+        for record in records:
+            assert record.sleeping_from == tokenizer.think_start_id
+            assert record.sleeping_until == tokenizer.think_end_id
 
 
 def test_an_ingress_takes_no_more_than_the_engines_hold_until_somebody_has_ended():

@@ -5,8 +5,10 @@ import jinja2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from make_checkpoint import BOS, CONTROL_TOKENS, EOS
+from make_tokenizer import BOS, CONTROL_TOKENS, EOS, R1_0528_CHAT_TEMPLATE, make_tokenizer
+from tokenizers import Tokenizer as Reference
 
+from r1_cluster.text.reasoning import Thought
 from r1_cluster.text.template import R1_CHAT_TEMPLATE, ChatTemplate, PromptTooLong, TemplateError
 from r1_cluster.text.tokenizer import Tokenizer
 
@@ -91,15 +93,16 @@ texts = st.lists(
 ).map("".join)
 
 
+@pytest.mark.parametrize("source", [R1_CHAT_TEMPLATE, R1_0528_CHAT_TEMPLATE], ids=["r1", "0528"])
 @given(
     st.lists(
         st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), texts), min_size=1, max_size=6
     )
 )
-def test_text_of_messages_never_becomes_a_control_token(tokenizer, pairs):
+def test_text_of_messages_never_becomes_a_control_token(tokenizer, source, pairs):
     messages = [{"role": role, "content": text} for role, text in pairs]
     harmless = [{"role": role, "content": "x"} for role, _ in pairs]
-    template = ChatTemplate(R1_CHAT_TEMPLATE, tokenizer)
+    template = ChatTemplate(source, tokenizer)
     ids, plain = template.prompt_ids(messages), template.prompt_ids(harmless)
     controls = tokenizer.control_ids
     assert [i for i in ids if i in controls] == [i for i in plain if i in controls]
@@ -155,12 +158,106 @@ def test_a_thought_of_the_history_does_not_count(tokenizer):
     assert len(ChatTemplate(R1_CHAT_TEMPLATE, tokenizer).prompt_ids(messages, limit=200)) < 20
 
 
-@pytest.mark.parametrize("end", ["<｜Assistant｜>", "<｜Assistant｜><think>", PROMPT_END])
-def test_prompts_end_in_an_open_thought(tokenizer, end):
-    source = "{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m['content'] }}{% endfor %}{{ end }}"
-    ids = ChatTemplate(source.replace("{{ end }}", end), tokenizer).prompt_ids([user("x")])
+SIMPLE = "{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("end", ["<｜Assistant｜><think>", PROMPT_END])
+def test_a_thought_that_the_template_opens_is_open_in_one_way(tokenizer, end):
+    template = ChatTemplate(SIMPLE + end, tokenizer)
+    ids = template.prompt_ids([user("x")])
     assert tokenizer.decode(ids) == "<｜User｜>x" + PROMPT_END
     assert tokenizer.token_id("<think>") in ids
+    assert template.thought(thinking=True) is Thought.OPEN
+    assert template.thought(thinking=False) is Thought.CLOSED
+
+
+@pytest.mark.parametrize(
+    "source", [SIMPLE + "<｜Assistant｜>", R1_0528_CHAT_TEMPLATE], ids=["simple", "0528"]
+)
+@pytest.mark.parametrize("text", ["x", "<think>", "</think>", "a\n<think>\n"])
+def test_a_template_that_opens_no_thought_leaves_it_to_the_model(tokenizer, source, text):
+    template = ChatTemplate(source, tokenizer)
+    ids = template.prompt_ids([user(text)])
+    assert tokenizer.decode(ids) == f"<｜User｜>{text}<｜Assistant｜>"
+    assert not {tokenizer.think_start_id, tokenizer.think_end_id} & set(ids)
+    assert template.thought(thinking=True) is Thought.UNDECIDED
+    closed = template.prompt_ids([user(text)], thinking=False)
+    assert closed[: len(ids)] == ids
+    assert tokenizer.decode(closed[len(ids) :]) == "<think>\n\n</think>\n\n"
+    assert template.thought(thinking=False) is Thought.CLOSED
+
+
+R1_0528_PROMPTS = {
+    "one": ([user("a")], "<｜User｜>a<｜Assistant｜>"),
+    "systems": (
+        [system("a"), user("b"), {"role": "developer", "content": "c"}],
+        "a\n\nc<｜User｜>b<｜Assistant｜>",
+    ),
+    "history": (
+        [user("a"), assistant("so\n</think>\n\nb"), user("c")],
+        f"<｜User｜>a<｜Assistant｜>\n\nb{EOS}<｜User｜>c<｜Assistant｜>",
+    ),
+    "behind an answer": ([user("a"), assistant("b")], f"<｜User｜>a<｜Assistant｜>b{EOS}<｜Assistant｜>"),
+    "behind a system text": ([system("a")], "a<｜Assistant｜>"),
+    "tools": (
+        [user("a"), assistant(None, CALL, CALL), tool("12"), tool("13"), assistant("b"), user("c")],
+        "<｜User｜>a<｜Assistant｜><｜tool▁calls▁begin｜>"
+        '<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{"zone": "UTC"}\n```<｜tool▁call▁end｜>\n'
+        '<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{"zone": "UTC"}\n```<｜tool▁call▁end｜>'
+        f"<｜tool▁calls▁end｜>{EOS}"
+        "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>12<｜tool▁output▁end｜>\n"
+        "<｜tool▁output▁begin｜>13<｜tool▁output▁end｜><｜tool▁outputs▁end｜>"
+        f"b{EOS}<｜User｜>c<｜Assistant｜>",
+    ),
+    "a call beside text": (
+        [user("a"), assistant("b", CALL), tool("12")],
+        "<｜User｜>a<｜Assistant｜>b<｜tool▁calls▁begin｜>"
+        '<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{"zone": "UTC"}\n```<｜tool▁call▁end｜>'
+        f"<｜tool▁calls▁end｜>{EOS}"
+        "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>12<｜tool▁output▁end｜><｜tool▁outputs▁end｜>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", R1_0528_PROMPTS)
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3"])
+def test_prompts_of_r1_0528(tmp_path_factory, family, name):
+    """By the published template's description, and as transformers renders the same template."""
+    folder = tmp_path_factory.mktemp(family)
+    make_tokenizer(folder, family, template="r1-0528")
+    tokenizer = Tokenizer.from_folder(folder)
+    messages, expected = R1_0528_PROMPTS[name]
+    ids = ChatTemplate.from_folder(folder, tokenizer).prompt_ids(messages)
+    assert (
+        ids
+        == Reference.from_file(str(folder / "tokenizer.json"))
+        .encode(BOS + expected, add_special_tokens=False)
+        .ids
+    )
+    from transformers import AutoTokenizer
+
+    known = [
+        m | {"role": "system"} if m["role"] == "developer" else m | {"content": m["content"] or ""}
+        for m in messages
+    ]
+    assert ids == AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        known, add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_r1s_thought_is_open_behind_a_tools_output_too(tokenizer):
+    messages = [user("Time?"), assistant(None, CALL), tool("12:00")]
+    for source in (PUBLISHED, R1_CHAT_TEMPLATE):
+        text = tokenizer.decode(ChatTemplate(source, tokenizer).prompt_ids(messages))
+        assert text.endswith("12:00<｜tool▁output▁end｜><｜tool▁outputs▁end｜><think>\n")
+
+
+@pytest.mark.parametrize("takes_null", [True, False])
+def test_a_turn_of_calls_alone_has_the_content_that_the_template_takes(tokenizer, takes_null):
+    said = "{{ m.content is none }}" if takes_null else "{{ 'x' in m.content }}"
+    source = "{% for m in messages %}" + said + "{% endfor %}"
+    text = tokenizer.decode(ChatTemplate(source, tokenizer).prompt_ids([user("x"), assistant(None, CALL)]))
+    assert text == ("FalseTrue" if takes_null else "TrueFalse")
 
 
 @pytest.mark.parametrize("start", ["", "{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"])
@@ -187,7 +284,7 @@ def test_bos_stands_there_exactly_once(tokenizer, start):
 def test_templates_may_work_on_text_which_stays_text(tokenizer, expression, expected):
     template = ChatTemplate("{% set c = messages[0].content %}{{ " + expression + " }}", tokenizer)
     ids = template.prompt_ids([user("  <think> a\n")])
-    assert ids[1:-2] == tokenizer.encode(expected)
+    assert ids[1:] == tokenizer.encode(expected)
 
 
 @pytest.mark.parametrize(
@@ -200,19 +297,22 @@ def test_work_on_text_that_cannot_be_followed_is_refused(tokenizer, expression):
 
 
 def test_a_templates_refusal_reaches_the_client(tokenizer):
-    template = ChatTemplate("{{ raise_exception('roles must alternate') }}", tokenizer)
+    refusal = "{{ raise_exception('roles must alternate') }}"
+    template = ChatTemplate("{% if messages | length > 1 %}" + refusal + "{% endif %}", tokenizer)
     with pytest.raises(TemplateError, match="roles must alternate"):
-        template.prompt_ids([user("x")])
+        template.prompt_ids([user("x"), user("y")])
+    with pytest.raises(TemplateError, match="roles must alternate"):
+        ChatTemplate(refusal, tokenizer)  # nothing can be asked through it
 
 
 @pytest.mark.parametrize("expression", ["''.__class__", "messages.append(1)", "c._raw", "c._book"])
 def test_the_sandbox_holds(tokenizer, expression):
-    template = ChatTemplate("{% set c = messages[0].content %}[{{ " + expression + " }}]", tokenizer)
+    source = "{% set c = messages[0].content %}[{{ " + expression + " }}]"
     try:
-        ids = template.prompt_ids([user("secret")])
+        ids = ChatTemplate(source, tokenizer).prompt_ids([user("secret")])
     except TemplateError:
         return
-    assert tokenizer.decode(ids) == "[]<think>\n"
+    assert tokenizer.decode(ids) == "[]"
 
 
 def test_broken_templates_are_refused_at_once(tokenizer):
@@ -227,9 +327,26 @@ def test_where_the_template_is_looked_for(tmp_path, tokenizer):
     config = tmp_path / "tokenizer_config.json"
     assert text() == "<｜User｜>x" + PROMPT_END
     config.write_text(json.dumps({"chat_template": "config"}))
-    assert text() == "config<think>\n"
+    assert text() == "config"
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]
     config.write_text(json.dumps({"chat_template": named}))
-    assert text() == "named<think>\n"
+    assert text() == "named"
+    for broken in ([{"name": "tool_use", "template": "tools"}], [], ["x"], 7, {"default": "x"}):
+        config.write_text(json.dumps({"chat_template": broken}))
+        with pytest.raises(TemplateError, match="neither a text nor a list with one named default"):
+            text()
     (tmp_path / "chat_template.jinja").write_text("file")
-    assert text() == "file<think>\n"
+    assert text() == "file"
+    (tmp_path / "chat_template.jinja").write_bytes(b"file\xff")
+    with pytest.raises(TemplateError, match=r"chat_template\.jinja cannot be read"):
+        text()
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ 1 / 0 }}", "{{ none + 'x' }}", "{{ messages[9].content.x }}", "{{ 'x' | int('y') % 's' }}",
+     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 10.0 ** 400 }}"],
+)  # fmt: skip
+def test_a_template_that_fails_is_refused_at_once(tokenizer, source):
+    with pytest.raises(TemplateError):
+        ChatTemplate(source, tokenizer)

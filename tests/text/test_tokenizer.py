@@ -1,12 +1,14 @@
 import json
+import sys
+import unicodedata
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from make_checkpoint import BOS, CONTROL_TOKENS, EOS
+from make_tokenizer import BOS, CONTROL_TOKENS, EOS
 from tokenizers import Tokenizer as Reference
 
-from r1_cluster.text.tokenizer import Piece, Tokenizer, TokenizerError
+from r1_cluster.text.tokenizer import NFC_SHORTENS, Piece, Tokenizer, TokenizerError
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +67,37 @@ def test_a_prompt_of_the_longest_tokens_is_counted_exactly(tokenizer):
     assert tokenizer.at_least([Piece(longest.decode() * 10, False)]) <= 10
 
 
-def test_nothing_is_said_of_text_that_a_normalizer_may_shorten(folder):
+def test_what_normalizers_may_shorten_text_to(folder):
     definition = json.loads((folder / "tokenizer.json").read_text())
-    definition["normalizer"] = {"type": "NFC"}
-    tokenizer = Tokenizer(definition, bos_token=None, eos_token=None, eos_ids=frozenset({1}))
-    assert tokenizer.at_least([Piece("x" * 1000, False)]) == 0
-    definition["normalizer"] = {"type": "Sequence", "normalizers": []}
-    tokenizer = Tokenizer(definition, bos_token=None, eos_token=None, eos_ids=frozenset({1}))
-    assert tokenizer.at_least([Piece("x" * 1000, False)]) > 10
+
+    def at_least(normalizer):
+        changed = definition | {"normalizer": normalizer}
+        tokenizer = Tokenizer(changed, bos_token=None, eos_token=None, eos_ids=frozenset({1}))
+        return tokenizer.at_least([Piece("x" * 1000, False)])
+
+    plain, nfc = at_least(None), at_least({"type": "NFC"})
+    assert plain > 10
+    assert nfc == -(-plain // 4)
+    assert at_least({"type": "Sequence", "normalizers": []}) == plain
+    assert at_least({"type": "Sequence", "normalizers": [{"type": "NFC"}]}) == nfc
+    assert at_least({"type": "NFKC"}) == at_least({"type": "Lowercase"}) == 0
+    assert at_least({"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}) == 0
+
+
+def test_nfc_shortens_no_text_more_than_is_reckoned_with():
+    """Of the text that becomes a character, each part is one that NFD gives, or one that it replaces."""
+    every = (chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000)
+    parts_of = {c: parts for c in every if (parts := unicodedata.normalize("NFD", c)) != c}
+    longest = {}
+    for character, parts in parts_of.items():
+        if len(parts) == 1:
+            longest[parts] = max(longest.get(parts, 0), len(character.encode()))
+    for character in [*parts_of, *longest]:
+        parts = parts_of.get(character, character)
+        before = sum(max(longest.get(part, 0), len(part.encode())) for part in parts)
+        assert len(parts) == 1 or len(character.encode()) <= before  # itself it is no longer than its parts
+        if unicodedata.normalize("NFC", character) == character:
+            assert before <= NFC_SHORTENS * len(character.encode())
 
 
 def test_ids_beyond_the_tokenizer_give_no_text(tokenizer):
@@ -96,7 +121,12 @@ def edited(folder, target, name, change):
 
 
 def test_eos_ids_come_from_all_three_files(folder, tmp_path):
-    edited(folder, tmp_path, "generation_config.json", lambda data: data.update(eos_token_id=[7, 9]))
+    edited(
+        folder,
+        tmp_path,
+        "generation_config.json",
+        lambda data: data.update(eos_token_id=[7, 9, True, "8", -1]),
+    )
     assert Tokenizer.from_folder(tmp_path).eos_ids == {1, 7, 9}
 
 
@@ -128,6 +158,11 @@ def break_model(data):
         (strip_left, "lstrip"),
         (break_model, "cannot be read"),
         (lambda data: data.update(added_tokens=["x"]), "malformed"),
+        (lambda data: data["added_tokens"].append({"id": 5, "content": ""}), "malformed"),
+        (lambda data: data["added_tokens"].append({"id": -1, "content": "x"}), "malformed"),
+        (lambda data: data["added_tokens"].append({"id": "5", "content": "x"}), "malformed"),
+        (lambda data: data["added_tokens"].append({"id": True, "content": "x"}), "malformed"),
+        (lambda data: data["added_tokens"].append({"id": 5, "content": 7}), "malformed"),
     ],
 )
 def test_unusable_tokenizers_are_refused(folder, tmp_path, change, words):
