@@ -56,8 +56,10 @@ def block_scaled(values: Tensor, scale: Tensor, device: torch.device) -> BlockSc
     raise NotImplementedError("plain torch has no block-scaled products: weights are dequantized when read")
 
 
-def linear(x_TI: Tensor, weight_OI: Weight, *, tiled: bool) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None, *, tiled: bool) -> Tensor:
     """See `Ops.linear`."""
+    if bias_O is not None:
+        return linear(x_TI, weight_OI, tiled=tiled).add_(bias_O)
     assert isinstance(weight_OI, Tensor)
     num_columns = len(weight_OI)
     if tiled and num_columns < _MIN_COLUMNS:
@@ -140,15 +142,25 @@ def rotation(table_PR: Tensor, positions_T: Tensor) -> Tensor:
     return table_PR.index_select(0, positions_T)
 
 
-def rope_(x_THR: Tensor, rotation: Rotation) -> None:
+def rope_(x_THR: Tensor, rotation: Rotation, *, interleaved: bool) -> None:
     """See `Ops.rope_`."""
     assert isinstance(rotation, Tensor)
+    if not interleaved:
+        _rotate_halves_(x_THR, rotation)
+        return
     turn = _as_pairs(rotation).unsqueeze(1)
     if x_THR.dtype == torch.float32:
         _as_pairs(x_THR).mul_(turn)
     else:
         turned = _as_pairs(x_THR.float()).mul_(turn)
         x_THR.copy_(torch.view_as_real(turned).flatten(-2))
+
+
+def _rotate_halves_(x_THR: Tensor, rotation_TR: Tensor) -> None:
+    """In float32, by products and sums alone, which round every element by itself."""
+    cos_T1R, sin_T1R = rotation_TR[:, None, ::2], rotation_TR[:, None, 1::2]
+    first, second = x_THR.float().chunk(2, -1)
+    x_THR.copy_(torch.cat((first * cos_T1R - second * sin_T1R, first * sin_T1R + second * cos_T1R), -1))
 
 
 def store_latents(
@@ -162,9 +174,17 @@ def store_latents(
     """See `Ops.store_latents`."""
     num_latent = len(norm_weight_C)
     latent_TC = latent_TL[:, :num_latent]
-    rope_(latent_TL[:, None, num_latent:], rotation)
+    rope_(latent_TL[:, None, num_latent:], rotation, interleaved=True)
     latent_TC.copy_(rms_norm(latent_TC, norm_weight_C, eps))
     cache_PSL.flatten(0, 1).index_copy_(0, slots_T, latent_TL[: len(slots_T)])
+
+
+def store_kv(cache_PS2KW: Tensor, slots_T: Tensor, k_TKW: Tensor, v_TKW: Tensor, rotation: Rotation) -> None:
+    """See `Ops.store_kv`."""
+    rope_(k_TKW, rotation, interleaved=False)
+    num_tokens = len(slots_T)
+    both_T2KW = torch.stack((k_TKW[:num_tokens], v_TKW[:num_tokens]), 1)
+    cache_PS2KW.flatten(0, 1).index_copy_(0, slots_T, both_T2KW)
 
 
 @dataclass(frozen=True)
@@ -282,40 +302,83 @@ def mla_absorbed(
     """See `Ops.mla_absorbed`: DeepSeek-V2 report (arXiv:2405.04434), section 2.1.2, by splits."""
     assert isinstance(plan, PlainAttentionPlan)
     num_heads, num_latent = q_latent_AHC.shape[1:]
-    q_AHL = torch.cat((q_latent_AHC, q_rope_AHR), -1)
-    if spare := -num_heads % (4 if num_heads <= 4 else ROW_TILE):
-        q_AHL = F.pad(q_AHL, (0, 0, 0, spare))
+    q_AHL = _padded_heads(torch.cat((q_latent_AHC, q_rope_AHR), -1))
     out = q_AHL.new_zeros(*q_AHL.shape[:2], num_latent)
     cache = cache_PSL.flatten(0, 1)
     scale *= math.log2(math.e)  # powers of two from here on
     for packed in plan.packed:
-        out.index_copy_(0, packed.rows_n, _attend_packed(q_AHL, cache, packed, num_latent, scale))
+        latents = _in_splits(cache, packed.slots)
+        q_nHL = q_AHL.index_select(0, packed.rows_n).float()
+        attended = _attend_packed(q_nHL, latents, latents[..., :num_latent], packed.mask, scale)
+        out.index_copy_(0, packed.rows_n, attended.to(out.dtype))
     if not plan.has_expanded:
         for span in plan.spans:
-            _attend_span(q_AHL, cache, span, out, scale)
+            latents = _in_splits(cache, span.slots)
+            _attend_span(q_AHL, latents, latents[..., :num_latent], span, out, scale)
     return out[:, :num_heads]
 
 
-def _attend_packed(q_AHL: Tensor, cache: Tensor, packed: _Packed, num_latent: int, scale: float) -> Tensor:
-    num_tokens, num_heads = len(packed.rows_n), q_AHL.shape[1]
-    num_pairs = len(packed.mask)
-    num_splits = num_pairs // num_tokens
-    q_nHL = q_AHL.index_select(0, packed.rows_n).float()
-    latents = cache.index_select(0, packed.slots).float().view(num_pairs, ATTENTION_SPLIT, -1)
+def gqa(q_THW: Tensor, cache_PS2KW: Tensor, plan: AttentionPlan, *, scale: float) -> Tensor:
+    """See `Ops.gqa`: by splits as `mla_absorbed`, one key head after the other, whose group of heads are the
+    rows of a product; but spans of a step that is not deterministic all at once."""
+    assert isinstance(plan, PlainAttentionPlan)
+    num_key_heads = cache_PS2KW.shape[3]
+    q_TKGW = q_THW.view(len(q_THW), num_key_heads, -1, q_THW.shape[2])
+    q_TKMW = _padded_heads(q_TKGW)
+    out = torch.zeros_like(q_TKMW)
+    cache = cache_PS2KW.flatten(0, 1)
+    scale_log2 = scale * math.log2(math.e)
+    for packed in plan.packed:
+        rows_n = packed.rows_n if plan.absorbed_rows is None else plan.absorbed_rows[packed.rows_n]
+        keys, values = _in_splits(cache, packed.slots).unbind(2)
+        q_nKMW = q_TKMW.index_select(0, rows_n).float()
+        for head in range(num_key_heads):
+            parts = q_nKMW[:, head], keys[:, :, head], values[:, :, head]
+            attended = _attend_packed(*parts, packed.mask, scale_log2)
+            out[:, head].index_copy_(0, rows_n, attended.to(out.dtype))
+    for span in plan.spans:
+        if plan.has_expanded:
+            _attend_at_once(q_TKGW, cache, span, out, scale)
+            continue
+        keys, values = _in_splits(cache, span.slots).unbind(2)
+        for head in range(num_key_heads):
+            parts = q_TKMW[:, head], keys[:, :, head], values[:, :, head]
+            _attend_span(*parts, span, out[:, head], scale_log2)
+    return out[:, :, : q_TKGW.shape[2]].flatten(1, 2)
+
+
+def _padded_heads(q: Tensor) -> Tensor:
+    """Queries [..., H, L] with heads of zeros up to a number of rows whose bits do not depend on how many
+    products go together."""
+    num_heads = q.shape[-2]
+    spare = -num_heads % (4 if num_heads <= 4 else ROW_TILE)
+    return F.pad(q, (0, 0, 0, spare)) if spare else q
+
+
+def _in_splits(cache: Tensor, slots: Tensor) -> Tensor:
+    """What slots hold, in float32, [slots / ATTENTION_SPLIT, ATTENTION_SPLIT, ...]."""
+    return cache.index_select(0, slots).float().view(-1, ATTENTION_SPLIT, *cache.shape[1:])
+
+
+def _attend_packed(q_nHL: Tensor, keys_pBL: Tensor, values_pBC: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """float32 queries of n tokens over their own pairs of (split, token) → float32 [n, H, C]."""
+    num_tokens, num_heads = q_nHL.shape[:2]
+    num_splits = len(mask) // num_tokens
     q_pairs = q_nHL.repeat(num_splits, 1, 1)
-    scores = torch.baddbmm(packed.mask, q_pairs, latents.transpose(1, 2), alpha=scale)
+    scores = torch.baddbmm(mask, q_pairs, keys_pBL.transpose(1, 2), alpha=scale)
     weights, total_nH1 = _weights_(scores.view(num_splits, num_tokens, num_heads, ATTENTION_SPLIT))
-    values = torch.bmm(weights.flatten(0, 1), latents[:, :, :num_latent])
-    out_nHC, *others = values.view(num_splits, num_tokens, num_heads, num_latent).unbind(0)
+    values = torch.bmm(weights.flatten(0, 1), values_pBC)
+    out_nHC, *others = values.view(num_splits, num_tokens, num_heads, -1).unbind(0)
     for other in others:
         out_nHC.add_(other)
-    return out_nHC.div_(total_nH1).to(q_AHL.dtype)
+    return out_nHC.div_(total_nH1)
 
 
-def _attend_span(q_AHL: Tensor, cache: Tensor, span: _Span, out_AHC: Tensor, scale: float) -> None:
+def _attend_span(
+    q_AHL: Tensor, keys_sBL: Tensor, values_sBC: Tensor, span: _Span, out_AHC: Tensor, scale: float
+) -> None:
+    """The span's queries over the splits of its context; writes its rows of `out_AHC`."""
     num_heads = q_AHL.shape[1]
-    latents = cache.index_select(0, span.slots).float().view(-1, ATTENTION_SPLIT, cache.shape[1])
-    values = latents[:, :, : out_AHC.shape[2]]
     block = max(1, min(_QUERY_BLOCK, _MAX_SCORES // (span.slots.numel() * num_heads)))
     for row in range(span.first_row, span.last_row, block):
         num_tokens = min(block, span.last_row - row)
@@ -327,13 +390,31 @@ def _attend_span(q_AHL: Tensor, cache: Tensor, span: _Span, out_AHC: Tensor, sca
         for split in range(num_splits):
             columns = torch.arange(ATTENTION_SPLIT, device=q_nHL.device) + split * ATTENTION_SPLIT
             mask = q_nHL.new_zeros(num_tokens, ATTENTION_SPLIT).masked_fill_(columns > ends_n1, -math.inf)
-            keys = latents[split].t().expand(num_tokens, -1, -1)
+            keys = keys_sBL[split].t().expand(num_tokens, -1, -1)
             torch.baddbmm(mask.unsqueeze(1), q_nHL, keys, alpha=scale, out=scores[split])
         weights, total_nH1 = _weights_(scores)
-        out_nHC = torch.bmm(weights[0], values[0].expand(num_tokens, -1, -1))
+        out_nHC = torch.bmm(weights[0], values_sBC[0].expand(num_tokens, -1, -1))
         for split in range(1, num_splits):
-            out_nHC.add_(torch.bmm(weights[split], values[split].expand(num_tokens, -1, -1)))
+            out_nHC.add_(torch.bmm(weights[split], values_sBC[split].expand(num_tokens, -1, -1)))
         out_AHC[row : row + num_tokens] = out_nHC.div_(total_nH1)
+
+
+def _attend_at_once(q_TKGW: Tensor, cache: Tensor, span: _Span, out_TKMW: Tensor, scale: float) -> None:
+    """The span's queries over all of their context, a block of them at a time."""
+    num_key_heads, share = q_TKGW.shape[1:3]
+    context_len = span.position + span.last_row - span.first_row
+    keys_LKW, values_LKW = cache.index_select(0, span.slots[:context_len]).float().unbind(1)
+    block = max(1, min(_QUERY_BLOCK, _MAX_SCORES // (context_len * num_key_heads * share)))
+    for row in range(span.first_row, span.last_row, block):
+        end = min(row + block, span.last_row)
+        first, last = span.position + row - span.first_row, span.position + end - span.first_row
+        mask = torch.full((end - row, last), -math.inf, device=q_TKGW.device).triu_(first + 1)
+        q_KnW = q_TKGW[row:end].transpose(0, 1).flatten(1, 2).float()
+        keys_KWL = keys_LKW[:last].permute(1, 2, 0)
+        scores = torch.baddbmm(mask.repeat_interleave(share, 0), q_KnW, keys_KWL, alpha=scale)
+        attended_KnW = torch.bmm(scores.softmax(-1), values_LKW[:last].transpose(0, 1))
+        attended_KTGW = attended_KnW.view(num_key_heads, end - row, share, -1)
+        out_TKMW[row:end, :, :share] = attended_KTGW.transpose(0, 1)
 
 
 def _weights_(scores: Tensor) -> tuple[Tensor, Tensor]:
