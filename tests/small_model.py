@@ -51,6 +51,19 @@ FP8_SHAPE = KERNEL_SHAPE | {
 }
 
 
+# The same of dense models.
+DENSE_KERNEL_SHAPE = {"num_hidden_layers": 2, "head_dim": 16}
+DENSE_FP8_SHAPE = {
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}
+
+
 def config_values(**changes):
     """A small model's config.json, in the published form."""
     values = {
