@@ -98,6 +98,18 @@ def test_deterministic_logits_are_bit_identical(**layout):
     check_bits(**layout)
 
 
+@pytest.mark.slow
+@settings(max_examples=3, **RELAXED)
+@given(values=dense_configs(), **DIVISIONS)
+def test_deterministic_logits_are_bit_identical_on_two_threads(**layout):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        check_bits(**layout)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_magnitude_of_r1_0528_qwen3_8b_is_one(tmp_path):
     """Its `attn_factor` undoes YaRN's own magnitude; transformers reads `attention_factor` alone."""
     scaling = DENSE_YARN | {"attn_factor": 1 / (0.1 * math.log(4) + 1)}
