@@ -10,6 +10,14 @@ from r1_cluster.models.config import Llama3Rope, ModelConfigError, Rope, Unsuppo
 
 Values = Mapping[str, object]
 _T = TypeVar("_T")
+# No model comes near these, and what is listed or tabled by them would fill the memory before a check of the
+# weights could say that they do not fit.
+_MOST = {
+    "num_hidden_layers": 10_000,
+    "num_nextn_predict_layers": 10_000,
+    "n_routed_experts": 100_000,
+    "max_position_embeddings": 1 << 24,
+}
 _MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers", "bos_token_id")
 
 
@@ -103,16 +111,21 @@ def _positive(values: Values, key: str) -> float:
 
 
 def positive_faults(shape: object) -> list[str]:
-    """What of a shape's integers should be positive and is not."""
+    """What of a shape's integers should be positive and is not, or is larger than any model's."""
     integers = {
         name: value
         for name, value in vars(shape).items()
         if isinstance(value, int) and not isinstance(value, bool)
     }
-    return [
+    faults = [
         f"{name} must be positive, it is {value}"
         for name, value in integers.items()
         if value < (0 if name in _MAY_BE_ZERO else 1)
+    ]
+    return faults + [
+        f"{name} {integers[name]} exceeds {most}"
+        for name, most in _MOST.items()
+        if integers.get(name, 0) > most
     ]
 
 

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from network_checks import DIVISIONS, RELAXED, check_bits, chunks_of
-from small_model import LLAMA3, SmallModel, dense_values, write_checkpoint
+from safetensors.torch import load_file, save_file
+from small_model import LLAMA3, SmallModel, dense_values, to_fp8, write_checkpoint
 
 from r1_cluster.models.family import tensor_table
 from r1_cluster.models.loader import Loader, Shard
@@ -20,6 +21,7 @@ from r1_cluster.weights.checkpoint import Checkpoint
 
 ARCHITECTURES = ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
 DENSE_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+FP8_BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 SCALINGS = [None, LLAMA3, DENSE_YARN, DENSE_YARN | {"attention_factor": 0.9, "beta_fast": 20.0}]
 
 
@@ -142,6 +144,25 @@ def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(tmp_path, archit
             for dtype in (torch.float32, torch.bfloat16)
         )
     assert (torch.stack(got) - exact).norm() < 1.5 * (rough - exact).norm()
+
+
+def test_fp8_blocks_are_what_they_stand_for(tmp_path):
+    """Against transformers over the same weights, dequantized in float64."""
+    values = dense_values("Qwen2ForCausalLM", hidden_size=192, intermediate_size=200, head_dim=16)
+    write_checkpoint(tmp_path / "plain", values)
+    write_checkpoint(tmp_path / "fp8", values | {"quantization_config": FP8_BLOCKS})
+    to_fp8(tmp_path / "fp8")
+    tensors = load_file(tmp_path / "fp8/model.safetensors")
+    for name in [name for name in tensors if name.endswith("_scale_inv")]:
+        scale, weight = tensors.pop(name).double(), tensors[name.removesuffix("_scale_inv")].double()
+        spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        tensors[name.removesuffix("_scale_inv")] = (weight * spread[: len(weight), : weight.shape[1]]).float()
+    save_file(tensors, tmp_path / "plain/model.safetensors", metadata={"format": "pt"})
+    tokens = np.random.default_rng(4).integers(0, values["vocab_size"], 60)
+    got = SmallModel(tmp_path / "fp8", deterministic=True).step([(0, tokens)])[0]
+    with torch.no_grad():
+        expected = oracle_of(tmp_path / "plain")(torch.from_numpy(tokens)[None]).logits[0, -1]
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
 def test_a_poisoned_neighbour_harms_nobody(tmp_path):
