@@ -1,7 +1,7 @@
 """The operations of `kernels.ops` in plain torch: the CPU's, and those of devices without own kernels.
 
 What keeps a row's bits free of its neighbours, beside the tiles: elementwise functions that have a vector
-body and a scalar tail (exp2, silu, sigmoid) see at most `_GRAIN` elements a call, in whole vectors or row by
+body and a scalar tail (exp2, silu, sigmoid) see at most `GRAIN` elements a call, in whole vectors or row by
 row, so that neither the tail nor the split over threads falls elsewhere when other rows come; and
 nothing is summed over a length that other sequences decide.
 
@@ -13,18 +13,17 @@ columns are padded to `_MIN_COLUMNS`, and heads to 4 or a multiple of ROW_TILE.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import ROW_TILE
+from kernels.cpu_attention import gqa, mla_absorbed, mla_expanded, plan_attention
+from kernels.cpu_elementwise import GRAIN, elementwise_
 from kernels.cpu_sampler import sample
 from kernels.ops import (
-    ATTENTION_SPLIT,
-    AttentionPlan,
     BlockScaled,
     ModelShape,
     Rotation,
@@ -32,18 +31,13 @@ from kernels.ops import (
     Weight,
 )
 
-__all__ = ["sample"]  # of another file, and an operation like those below
+# Operations in files of their own.
+__all__ = ["gqa", "mla_absorbed", "mla_expanded", "plan_attention", "sample"]
 
 KEEPS_FP8 = False
 HAS_MOE = False
 
-_GRAIN = 32768  # torch's own grain: fewer elements are never split over threads
-_VECTOR = 32  # elements that the vector body takes at a time
 _MIN_COLUMNS = 16
-_FEW_QUERIES = 4  # chunks as short as this are attended like decoded tokens
-_MAX_PAIRS = 256  # (token, split) pairs attended at once
-_QUERY_BLOCK = 64  # queries of one sequence attended at once
-_MAX_SCORES = 1 << 22  # scores held at once
 
 
 def faults(shape: ModelShape) -> list[str]:
@@ -56,8 +50,10 @@ def block_scaled(values: Tensor, scale: Tensor, device: torch.device) -> BlockSc
     raise NotImplementedError("plain torch has no block-scaled products: weights are dequantized when read")
 
 
-def linear(x_TI: Tensor, weight_OI: Weight, *, tiled: bool) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None, *, tiled: bool) -> Tensor:
     """See `Ops.linear`."""
+    if bias_O is not None:
+        return linear(x_TI, weight_OI, tiled=tiled).add_(bias_O)
     assert isinstance(weight_OI, Tensor)
     num_columns = len(weight_OI)
     if tiled and num_columns < _MIN_COLUMNS:
@@ -111,24 +107,10 @@ def mlp(x_TD: Tensor, gate_up_2FD: Weight, down_DF: Weight, *, tiled: bool) -> T
 def silu_mul(x_T2F: Tensor) -> Tensor:
     """SiLU of the first half of the columns times the second half, [T, F]."""
     gate, up = x_T2F.chunk(2, -1)
-    rows = max(1, _GRAIN // gate.shape[1])
+    rows = max(1, GRAIN // gate.shape[1])
     if len(gate) <= rows:
         return F.silu(gate).mul_(up)
     return torch.cat([F.silu(part) for part in torch.split(gate, rows)]).mul_(up)
-
-
-def _elementwise_(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Applies an in-place function to a contiguous tensor, in whole vectors and below the grain."""
-    flat = x.view(-1)
-    if whole := flat.numel() % _VECTOR:
-        padded = F.pad(flat, (0, _VECTOR - whole))
-        x.copy_(_elementwise_(function, padded)[: flat.numel()].view_as(x))
-    elif flat.numel() <= _GRAIN:
-        function(flat)
-    else:
-        for part in torch.split(flat, _GRAIN):
-            function(part)
-    return x
 
 
 def _as_pairs(x: Tensor) -> Tensor:
@@ -140,15 +122,25 @@ def rotation(table_PR: Tensor, positions_T: Tensor) -> Tensor:
     return table_PR.index_select(0, positions_T)
 
 
-def rope_(x_THR: Tensor, rotation: Rotation) -> None:
+def rope_(x_THR: Tensor, rotation: Rotation, *, interleaved: bool) -> None:
     """See `Ops.rope_`."""
     assert isinstance(rotation, Tensor)
+    if not interleaved:
+        _rotate_halves_(x_THR, rotation)
+        return
     turn = _as_pairs(rotation).unsqueeze(1)
     if x_THR.dtype == torch.float32:
         _as_pairs(x_THR).mul_(turn)
     else:
         turned = _as_pairs(x_THR.float()).mul_(turn)
         x_THR.copy_(torch.view_as_real(turned).flatten(-2))
+
+
+def _rotate_halves_(x_THR: Tensor, rotation_TR: Tensor) -> None:
+    """In float32, by products and sums alone, which round every element by itself."""
+    cos_T1R, sin_T1R = rotation_TR[:, None, ::2], rotation_TR[:, None, 1::2]
+    first, second = x_THR.float().chunk(2, -1)
+    x_THR.copy_(torch.cat((first * cos_T1R - second * sin_T1R, first * sin_T1R + second * cos_T1R), -1))
 
 
 def store_latents(
@@ -162,225 +154,17 @@ def store_latents(
     """See `Ops.store_latents`."""
     num_latent = len(norm_weight_C)
     latent_TC = latent_TL[:, :num_latent]
-    rope_(latent_TL[:, None, num_latent:], rotation)
+    rope_(latent_TL[:, None, num_latent:], rotation, interleaved=True)
     latent_TC.copy_(rms_norm(latent_TC, norm_weight_C, eps))
     cache_PSL.flatten(0, 1).index_copy_(0, slots_T, latent_TL[: len(slots_T)])
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """Tokens attended together, each with its own context, padded to the same number of splits.
-
-    `rows_n` are their rows among the absorbed ones; `slots` lists [splits, n, ATTENTION_SPLIT] cache slots,
-    `mask` [splits · n, 1, ATTENTION_SPLIT] is -inf behind the context.
-    """
-
-    rows_n: Tensor
-    slots: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class _Span:
-    """A run of one sequence's tokens: rows [first_row, last_row) of the step, from `position` on.
-
-    `slots` covers the context in whole splits.
-    """
-
-    first_row: int
-    last_row: int
-    position: int
-    slots: Tensor
-
-
-@dataclass(frozen=True)
-class PlainAttentionPlan:
-    """See `AttentionPlan`: tokens that are attended singly, and spans that share a context."""
-
-    absorbed_rows: Tensor | None
-    has_expanded: bool
-    packed: list[_Packed]
-    spans: list[_Span]
-
-
-def _context_slots(pages_P: Tensor, page_size: int, context_len: int) -> Tensor:
-    """Slots of a context in whole splits. What lies behind it repeats the first, which is the sequence's own:
-    masked slots enter products with weight zero, and another sequence's NaN would survive that."""
-    slots = pages_P[: -(-context_len // page_size), None] * page_size + torch.arange(page_size)
-    padded = slots.flatten()[:1].repeat(-(-context_len // ATTENTION_SPLIT) * ATTENTION_SPLIT)
-    padded[:context_len] = slots.flatten()[:context_len]
-    return padded
-
-
-def plan_attention(
-    query_lens: Sequence[int],
-    context_lens: Sequence[int],
-    page_table_SP: Tensor,
-    page_size: int,
-    *,
-    absorb_all: bool,
-    along: Sequence[Tensor],
-    device: torch.device,
-) -> tuple[PlainAttentionPlan, list[Tensor]]:
-    """See `Ops.plan_attention`."""
-    singles: list[tuple[int, int, int]] = []  # (context length, row, sequence)
-    spans: list[_Span] = []
-    row = 0
-    for sequence, (num_new, context_len) in enumerate(zip(query_lens, context_lens)):
-        if num_new <= _FEW_QUERIES:
-            singles += [
-                (context_len - num_new + 1 + offset, row + offset, sequence) for offset in range(num_new)
-            ]
-        else:
-            slots = _context_slots(page_table_SP[sequence], page_size, context_len).to(device)
-            spans.append(_Span(row, row + num_new, context_len - num_new, slots))
-        row += num_new
-    absorbed = None
-    if spans and not absorb_all:
-        absorbed = torch.tensor([row for _, row, _ in singles], dtype=torch.int64, device=device)
-        singles = [(length, i, sequence) for i, (length, _, sequence) in enumerate(singles)]
-    packed = [_pack(group, page_table_SP, page_size, device) for group in _groups(singles)]
-    plan = PlainAttentionPlan(absorbed, bool(spans) and not absorb_all, packed, spans)
-    return plan, [part.to(device) for part in along]
-
-
-def _num_splits(length: int) -> int:
-    return -(-length // ATTENTION_SPLIT)
-
-
-def _groups(singles: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """Cuts tokens, longest context first, where padding would double the work or the pairs are too many."""
-    group: list[tuple[int, int, int]] = []
-    for token in sorted(singles, key=lambda single: -_num_splits(single[0])):
-        longest = _num_splits(group[0][0]) if group else 0
-        if group and (2 * _num_splits(token[0]) < longest or (len(group) + 1) * longest > _MAX_PAIRS):
-            yield group
-            group = []
-        group.append(token)
-    if group:
-        yield group
-
-
-def _pack(
-    group: list[tuple[int, int, int]], page_table_SP: Tensor, page_size: int, device: torch.device
-) -> _Packed:
-    lengths, rows, sequences = torch.tensor(group, dtype=torch.int64).t()
-    positions = torch.arange(_num_splits(group[0][0]) * ATTENTION_SPLIT)
-    hidden_nL = positions >= lengths[:, None]
-    positions_nL = positions.expand_as(hidden_nL).masked_fill(hidden_nL, 0)
-    pages_nL = page_table_SP[sequences[:, None], positions_nL // page_size]
-    slots_nsB = (pages_nL * page_size + positions_nL % page_size).view(len(group), -1, ATTENTION_SPLIT)
-    mask_nL = torch.zeros(hidden_nL.shape).masked_fill_(hidden_nL, -math.inf)
-    mask_snB = mask_nL.view(len(group), -1, ATTENTION_SPLIT).transpose(0, 1)
-    slots, mask = slots_nsB.transpose(0, 1).reshape(-1), mask_snB.reshape(-1, 1, ATTENTION_SPLIT)
-    return _Packed(rows.to(device), slots.to(device), mask.to(device))
-
-
-def mla_absorbed(
-    q_latent_AHC: Tensor, q_rope_AHR: Tensor, cache_PSL: Tensor, plan: AttentionPlan, *, scale: float
-) -> Tensor:
-    """See `Ops.mla_absorbed`: DeepSeek-V2 report (arXiv:2405.04434), section 2.1.2, by splits."""
-    assert isinstance(plan, PlainAttentionPlan)
-    num_heads, num_latent = q_latent_AHC.shape[1:]
-    q_AHL = torch.cat((q_latent_AHC, q_rope_AHR), -1)
-    if spare := -num_heads % (4 if num_heads <= 4 else ROW_TILE):
-        q_AHL = F.pad(q_AHL, (0, 0, 0, spare))
-    out = q_AHL.new_zeros(*q_AHL.shape[:2], num_latent)
-    cache = cache_PSL.flatten(0, 1)
-    scale *= math.log2(math.e)  # powers of two from here on
-    for packed in plan.packed:
-        out.index_copy_(0, packed.rows_n, _attend_packed(q_AHL, cache, packed, num_latent, scale))
-    if not plan.has_expanded:
-        for span in plan.spans:
-            _attend_span(q_AHL, cache, span, out, scale)
-    return out[:, :num_heads]
-
-
-def _attend_packed(q_AHL: Tensor, cache: Tensor, packed: _Packed, num_latent: int, scale: float) -> Tensor:
-    num_tokens, num_heads = len(packed.rows_n), q_AHL.shape[1]
-    num_pairs = len(packed.mask)
-    num_splits = num_pairs // num_tokens
-    q_nHL = q_AHL.index_select(0, packed.rows_n).float()
-    latents = cache.index_select(0, packed.slots).float().view(num_pairs, ATTENTION_SPLIT, -1)
-    q_pairs = q_nHL.repeat(num_splits, 1, 1)
-    scores = torch.baddbmm(packed.mask, q_pairs, latents.transpose(1, 2), alpha=scale)
-    weights, total_nH1 = _weights_(scores.view(num_splits, num_tokens, num_heads, ATTENTION_SPLIT))
-    values = torch.bmm(weights.flatten(0, 1), latents[:, :, :num_latent])
-    out_nHC, *others = values.view(num_splits, num_tokens, num_heads, num_latent).unbind(0)
-    for other in others:
-        out_nHC.add_(other)
-    return out_nHC.div_(total_nH1).to(q_AHL.dtype)
-
-
-def _attend_span(q_AHL: Tensor, cache: Tensor, span: _Span, out_AHC: Tensor, scale: float) -> None:
-    num_heads = q_AHL.shape[1]
-    latents = cache.index_select(0, span.slots).float().view(-1, ATTENTION_SPLIT, cache.shape[1])
-    values = latents[:, :, : out_AHC.shape[2]]
-    block = max(1, min(_QUERY_BLOCK, _MAX_SCORES // (span.slots.numel() * num_heads)))
-    for row in range(span.first_row, span.last_row, block):
-        num_tokens = min(block, span.last_row - row)
-        position = span.position + row - span.first_row
-        num_splits = _num_splits(position + num_tokens)
-        q_nHL = q_AHL[row : row + num_tokens].float()
-        ends_n1 = torch.arange(position, position + num_tokens, device=q_nHL.device)[:, None]
-        scores = q_nHL.new_empty(num_splits, num_tokens, num_heads, ATTENTION_SPLIT)
-        for split in range(num_splits):
-            columns = torch.arange(ATTENTION_SPLIT, device=q_nHL.device) + split * ATTENTION_SPLIT
-            mask = q_nHL.new_zeros(num_tokens, ATTENTION_SPLIT).masked_fill_(columns > ends_n1, -math.inf)
-            keys = latents[split].t().expand(num_tokens, -1, -1)
-            torch.baddbmm(mask.unsqueeze(1), q_nHL, keys, alpha=scale, out=scores[split])
-        weights, total_nH1 = _weights_(scores)
-        out_nHC = torch.bmm(weights[0], values[0].expand(num_tokens, -1, -1))
-        for split in range(1, num_splits):
-            out_nHC.add_(torch.bmm(weights[split], values[split].expand(num_tokens, -1, -1)))
-        out_AHC[row : row + num_tokens] = out_nHC.div_(total_nH1)
-
-
-def _weights_(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores [splits, n, H, ATTENTION_SPLIT] → powers of two over the rows' maximum, in place, and their
-    sum [n, H, 1]: within a split by torch, over splits one after the other, so that further masked splits
-    add exact zeros."""
-    scores.sub_(scores.amax((0, 3), keepdim=True))
-    _elementwise_(torch.exp2_, scores)
-    total, *others = scores.sum(-1, keepdim=True).unbind(0)
-    for other in others:
-        total.add_(other)
-    return scores, total
-
-
-def mla_expanded(
-    q_THQ: Tensor,
-    cache_PSL: Tensor,
-    plan: AttentionPlan,
-    weight_HOC: Tensor,
-    out_THV: Tensor,
-    *,
-    scale: float,
-) -> None:
-    """See `Ops.mla_expanded`."""
-    assert isinstance(plan, PlainAttentionPlan)
-    num_heads, _, num_latent = weight_HOC.shape
-    num_values = out_THV.shape[2]
-    num_keys = weight_HOC.shape[1] - num_values
-    cache = cache_PSL.flatten(0, 1)
-    for span in plan.spans:
-        context_len = span.position + span.last_row - span.first_row
-        latents = cache.index_select(0, span.slots[:context_len])
-        expanded_LHO = F.linear(latents[:, :num_latent], weight_HOC.flatten(0, 1)).view(
-            context_len, num_heads, -1
-        )
-        rope_LHR = latents[:, None, num_latent:].expand(-1, num_heads, -1)
-        keys_HQL = torch.cat((expanded_LHO[..., :num_keys], rope_LHR), -1).permute(1, 2, 0)
-        values_HLV = expanded_LHO[..., num_keys:].transpose(0, 1)
-        block = max(1, min(_QUERY_BLOCK, _MAX_SCORES // (context_len * num_heads)))
-        for row in range(span.first_row, span.last_row, block):
-            end = min(row + block, span.last_row)
-            first, last = span.position + row - span.first_row, span.position + end - span.first_row
-            mask = torch.full((end - row, last), -math.inf, device=q_THQ.device)
-            mask = mask.triu_(first + 1).to(q_THQ.dtype)
-            scores = torch.baddbmm(mask, q_THQ[row:end].transpose(0, 1), keys_HQL[:, :, :last], alpha=scale)
-            weights = scores.softmax(-1, dtype=torch.float32).to(q_THQ.dtype)
-            out_THV[row:end] = torch.bmm(weights, values_HLV[:, :last]).transpose(0, 1)
+def store_kv(cache_PS2KW: Tensor, slots_T: Tensor, k_TKW: Tensor, v_TKW: Tensor, rotation: Rotation) -> None:
+    """See `Ops.store_kv`."""
+    rope_(k_TKW, rotation, interleaved=False)
+    num_tokens = len(slots_T)
+    both_T2KW = torch.stack((k_TKW[:num_tokens], v_TKW[:num_tokens]), 1)
+    cache_PS2KW.flatten(0, 1).index_copy_(0, slots_T, both_T2KW)
 
 
 def gate(
@@ -388,7 +172,7 @@ def gate(
 ) -> tuple[Tensor, Tensor]:
     """See `Ops.gate`."""
     logits_TE = linear(x_TD.float(), weight_ED, tiled=tiled)
-    scores_TE = _elementwise_(torch.sigmoid_, logits_TE)
+    scores_TE = elementwise_(torch.sigmoid_, logits_TE)
     choice_TE = scores_TE + bias_E
     if routing.top_groups < routing.num_groups:
         choice_TGE = choice_TE.view(len(choice_TE), routing.num_groups, -1)

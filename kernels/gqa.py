@@ -100,6 +100,7 @@ def paged_attention_kernel(
     num_key_heads: int,
     split_tokens: int,
     table_stride: int,
+    entry: int,
     q_stride_t: int,
     q_stride_h: int,
     D: tl.constexpr,
@@ -131,7 +132,6 @@ def paged_attention_kernel(
     largest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     weights = tl.zeros([BLOCK_ROWS], tl.float32)
     table_at = page_table_ptr + sequence * table_stride
-    entry = num_key_heads * D
     # What every row sees, in whole blocks, needs no masks; the rest, up to what the last row sees, does.
     visible = context_len - query_len + 1
     split_end = tl.minimum(begin + split_tokens, context_len)
@@ -168,7 +168,8 @@ def paged_attention(
     max_context_len: int | None = None,
     deterministic: bool = False,
 ) -> Tensor:
-    """[T, H, D] in the queries' dtype; caches [pages, page_size, key heads, D]; see `reference`.
+    """[T, H, D] in the queries' dtype; caches [pages, page_size, key heads, D], of which slots may lie apart;
+    see `reference`.
 
     New keys are in the cache already. `deterministic` fixes blocks and splits, as in `mla_decode`.
     """
@@ -181,7 +182,8 @@ def paged_attention(
     assert k_cache_PSHD.dtype == v_cache_PSHD.dtype == q_THD.dtype
     assert num_heads % num_key_heads == 0, f"{num_heads} heads on {num_key_heads} key heads"
     assert page_size % 16 == 0, f"pages of {page_size} tokens: not a multiple of 16"
-    check_paging(page_table_SP, context_len_S, query_start_S1, k_cache_PSHD, v_cache_PSHD)
+    check_paging(page_table_SP, context_len_S, query_start_S1)
+    entry = _slot_stride(k_cache_PSHD, v_cache_PSHD)
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     if num_tokens == 0:
         return out_THD
@@ -223,6 +225,7 @@ def paged_attention(
         num_key_heads,
         split,
         page_table_SP.stride(0),
+        entry,
         *q_THD.stride()[:2],
         D=width,
         PAGE=page_size,
@@ -231,6 +234,18 @@ def paged_attention(
     if splits > 1:
         merge_splits(part, lse, context_len_S, query_start_S1, out_THD, split, max_query_len)
     return out_THD
+
+
+def _slot_stride(*caches_PSHD: Tensor) -> int:
+    """Elements from one slot to the next: in both caches the same, over the ends of pages as well; within a
+    slot heads are dense."""
+    strides = {cache.stride() for cache in caches_PSHD}
+    assert len(strides) == 1, "caches lie differently"
+    page, slot, head, element = strides.pop()
+    page_size, num_heads, width = caches_PSHD[0].shape[1:]
+    assert (page, head, element) == (page_size * slot, width, 1), "slots lie one after the other"
+    assert slot >= num_heads * width
+    return slot
 
 
 @triton.jit
@@ -245,6 +260,7 @@ def write_kv_kernel(
     v_cache_ptr: tl.tensor,
     k_stride: int,
     v_stride: int,
+    entry: int,
     D: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -264,7 +280,7 @@ def write_kv_kernel(
     low = tl.load(k_ptr + token * k_stride + at, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(k_ptr + token * k_stride + at + half, mask=inside, other=0.0).to(tl.float32)
     turned_low, turned_high = rotate(low, high, cos, sin)
-    to = slot * (NUM_HEADS * D) + at
+    to = slot * entry + at
     tl.store(k_cache_ptr + to, turned_low.to(k_cache_ptr.dtype.element_ty), mask=inside)
     tl.store(k_cache_ptr + to + half, turned_high.to(k_cache_ptr.dtype.element_ty), mask=inside)
     for part in tl.static_range(2):
@@ -294,7 +310,8 @@ def write_kv(
     assert width & (width - 1) == 0, f"heads of {width}: not a power of two"
     assert cos_PR.shape == sin_PR.shape
     assert cos_PR.shape[1] == width // 2
-    dense = (cos_PR, sin_PR, positions_T, slots_T, k_cache_PSHD, v_cache_PSHD)
+    entry = _slot_stride(k_cache_PSHD, v_cache_PSHD)
+    dense = (cos_PR, sin_PR, positions_T, slots_T)
     assert all(x.is_contiguous() for x in dense)
     assert positions_T.shape == slots_T.shape == (num_tokens,)
     if num_tokens:
@@ -309,6 +326,7 @@ def write_kv(
             v_cache_PSHD,
             k_THD.stride(0),
             v_THD.stride(0),
+            entry,
             D=width,
             NUM_HEADS=num_heads,
             BLOCK_H=triton.next_power_of_2(num_heads),

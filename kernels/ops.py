@@ -4,7 +4,8 @@
 calls AMD's devices as well), `kernels.cpu` in plain torch for the CPU and every other device, Ascend's npu
 among them. Models hold the answer and never ask what they run on. Shape letters: T tokens ·
 D model width · I, O inner and outer width of a product · H heads · C latent · R rope dims · L = C + R ·
-E experts · e local experts · K top-k · N dispatched rows · F expert width · P pages · S sequences.
+E experts · e local experts · K top-k, in attention key heads · W their width · N dispatched rows ·
+F expert width · P pages · S sequences.
 
 `tiled` asks for results that are bit-identical whatever other rows there are: rows are then computed in
 tiles of ROW_TILE, and T must be a multiple of it.
@@ -13,7 +14,7 @@ tiles of ROW_TILE, and T must be a multiple of it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, cast
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 ATTENTION_SPLIT = 64
-"""Positions of the context that one product covers in absorbed attention."""
+"""Positions of the context that one product covers in attention by splits."""
 
 FAILED = -1
 """What `Ops.sample` answers for a row from which no token can be drawn."""
@@ -54,18 +55,16 @@ Rotation: TypeAlias = object
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a model decides whether an implementation can serve it; None where the model has none.
+    """What of a model decides whether an implementation can serve it.
 
-    `inner_widths` are the inner widths of its block-scaled products and `stacked_rows` the rows of weights
-    that have another one below them; both empty where no weight is FP8.
+    `head_widths` are those that attention multiplies over, by their names in config.json. `inner_widths` are
+    the inner widths of its block-scaled products and `stacked_rows` the rows of weights that have another one
+    below them; both empty where no weight is FP8.
     """
 
     dtype: torch.dtype
     page_size: int
-    num_latent: int
-    num_rotated: int
-    num_nope: int
-    num_values: int
+    head_widths: Mapping[str, int]
     fp8_block: tuple[int, int] | None = None
     inner_widths: tuple[int, ...] = ()
     stacked_rows: tuple[int, ...] = ()
@@ -89,7 +88,8 @@ class AttentionPlan(Protocol):
 
     @property
     def absorbed_rows(self) -> Tensor | None:
-        """int64: the token rows that `mla_absorbed` answers for; None means every row of the step."""
+        """int64: the rows of tokens that came alone or in a few, for which `mla_absorbed` answers; None means
+        every row of the step."""
 
     @property
     def has_expanded(self) -> bool:
@@ -108,8 +108,8 @@ class Ops(Protocol):
     def faults(self, shape: ModelShape) -> list[str]:
         """Why a model cannot be served, one clause each; nothing where it can."""
 
-    def linear(self, x_TI: Tensor, weight_OI: Weight, *, tiled: bool) -> Tensor:
-        """x Wᵀ, [T, O]."""
+    def linear(self, x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None, *, tiled: bool) -> Tensor:
+        """x Wᵀ + bias, [T, O]."""
 
     def head_linear(self, x_THI: Tensor, weight_HIO: Tensor, *, tiled: bool) -> Tensor:
         """Each head's own product, [T, H, O]; the weight may be a strided view."""
@@ -128,8 +128,9 @@ class Ops(Protocol):
     def rotation(self, table_PR: Tensor, positions_T: Tensor) -> Rotation:
         """Cos and sin, alternating in the table's rows, at each token's position."""
 
-    def rope_(self, x_THR: Tensor, rotation: Rotation) -> None:
-        """Rotates the pairs (2i, 2i+1) in place by each token's angles; x may be a view."""
+    def rope_(self, x_THR: Tensor, rotation: Rotation, *, interleaved: bool) -> None:
+        """Rotates pairs in place by each token's angles: (2i, 2i+1) where they are interleaved, else
+        (i, i + R/2); x may be a view."""
 
     def store_latents(
         self,
@@ -142,6 +143,12 @@ class Ops(Protocol):
     ) -> None:
         """Norms the first C columns, rotates the rest, and writes each row to its slot (page · page_size +
         offset); rows past the slots are padding. `latent_TL` may be overwritten."""
+
+    def store_kv(
+        self, cache_PS2KW: Tensor, slots_T: Tensor, k_TKW: Tensor, v_TKW: Tensor, rotation: Rotation
+    ) -> None:
+        """Rotates keys by halves, and writes keys and values to their slots; rows past the slots are
+        padding. Both may be views whose heads are dense; `k_TKW` may be overwritten."""
 
     def plan_attention(
         self,
@@ -183,6 +190,11 @@ class Ops(Protocol):
     ) -> None:
         """Attention over keys and values expanded from the latents, for the rows that are not absorbed;
         writes those rows of `out_THV`. `weight_HOC` has per head the rows of keys, then those of values."""
+
+    def gqa(self, q_THW: Tensor, cache_PS2KW: Tensor, plan: AttentionPlan, *, scale: float) -> Tensor:
+        """Grouped-query attention for all rows of the step, [T, H, W]; H / K neighbouring heads share a key
+        head. Rows past the real tokens are zero. Where the plan has all rows absorbed, a row's bits depend on
+        its own query and context alone."""
 
     def gate(
         self, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, routing: Routing, *, tiled: bool

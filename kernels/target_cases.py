@@ -96,7 +96,7 @@ _GATE_UP = "*fp8' *fp32' *fp8' *fp32' *i32' *fp8' *fp32' i32' i32 i32' i32' i32'
 _MLA = "*bf16' *bf16' *bf16' *fp32' *i32' *i32' *i32' *fp32' *fp32' fp32" + " i32'" * 9
 _MLA_SHAPE = {"C": 512, "R": 64, "PAGE": 64}
 _NARROW_MLA = {"BLOCK_ROWS": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-_GQA = "*bf16' *bf16' *bf16' *i32' *i32' *i32' *fp32' *fp32' fp32 i32' i32 i32 i32 i32' i32' i32' i32'"
+_GQA = "*bf16' *bf16' *bf16' *i32' *i32' *i32' *fp32' *fp32' fp32 i32' i32 i32 i32 i32' i32' i32' i32' i32'"
 _GQA_SHAPE = {"D": 128, "PAGE": 64, "BLOCK_N": 64}
 _INT = "*bf16' weight *fp32' *bf16' i32 i32 i32' i32 i32 i32'"
 _INT_SHAPE = {"BLOCK_M": 16, "BLOCK_N": 64}
@@ -339,7 +339,7 @@ CASES = [
     Case(
         "write kv",
         gqa.write_kv_kernel,
-        "*bf16' *bf16' *fp32' *fp32' *i64' *i64' *bf16' *bf16' i32' i32'",
+        "*bf16' *bf16' *fp32' *fp32' *i64' *i64' *bf16' *bf16' i32' i32' i32'",
         {"D": 128, "NUM_HEADS": 8, "BLOCK_H": 8},
     ),
     Case(

@@ -2,6 +2,8 @@
 
 In deterministic mode all of them are absorbed, over fixed splits. Else a sequence that brings many tokens is
 expanded: keys and values are projected from its latents, which is cheaper where many queries share them.
+Grouped-query attention has nothing to expand, but takes the same parts: the context of sequences that bring
+few tokens is split, that of the others is not.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.gqa import paged_attention
 from kernels.mla_cache import gather_latent
 from kernels.mla_decode import mla_decode
 from kernels.mla_prefill import mla_prefill
@@ -219,3 +222,35 @@ def mla_expanded(
             out_THV.copy_(attended)
         else:
             out_THV.index_copy_(0, part.rows.long(), attended)
+
+
+def gqa(q_THW: Tensor, cache_PS2KW: Tensor, plan: AttentionPlan, *, scale: float) -> Tensor:
+    """See `Ops.gqa`."""
+    assert isinstance(plan, TritonAttentionPlan)
+    parts = [*([] if plan.absorbed is None else [plan.absorbed]), *plan.expanded]
+    if parts[0].rows is None:
+        return _gqa_part(q_THW, cache_PS2KW, parts[0], scale, plan.deterministic)
+    out_THW = torch.zeros(q_THW.shape, dtype=q_THW.dtype, device=q_THW.device)
+    for part in parts:
+        assert part.rows is not None
+        q = q_THW.index_select(0, part.rows)
+        out_THW.index_copy_(0, part.rows.long(), _gqa_part(q, cache_PS2KW, part, scale, plan.deterministic))
+    return out_THW
+
+
+def _gqa_part(q_THW: Tensor, cache_PS2KW: Tensor, part: Part, scale: float, deterministic: bool) -> Tensor:
+    k_cache, v_cache = cache_PS2KW.unbind(2)
+    out_THW = paged_attention(
+        q_THW,
+        k_cache,
+        v_cache,
+        part.page_table_SP,
+        part.context_len_S,
+        part.start_S1,
+        scale,
+        max_query_len=part.max_query_len,
+        max_context_len=part.max_context_len,
+        deterministic=deterministic,
+    )
+    out_THW[part.num_rows :].zero_()
+    return out_THW

@@ -29,13 +29,15 @@ from kernels import (
     silu,
 )
 from kernels import rope as rope_kernel
+from kernels.gqa import write_kv
 from kernels.launch import native_fp8
 from kernels.ops import BlockScaled, Draws, ModelShape, Rotation, Routing, Weight
 from kernels.reference import SortedRows
-from kernels.triton_attention import mla_absorbed, mla_expanded, plan_attention, refill_
+from kernels.triton_attention import gqa, mla_absorbed, mla_expanded, plan_attention, refill_
 from kernels.upload import upload
 
-__all__ = ["mla_absorbed", "mla_expanded", "plan_attention", "refill_"]  # operations in a file of their own
+# Operations in a file of their own.
+__all__ = ["gqa", "mla_absorbed", "mla_expanded", "plan_attention", "refill_"]
 
 KEEPS_FP8 = True
 HAS_MOE = True
@@ -51,13 +53,7 @@ def faults(shape: ModelShape) -> list[str]:
     found = []
     if shape.page_size % 16:
         found.append(f"engine.page_size {shape.page_size} is not a multiple of 16")
-    widths = {
-        "kv_lora_rank": shape.num_latent,
-        "qk_rope_head_dim": shape.num_rotated,
-        "qk_nope_head_dim": shape.num_nope,
-        "v_head_dim": shape.num_values,
-    }
-    for name, width in widths.items():
+    for name, width in shape.head_widths.items():
         if width < _LEAST_WIDTH or width & (width - 1):
             found.append(f"{name} {width} is not a power of two of {_LEAST_WIDTH} or more")
     if shape.fp8_block not in (None, (_GROUP, _GROUP)):
@@ -86,13 +82,14 @@ def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: tor
     return fp8.dequantize_weight(weight, scale.float().contiguous(), dtype)
 
 
-def linear(x_TI: Tensor, weight_OI: Weight, *, tiled: bool) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None, *, tiled: bool) -> Tensor:
     """See `Ops.linear`."""
     if isinstance(weight_OI, BlockScaled):
-        return _scaled_product(*fp8.quantize(x_TI, weight_OI.values.dtype), weight_OI, x_TI.dtype, tiled)
+        out = _scaled_product(*fp8.quantize(x_TI, weight_OI.values.dtype), weight_OI, x_TI.dtype, tiled)
+        return out if bias_O is None else out.add_(bias_O)
     if not tiled or len(x_TI) == ROW_TILE:
-        return F.linear(x_TI, weight_OI)
-    return torch.cat([F.linear(tile, weight_OI) for tile in torch.split(x_TI, ROW_TILE)])
+        return F.linear(x_TI, weight_OI, bias_O)
+    return torch.cat([F.linear(tile, weight_OI, bias_O) for tile in torch.split(x_TI, ROW_TILE)])
 
 
 def _scaled_product(
@@ -143,10 +140,10 @@ def rotation(table_PR: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Ten
     return pairs[..., 0].contiguous(), pairs[..., 1].contiguous(), rows
 
 
-def rope_(x_THR: Tensor, rotation: Rotation) -> None:
+def rope_(x_THR: Tensor, rotation: Rotation, *, interleaved: bool) -> None:
     """See `Ops.rope_`."""
     assert isinstance(rotation, tuple)
-    rope_kernel.rope(x_THR, *rotation, interleaved=True, in_place=True)
+    rope_kernel.rope(x_THR, *rotation, interleaved=interleaved, in_place=True)
 
 
 def store_latents(
@@ -164,6 +161,15 @@ def store_latents(
     mla_cache.write_latent(
         latent_TL[:num_rows], norm_weight_C, eps, cos, sin, rows[:num_rows], slots_T, cache_PSL
     )
+
+
+def store_kv(cache_PS2KW: Tensor, slots_T: Tensor, k_TKW: Tensor, v_TKW: Tensor, rotation: Rotation) -> None:
+    """See `Ops.store_kv`."""
+    assert isinstance(rotation, tuple)
+    cos, sin, rows = rotation
+    num_rows = len(slots_T)
+    k_cache, v_cache = cache_PS2KW.unbind(2)
+    write_kv(k_TKW[:num_rows], v_TKW[:num_rows], cos, sin, rows[:num_rows], slots_T, k_cache, v_cache)
 
 
 def gate(

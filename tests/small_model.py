@@ -1,4 +1,4 @@
-"""Random DeepSeek-V3 checkpoints of any size, and a model over them without engine, actors or links."""
+"""Random checkpoints of any architecture and size, and a model over them without engine, actors or links."""
 
 import json
 from itertools import pairwise
@@ -51,6 +51,19 @@ FP8_SHAPE = KERNEL_SHAPE | {
 }
 
 
+# The same of dense models.
+DENSE_KERNEL_SHAPE = {"num_hidden_layers": 2, "head_dim": 16}
+DENSE_FP8_SHAPE = {
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}
+
+
 def config_values(**changes):
     """A small model's config.json, in the published form."""
     values = {
@@ -92,6 +105,40 @@ def config_values(**changes):
     return values | changes
 
 
+def dense_values(architecture="LlamaForCausalLM", **changes):
+    """A small dense model's config.json, in the published form; Qwen3's heads are wider than its hidden size."""
+    values = {
+        "architectures": [architecture],
+        "model_type": architecture.removesuffix("ForCausalLM").lower(),
+        "hidden_act": "silu",
+        "vocab_size": 96,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000,
+        "rope_scaling": None,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    own = {"head_dim": 16, "attention_bias": False} if architecture == "Qwen3ForCausalLM" else {}
+    return values | own | changes
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
 def random_tensors(config, seed):
     """Every tensor of the model, scaled so that activations, gates and attention are far from trivial."""
     generator = torch.Generator().manual_seed(seed)
@@ -102,6 +149,8 @@ def random_tensors(config, seed):
             tensor = 1 + 0.2 * tensor
         elif name.endswith("e_score_correction_bias"):
             tensor *= 0.1
+        elif len(shape) == 1:
+            tensor *= 0.5
         elif name != "model.embed_tokens.weight":
             tensor *= 1.5 / shape[1] ** 0.5
         found[name] = tensor
@@ -155,11 +204,12 @@ class SmallModel:
             loader = Loader(checkpoint, Shard(device, dtype, deterministic))
             edges = [0, *bounds, config.num_hidden_layers]
             self.stages = [StageModel(config, loader, range(a, b)) for a, b in pairwise(edges)]
-            self.router = RouterModel(config, loader, config.moe_layers)
-            cuts = [round(i * config.moe.n_routed_experts / num_shards) for i in range(num_shards + 1)]
-            self.shards = [
-                ExpertModel(config, loader, config.moe_layers, range(a, b)) for a, b in pairwise(cuts)
-            ]
+            if config.moe is not None:
+                self.router = RouterModel(config, loader, config.moe_layers)
+                cuts = [round(i * config.moe.n_routed_experts / num_shards) for i in range(num_shards + 1)]
+                self.shards = [
+                    ExpertModel(config, loader, config.moe_layers, range(a, b)) for a, b in pairwise(cuts)
+                ]
         self.page_size = page_size
         self.caches = [stage.new_cache(num_seqs * pages_each, page_size) for stage in self.stages]
         for cache in (cache for caches in self.caches for cache in caches):

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Makes a seeded, random checkpoint with the architecture of DeepSeek-R1, in Hugging Face format.
+"""Makes a seeded, random checkpoint with the architecture of DeepSeek-R1 or of a model distilled from it, in
+Hugging Face format.
 
     python tools/make_checkpoint.py build/nano
+    python tools/make_checkpoint.py build/tied --model-type qwen2 --set tie_word_embeddings=true
     python tools/make_checkpoint.py build/odd --size nano576 --set n_routed_experts=24 --set rope_scaling=null
 
 The files are those that DeepSeek publishes: config.json, sharded safetensors with their index (the MTP
@@ -20,7 +22,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +36,7 @@ Config = dict[str, object]
 FloatArray = npt.NDArray[np.float32]
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+_WRITTEN_AT_ONCE = 1 << 24  # numbers
 
 R1_CONFIG: Config = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -110,6 +113,82 @@ SIZES: dict[str, Config] = {
 }
 
 
+_DENSE_CONFIG: Config = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "use_cache": True,
+}
+_NO_WINDOW: Config = {"max_window_layers": 21, "sliding_window": None, "use_sliding_window": False}
+# As the published models of each: theirs are the positions, biases, norms and windows.
+_LLAMA_CONFIG = _DENSE_CONFIG | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "head_dim": 32,
+    "mlp_bias": False,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+}
+# No head_dim: a head is hidden_size / num_attention_heads wide.
+_QWEN2_CONFIG = _DENSE_CONFIG | _NO_WINDOW | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+_QWEN3_CONFIG = (
+    _DENSE_CONFIG
+    | _NO_WINDOW
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "head_dim": 32,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32768,
+            "attn_factor": 0.8782488562869419,
+        },
+        "rope_theta": 1000000,
+    }
+)
+_DENSE_SIZES: dict[str, Config] = {
+    "nano": {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "small": {
+        "vocab_size": 16384,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+    },
+}
+KINDS: dict[str, tuple[Config, dict[str, Config]]] = {
+    "deepseek_v3": (R1_CONFIG, SIZES),
+    "llama": (_LLAMA_CONFIG, _DENSE_SIZES),
+    "qwen2": (_QWEN2_CONFIG, _DENSE_SIZES),
+    "qwen3": (_QWEN3_CONFIG, _DENSE_SIZES),
+}
+"""By config.json's `model_type`: what all sizes have, and the sizes."""
+
+
 class Stored(NamedTuple):
     """A tensor to be written as "F32" or "BF16"."""
 
@@ -121,16 +200,19 @@ class Stored(NamedTuple):
         return math.prod(self.spec.shape) * (4 if self.dtype == "F32" else 2)
 
 
-def build_config(size: str = "nano", **overrides: object) -> Config:
-    """config.json in the form that DeepSeek publishes; ValueError names what does not fit together."""
-    if size not in SIZES:
-        raise ValueError(f"no size {size!r}; there are: {', '.join(SIZES)}")
-    config = R1_CONFIG | SIZES[size]
+def build_config(size: str = "nano", model_type: str = "deepseek_v3", **overrides: object) -> Config:
+    """config.json in the form that such models have; ValueError names what does not fit together."""
+    if model_type not in KINDS:
+        raise ValueError(f"no model_type {model_type!r}; there are: {', '.join(KINDS)}")
+    base, sizes = KINDS[model_type]
+    if size not in sizes:
+        raise ValueError(f"no size {size!r} of {model_type}; there are: {', '.join(sizes)}")
+    config = base | sizes[size]
     if unknown := sorted(set(overrides) - set(config)):
         raise ValueError(
             f"no such key in config.json: {', '.join(unknown)}; there are: {', '.join(sorted(config))}"
         )
-    if "num_attention_heads" in overrides:
+    if "num_attention_heads" in overrides and model_type == "deepseek_v3":
         config["num_key_value_heads"] = overrides["num_attention_heads"]
     config |= overrides
     model = parse_config(config)
@@ -178,6 +260,12 @@ def _to_bytes(values: FloatArray, dtype: str) -> bytes:
     return (rounded >> 16).astype("<u2").tobytes()
 
 
+def _write_values(file: BinaryIO, values: FloatArray, dtype: str) -> None:
+    flat = values.reshape(-1)
+    for start in range(0, flat.size, _WRITTEN_AT_ONCE):
+        file.write(_to_bytes(flat[start : start + _WRITTEN_AT_ONCE], dtype))
+
+
 def write_weights(
     folder: Path,
     stored: Sequence[Stored],
@@ -205,7 +293,7 @@ def write_weights(
         with (folder / file_name).open("wb") as file:
             file.write(len(packed).to_bytes(8, "little") + packed)
             for tensor in shard:
-                file.write(_to_bytes(values(tensor.spec), tensor.dtype))
+                _write_values(file, values(tensor.spec), tensor.dtype)
     total = sum(tensor.num_bytes for tensor in stored)
     _write_json(
         folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -221,6 +309,7 @@ def make_checkpoint(
     size: str = "nano",
     seed: int = 0,
     max_shard_bytes: int = 1 << 30,
+    model_type: str = "deepseek_v3",
     **overrides: object,
 ) -> Path:
     """Writes the checkpoint to `path`, in place of an older one, and returns the path.
@@ -228,7 +317,7 @@ def make_checkpoint(
     `overrides` are keys of config.json. Raises ValueError if they do not fit together, and
     FileExistsError if `path` holds anything but a checkpoint.
     """
-    config = build_config(size, **overrides)
+    config = build_config(size, model_type, **overrides)
     model = parse_config(config)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -257,6 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("path", help="folder to write; an older checkpoint there is replaced")
+    parser.add_argument("--model-type", choices=KINDS, default="deepseek_v3")
     parser.add_argument("--size", choices=SIZES, default="nano")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -268,7 +358,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         overrides = {"torch_dtype": options.dtype} | dict(options.set)
         folder = make_checkpoint(
-            options.path, options.size, options.seed, options.max_shard_bytes, **overrides
+            options.path,
+            options.size,
+            options.seed,
+            options.max_shard_bytes,
+            options.model_type,
+            **overrides,
         )
     except (ValueError, OSError) as error:
         print(f"make_checkpoint: {error}", file=sys.stderr)

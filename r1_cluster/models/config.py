@@ -25,10 +25,22 @@ class Yarn:
     mscale: float
     mscale_all_dim: float
     truncate: bool
+    attention_factor: float | None
+    attn_factor: float
 
     def magnitude(self, mscale: float) -> float:
         """By what attention is sharpened for the longer context, weighted by `mscale` (section 3.4)."""
         return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """Llama 3.1's stretching (arXiv:2407.21783, section 3.4.2), named as in config.json's `rope_scaling`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Rope:
 
     dim: int
     theta: float
-    scaling: Yarn | None
+    scaling: Yarn | Llama3Rope | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,23 @@ class MlaShape:
     def cache_width(self) -> int:
         """C + R: what one token keeps in the cache, in one layer."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True)
+class GqaShape:
+    """Grouped-query attention (arXiv:2305.13245). `qkv_bias`: queries, keys and values are added a bias;
+    `qk_norm`: each head's query and key are normed before they are rotated."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    qkv_bias: bool
+    qk_norm: bool
+
+    @property
+    def cache_width(self) -> int:
+        """What one token keeps in the cache, in one layer: its keys and its values."""
+        return 2 * self.num_key_value_heads * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -86,7 +115,8 @@ class MoeShape:
 class ModelConfig:
     """What all models have. `moe` is None where no layer routes to experts.
 
-    `fp8_block` is the (rows, columns) that share one scale in an FP8 checkpoint, None for others.
+    `tie_word_embeddings`: the head is the embedding, and no tensor of its own. `fp8_block` is the (rows,
+    columns) that share one scale in an FP8 checkpoint, None for others.
     """
 
     architecture: str
@@ -95,7 +125,7 @@ class ModelConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_nextn_predict_layers: int
-    attention: MlaShape
+    attention: MlaShape | GqaShape
     moe: MoeShape | None
     rope: Rope
     rms_norm_eps: float
@@ -103,6 +133,7 @@ class ModelConfig:
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
     dtype: str
+    tie_word_embeddings: bool
     fp8_block: tuple[int, int] | None
 
     @property

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TypedDict, TypeVar
 
-from r1_cluster.models.config import ModelConfigError, Rope, UnsupportedModel, Yarn
+from r1_cluster.models.config import Llama3Rope, ModelConfigError, Rope, UnsupportedModel, Yarn
 
 Values = Mapping[str, object]
 _T = TypeVar("_T")
+# No model comes near these, and what is listed or tabled by them would fill the memory before a check of the
+# weights could say that they do not fit.
+_MOST = {
+    "num_hidden_layers": 10_000,
+    "num_nextn_predict_layers": 10_000,
+    "n_routed_experts": 100_000,
+    "max_position_embeddings": 1 << 24,
+}
 _MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers", "bos_token_id")
 
 
@@ -24,6 +33,7 @@ class Common(TypedDict):
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
     dtype: str
+    tie_word_embeddings: bool
     fp8_block: tuple[int, int] | None
 
 
@@ -63,6 +73,7 @@ def common(values: Values) -> Common:
         "bos_token_id": get(values, "bos_token_id", int, 0),
         "eos_token_ids": _eos_token_ids(values),
         "dtype": str(values.get("dtype") or values.get("torch_dtype") or "bfloat16"),
+        "tie_word_embeddings": get(values, "tie_word_embeddings", bool, False),
         "fp8_block": None if quantization is None else _fp8_block(quantization),
     }
 
@@ -79,38 +90,81 @@ def rope(values: Values, dim: int) -> Rope:
         if not isinstance(part, dict):
             raise ModelConfigError(f"config.json: {key} must be an object, it is {part!r}")
         found.update(part)
-    return Rope(dim, get(found, "rope_theta", float), _scaling(found))
+    if found.get("partial_rotary_factor") not in (None, 1):
+        raise UnsupportedModel(
+            f"partial_rotary_factor {found['partial_rotary_factor']!r} (only 1) is not supported"
+        )
+    theta = get(found, "rope_theta", float)
+    if not 1 < theta < math.inf:
+        raise ModelConfigError(f"config.json: rope_theta must be finite and exceed 1, it is {theta}")
+    scaling = _scaling(found)
+    if scaling is not None and (faults := positive_faults(scaling)):
+        raise ModelConfigError("config.json: " + "; ".join(faults))
+    return Rope(dim, theta, scaling)
+
+
+def _positive(values: Values, key: str) -> float:
+    number = get(values, key, float)
+    if not 0 < number < math.inf:
+        raise ModelConfigError(f"config.json: {key} must be positive and finite, it is {number}")
+    return number
 
 
 def positive_faults(shape: object) -> list[str]:
-    """What of a shape's integers should be positive and is not."""
+    """What of a shape's integers should be positive and is not, or is larger than any model's."""
     integers = {
         name: value
         for name, value in vars(shape).items()
         if isinstance(value, int) and not isinstance(value, bool)
     }
-    return [
+    faults = [
         f"{name} must be positive, it is {value}"
         for name, value in integers.items()
         if value < (0 if name in _MAY_BE_ZERO else 1)
     ]
+    return faults + [
+        f"{name} {integers[name]} exceeds {most}"
+        for name, most in _MOST.items()
+        if integers.get(name, 0) > most
+    ]
 
 
-def _scaling(values: Values) -> Yarn | None:
+def _scaling(values: Values) -> Yarn | Llama3Rope | None:
     kind = values.get("rope_type", values.get("type", "default"))
     if kind == "default":
         return None
+    if kind == "llama3":
+        return _llama3(values)
     if kind != "yarn":
-        raise UnsupportedModel(f"rope type {kind!r} is not supported; supported: default, yarn")
+        raise UnsupportedModel(f"rope type {kind!r} is not supported; supported: default, llama3, yarn")
     return Yarn(
-        factor=get(values, "factor", float),
+        factor=_positive(values, "factor"),
         original_max_position_embeddings=get(values, "original_max_position_embeddings", int),
         beta_fast=get(values, "beta_fast", float, 32.0),
         beta_slow=get(values, "beta_slow", float, 1.0),
         mscale=get(values, "mscale", float, 0.0),
         mscale_all_dim=get(values, "mscale_all_dim", float, 0.0),
         truncate=get(values, "truncate", bool, True),
+        attention_factor=None
+        if values.get("attention_factor") is None
+        else _positive(values, "attention_factor"),
+        attn_factor=1.0 if values.get("attn_factor") is None else _positive(values, "attn_factor"),
     )
+
+
+def _llama3(values: Values) -> Llama3Rope:
+    scaling = Llama3Rope(
+        factor=_positive(values, "factor"),
+        low_freq_factor=_positive(values, "low_freq_factor"),
+        high_freq_factor=_positive(values, "high_freq_factor"),
+        original_max_position_embeddings=get(values, "original_max_position_embeddings", int),
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise ModelConfigError(
+            f"config.json: high_freq_factor {scaling.high_freq_factor} must exceed "
+            f"low_freq_factor {scaling.low_freq_factor}"
+        )
+    return scaling
 
 
 def _eos_token_ids(values: Values) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from r1_cluster.models.config import MlaShape, ModelConfig, ModelConfigError, MoeShape
+from r1_cluster.models.config import MlaShape, ModelConfig, ModelConfigError, MoeShape, Yarn
 from r1_cluster.models.config_json import Values, check_only, common, get, positive_faults, rope
 from r1_cluster.weights.tensors import TensorSpec, layer_name, mlp_tensors
 
@@ -67,7 +67,7 @@ def layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
         yield TensorSpec(f"{name}.hnorm.weight", (width,), "norm")
         yield TensorSpec(f"{name}.eh_proj.weight", (width, 2 * width), "mtp")
     yield TensorSpec(f"{name}.input_layernorm.weight", (width,), "norm")
-    yield from _attention_tensors(f"{name}.self_attn", config.attention, width)
+    yield from _attention_tensors(f"{name}.self_attn", _shape(config), width)
     yield TensorSpec(f"{name}.post_attention_layernorm.weight", (width,), "norm")
     if layer < moe.first_k_dense_replace:
         yield from mlp_tensors(f"{name}.mlp", "mlp", width, config.intermediate_size)
@@ -82,7 +82,12 @@ def attention(config: ModelConfig, loader: Loader) -> Attention:
     """One layer's. Raises CheckpointError."""
     from r1_cluster.models.mla import Mla  # with torch, which whoever reads configurations does without
 
-    return Mla(loader, config.attention, _softmax_scale(config))
+    return Mla(loader, _shape(config), _softmax_scale(config))
+
+
+def _shape(config: ModelConfig) -> MlaShape:
+    assert isinstance(config.attention, MlaShape)
+    return config.attention
 
 
 def _attention_tensors(name: str, shape: MlaShape, width: int) -> Iterator[TensorSpec]:
@@ -113,8 +118,8 @@ def _softmax_scale(config: ModelConfig) -> float:
 
     Source: DeepSeek-V3 inference/model.py, class MLA.
     """
-    scale = 1.0 / math.sqrt(config.attention.qk_head_dim)
-    if (yarn := config.rope.scaling) is not None and yarn.mscale_all_dim:
+    scale = 1.0 / math.sqrt(_shape(config).qk_head_dim)
+    if isinstance(yarn := config.rope.scaling, Yarn) and yarn.mscale_all_dim:
         scale *= yarn.magnitude(yarn.mscale_all_dim) ** 2
     return scale
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r1_cluster.models import deepseek
+from r1_cluster.models import deepseek, llama
 from r1_cluster.models.config import ModelConfig, ModelConfigError, UnsupportedModel
 from r1_cluster.models.config_json import Values
 from r1_cluster.weights.tensors import TensorSpec
@@ -34,6 +34,10 @@ class Architecture:
 
 ARCHITECTURES = {
     deepseek.ARCHITECTURE: Architecture(deepseek.parse, deepseek.layer_tensors, deepseek.attention),
+    **{
+        name: Architecture(parse, llama.layer_tensors, llama.attention)
+        for name, parse in llama.PARSERS.items()
+    },
 }
 """By the name in config.json's `architectures`."""
 
@@ -70,11 +74,12 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", 
 def tensor_table(config: ModelConfig) -> list[TensorSpec]:
     """All that a model needs, in the order of the forward pass."""
     vocabulary = (config.vocab_size, config.hidden_size)
+    head = [] if config.tie_word_embeddings else [TensorSpec(HEAD, vocabulary, "head", 0)]
     return [
         TensorSpec(EMBEDDING, vocabulary, "embedding", 0),
         *_of_layers(config, range(config.num_hidden_layers)),
         TensorSpec(FINAL_NORM, (config.hidden_size,), "norm"),
-        TensorSpec(HEAD, vocabulary, "head", 0),
+        *head,
     ]
 
 

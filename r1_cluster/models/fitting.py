@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.ops import ModelShape, Ops
-from r1_cluster.models.config import ModelConfig, UnsupportedModel
+from r1_cluster.models.config import GqaShape, MlaShape, ModelConfig, UnsupportedModel
 
 
 def check_fits(config: ModelConfig, ops: Ops, dtype: torch.dtype, page_size: int) -> None:
@@ -15,25 +15,33 @@ def check_fits(config: ModelConfig, ops: Ops, dtype: torch.dtype, page_size: int
 
 
 def _shape(config: ModelConfig, dtype: torch.dtype, page_size: int) -> ModelShape:
-    attention = config.attention
-    inner: tuple[int, ...] = ()
-    stacked: tuple[int, ...] = ()
-    if config.fp8_block is not None:
-        hidden = [config.intermediate_size]
-        if config.moe is not None:
-            hidden += [config.moe.shared_intermediate_size, config.moe.moe_intermediate_size]
-        inner = (config.hidden_size, attention.num_attention_heads * attention.v_head_dim, *hidden)
-        if attention.q_lora_rank is not None:
-            inner = (*inner, attention.q_lora_rank)
-        stacked = (attention.q_lora_rank or attention.num_attention_heads * attention.qk_head_dim, *hidden)
+    widths, inner, stacked = _of_attention(config.attention)
+    if config.fp8_block is None:
+        return ModelShape(dtype, page_size, widths)
+    hidden = [config.intermediate_size]
+    if config.moe is not None:
+        hidden += [config.moe.shared_intermediate_size, config.moe.moe_intermediate_size]
     return ModelShape(
         dtype=dtype,
         page_size=page_size,
-        num_latent=attention.kv_lora_rank,
-        num_rotated=attention.qk_rope_head_dim,
-        num_nope=attention.qk_nope_head_dim,
-        num_values=attention.v_head_dim,
+        head_widths=widths,
         fp8_block=config.fp8_block,
-        inner_widths=inner,
-        stacked_rows=stacked,
+        inner_widths=(config.hidden_size, *hidden, *inner),
+        stacked_rows=(*hidden, *stacked),
     )
+
+
+def _of_attention(shape: MlaShape | GqaShape) -> tuple[dict[str, int], tuple[int, ...], tuple[int, ...]]:
+    """Widths of heads, inner widths of products beside the hidden size, and rows of stacked weights."""
+    if isinstance(shape, GqaShape):
+        heads = shape.num_attention_heads * shape.head_dim
+        return {"head_dim": shape.head_dim}, (heads,), (heads, shape.num_key_value_heads * shape.head_dim)
+    widths = {
+        "kv_lora_rank": shape.kv_lora_rank,
+        "qk_rope_head_dim": shape.qk_rope_head_dim,
+        "qk_nope_head_dim": shape.qk_nope_head_dim,
+        "v_head_dim": shape.v_head_dim,
+    }
+    inner = [shape.num_attention_heads * shape.v_head_dim]
+    inner += [] if shape.q_lora_rank is None else [shape.q_lora_rank]
+    return widths, tuple(inner), (shape.q_lora_rank or shape.num_attention_heads * shape.qk_head_dim,)

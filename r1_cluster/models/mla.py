@@ -60,7 +60,7 @@ class Mla:
             q = self._ops.rms_norm(q, self._q_norm, self._eps)
             q = self._ops.linear(q, self._q_up, tiled=self._tiled)
         q_THQ = q.view(len(q), self._num_heads, -1)
-        self._ops.rope_(q_THQ[..., self._num_nope :], rotation)
+        self._ops.rope_(q_THQ[..., self._num_nope :], rotation, interleaved=True)
         attended_THV = self._attend(q_THQ, batch, cache_PSL)
         return self._ops.linear(attended_THV.flatten(1), self._out, tiled=self._tiled)
 

@@ -43,10 +43,15 @@ class StageModel:
         self.ops = loader.shard.ops
         self.is_first = layers.start == 0
         self.is_last = layers.stop == config.num_hidden_layers
+        # A tied head is the embedding itself, which a first stage that is the last as well has once.
         self._embedding = loader.get(EMBEDDING) if self.is_first else None
         self._layers = [_Layer(config, loader.layer(layer), layer) for layer in layers]
         self._final_norm = loader.get(FINAL_NORM) if self.is_last else None
-        self._head = loader.get(HEAD) if self.is_last else None
+        self._head: Tensor | None = None
+        if self.is_last and config.tie_word_embeddings:
+            self._head = loader.get(EMBEDDING) if self._embedding is None else self._embedding
+        elif self.is_last:
+            self._head = loader.get(HEAD)
         self._rope_table = rope_table(config.rope, config.max_position_embeddings, self.shard.device)
 
     def new_cache(self, num_pages: int, page_size: int) -> list[Tensor]:

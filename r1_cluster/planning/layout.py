@@ -84,7 +84,9 @@ def build_layout(config: LayoutConfig, model: ModelConfig) -> Layout:
     num_layers, moe_layers = model.num_hidden_layers, model.moe_layers
     stages = _spans(config.stages, num_layers, "layout.stages", "layers")
     shards: list[Span] = []
-    if model.moe is not None:
+    if model.moe is None:
+        _refuse_experts(config)
+    else:
         num_experts = model.moe.n_routed_experts
         shards = _spans(config.expert_shards, num_experts, "layout.expert_shards", "experts")
     spares = tuple(WorkerSpec(f"spare-{i}") for i in range(config.spares))
@@ -108,6 +110,20 @@ def build_layout(config: LayoutConfig, model: ModelConfig) -> Layout:
     for copy in range(1, config.redundant_experts + 1):
         workers += [WorkerSpec(f"experts-{i}-copy-{copy}", experts=span) for i, span in enumerate(shards)]
     return Layout(tuple(workers), num_layers, spares)
+
+
+def _refuse_experts(config: LayoutConfig) -> None:
+    """Raises ConfigError where a layout divides the experts of a model that has none."""
+    asked = [
+        f"layout.{key}: {value!r}"
+        for key, value, none in (
+            ("expert_shards", config.expert_shards, 1),
+            ("redundant_experts", config.redundant_experts, 0),
+        )
+        if value != none
+    ]
+    if asked:
+        raise ConfigError(f"{' and '.join(asked)}, but the model has no experts: leave it out")
 
 
 def _spans(wanted: int | list[str], total: int, key: str, what: str) -> list[Span]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from r1_cluster.comm.wire import MAX_PAYLOAD_BYTES
+from r1_cluster.models.config import GqaShape
 
 if TYPE_CHECKING:
     from r1_cluster.models.config import MlaShape, ModelConfig, MoeShape
@@ -40,12 +41,11 @@ def worker_bytes(
     if worker.stage is not None:
         first, last = worker.stage
         pages = (last - first) * num_pages * page_size
-        parts |= {
-            "pages": pages * config.attention.cache_width * item_bytes,
-            "expanded keys and values": _expanded(config.attention, max_context_len) * item_bytes,
-            "a stage's rows": num_tokens * _stage_row(config) * item_bytes,
-            "attention parts and graphs": _DECODE_PARTS_BYTES + _GRAPHS_BYTES,
-        }
+        parts["pages"] = pages * config.attention.cache_width * item_bytes
+        if expanded := _expanded(config.attention, max_context_len):
+            parts["expanded keys and values"] = expanded * item_bytes
+        parts["a stage's rows"] = num_tokens * _stage_row(config) * item_bytes
+        parts["attention parts and graphs"] = _DECODE_PARTS_BYTES + _GRAPHS_BYTES
         if last == layout.num_layers:
             parts["logits"] = 2 * max_num_seqs * config.vocab_size * 4
     if config.moe is not None:
@@ -83,8 +83,11 @@ def _moe_bytes(
     return parts
 
 
-def _expanded(attention: MlaShape, max_context_len: int) -> int:
-    """Elements of keys and values, and of the latents that they come from."""
+def _expanded(attention: MlaShape | GqaShape, max_context_len: int) -> int:
+    """Elements of keys and values, and of the latents that they come from; none where pages have them as they
+    are."""
+    if isinstance(attention, GqaShape):
+        return 0
     head = attention.qk_nope_head_dim + attention.v_head_dim
     widths = attention.num_attention_heads * head + attention.cache_width
     return max(_EXPANDED_KEYS, max_context_len) * widths
@@ -93,8 +96,12 @@ def _expanded(attention: MlaShape, max_context_len: int) -> int:
 def _stage_row(config: ModelConfig) -> int:
     """Elements of a token's row in attention and a dense MLP."""
     attention = config.attention
-    head = 2 * attention.kv_lora_rank + 3 * attention.qk_nope_head_dim
-    return 6 * config.hidden_size + attention.num_attention_heads * head + 3 * config.intermediate_size
+    if isinstance(attention, GqaShape):
+        # Queries as they come, normed, and those of a part of the step; what is attended, and its part.
+        inner = 5 * attention.num_attention_heads * attention.head_dim + 2 * attention.cache_width
+    else:
+        inner = attention.num_attention_heads * (2 * attention.kv_lora_rank + 3 * attention.qk_nope_head_dim)
+    return 6 * config.hidden_size + inner + 3 * config.intermediate_size
 
 
 def _num_links(layout: Layout, worker: WorkerSpec) -> int:

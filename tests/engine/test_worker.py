@@ -1,5 +1,6 @@
 """Workers, links and the engine's loop in one process, without Ray: threads in place of actors."""
 
+import functools
 import os
 import queue
 import random
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+from make_checkpoint import make_checkpoint
 
 from r1_cluster.comm import wire
 from r1_cluster.comm.handshake import Hello
@@ -36,6 +38,10 @@ LAYOUTS = {
     "colocated": {"kind": "colocated"},
     "disaggregated": {"kind": "disaggregated", "stages": 2, "expert_shards": 3},
     "four stages": {"kind": "disaggregated", "stages": 4, "expert_shards": 1},
+}
+DENSE_LAYOUTS = {
+    "colocated": {"kind": "colocated"},
+    "two stages": {"kind": "disaggregated", "stages": 2},
 }
 # The ways of tensors beside the sockets that run without a GPU; the second is a device's, but for its memory.
 GROUPS = [pytest.param("gloo", marks=pytest.mark.system), "host memory"]
@@ -459,9 +465,13 @@ def test_nonsense_costs_its_sender_the_link_and_nobody_else(checkpoint):
 
 @pytest.mark.parametrize("name", ["stage-0", "stage-1", "router-0", "experts-1"])
 def test_every_role_asks_for_the_memory_that_it_needs(checkpoint, monkeypatch, name):
+    asks_for_what_it_needs(checkpoint, LAYOUTS["disaggregated"], name, monkeypatch)
+
+
+def asks_for_what_it_needs(checkpoint, layout, name, monkeypatch):
     """By a stand-in for a device's free memory, which counts once the weights are there."""
     config = load_config(checkpoint)
-    layout = build_layout(LayoutConfig(**LAYOUTS["disaggregated"]), config)
+    layout = build_layout(LayoutConfig(**layout), config)
     (spec,) = [worker for worker in layout.workers if worker.name == name]
     limits = StepLimits(16, 64, 200)
     parts = worker_bytes(
@@ -482,3 +492,55 @@ def test_every_role_asks_for_the_memory_that_it_needs(checkpoint, monkeypatch, n
     free -= 1
     with pytest.raises(OutOfDeviceMemory, match=next(iter(parts))):
         Worker(boot)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """dense(model_type) → a checkpoint of a dense architecture; Qwen2's head is its embedding."""
+
+    @functools.cache
+    def make(model_type):
+        options = {"max_position_embeddings": 2048, "tie_word_embeddings": model_type == "qwen2"}
+        return make_checkpoint(tmp_path_factory.mktemp(model_type), seed=3, model_type=model_type, **options)
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_dense_texts_are_as_if_alone_after_preemption_and_in_every_layout(dense, model_type):
+    asked = requests(12)
+    plain = Cluster(dense(model_type), DENSE_LAYOUTS["colocated"])
+    scarce = {"num_pages": 30, "micro_batches": 2, "max_batch_tokens": 24}
+    other = Cluster(dense(model_type), DENSE_LAYOUTS["two stages"], **scarce)
+    try:
+        texts = plain.run(asked)
+        assert len({tuple(text) for text in texts.values()}) > len(asked) // 2
+        for request in asked[::5]:
+            assert plain.run([request]) == {request.request_id: texts[request.request_id]}
+        assert other.run(asked) == texts
+        assert other.scheduler.num_preempted > 0
+        other.scheduler.check()
+    finally:
+        other.close()
+        plain.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "layout", "name", "spares"),
+    [
+        ("llama", "colocated", "stage-0", 0),
+        ("qwen3", "colocated", "stage-0", 1),
+        ("qwen3", "two stages", "stage-0", 0),
+        ("llama", "two stages", "stage-0", 1),
+        ("qwen2", "two stages", "stage-1", 0),
+        ("qwen3", "two stages", "stage-1", 1),
+    ],
+)
+def test_dense_texts_go_on_when_a_stage_dies(dense, model_type, layout, name, spares):
+    outlive(Cluster(dense(model_type), DENSE_LAYOUTS[layout] | {"spares": spares}), name)
+
+
+def test_a_dense_stage_asks_for_the_memory_that_it_needs(dense, monkeypatch):
+    asks_for_what_it_needs(dense("qwen2"), DENSE_LAYOUTS["two stages"], "stage-1", monkeypatch)

@@ -6,7 +6,7 @@ What of it needs no GPU runs in tests/engine/test_processes.py, by the same code
 import pytest
 import torch
 from processes import COLOCATED, assert_texts_survive, requests, settings
-from small_model import FP8_SHAPE, config_values, to_fp8, write_checkpoint
+from small_model import DENSE_KERNEL_SHAPE, FP8_SHAPE, config_values, dense_values, to_fp8, write_checkpoint
 
 from benchmarks.processes import LocalEngine
 from r1_cluster.config import LayoutConfig
@@ -19,6 +19,14 @@ DISAGGREGATED = LayoutConfig(kind="disaggregated", stages=2, expert_shards=3)
 def test_texts_survive_a_killed_process(tmp_path, victim):
     kind = settings(tmp_path, device="cuda", dtype="bfloat16", transport="device")
     assert_texts_survive(kind, DISAGGREGATED, victim)
+
+
+def test_texts_of_a_dense_model_survive_a_killed_stage(tmp_path):
+    kind = settings(tmp_path, device="cuda", dtype="bfloat16", transport="device")
+    write_checkpoint(
+        tmp_path, dense_values("Qwen3ForCausalLM", **DENSE_KERNEL_SHAPE | {"num_hidden_layers": 3})
+    )
+    assert_texts_survive(kind, LayoutConfig(kind="disaggregated", stages=3), "stage-1")
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -8,6 +8,9 @@ from r1_cluster.planning.layout import build_layout
 MODEL = SimpleNamespace(num_hidden_layers=4, moe_layers=range(1, 4), moe=SimpleNamespace(n_routed_experts=8))
 
 
+DENSE = SimpleNamespace(num_hidden_layers=4, moe_layers=range(4, 4), moe=None)
+
+
 def build(model=MODEL, **layout):
     return build_layout(LayoutConfig(**layout), model)
 
@@ -59,3 +62,30 @@ def test_what_does_not_cover_the_model_is_refused_with_the_numbers(layout, messa
     with pytest.raises(ConfigError) as caught:
         build(**{"kind": "disaggregated", **layout})
     assert message in str(caught.value)
+
+
+def test_a_dense_model_has_stages_alone():
+    (worker,) = build(DENSE, kind="colocated").workers
+    assert worker.roles == ("stage",)
+    layout = build(DENSE, kind="disaggregated", stages=2, spares=1)
+    assert [(w.name, w.roles) for w in layout.workers] == [("stage-0", ("stage",)), ("stage-1", ("stage",))]
+    assert layout.connects_to(layout.workers[0]) == ("stage-1",)
+    assert layout.shards == ()
+    assert not layout.can_do_without(["stage-0"])
+    assert [spare.name for spare in layout.spares] == ["spare-0"]
+
+
+@pytest.mark.parametrize("kind", ["colocated", "disaggregated"])
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"expert_shards": 2}, "layout.expert_shards: 2, but the model has no experts: leave it out"),
+        ({"expert_shards": ["0-7"]}, "layout.expert_shards: ['0-7'], but"),
+        ({"redundant_experts": 1}, "layout.redundant_experts: 1, but"),
+        ({"expert_shards": 2, "redundant_experts": 1}, "shards: 2 and layout.redundant_experts: 1, but"),
+    ],
+)
+def test_experts_of_a_dense_model_are_refused_by_name(kind, more, words):
+    with pytest.raises(ConfigError) as caught:
+        build(DENSE, kind=kind, **more)
+    assert words in str(caught.value)

@@ -1,5 +1,5 @@
 import pytest
-from small_model import config_values
+from small_model import config_values, dense_values
 
 from r1_cluster.config import LayoutConfig
 from r1_cluster.models.family import parse_config
@@ -41,6 +41,15 @@ def test_a_worker_needs_what_its_roles_need():
     for worker in (*APART.workers, *COLOCATED.workers):
         layout = APART if worker in APART.workers else COLOCATED
         assert all(size > 0 for size in worker_bytes(CONFIG, layout, worker, **LIMITS).values())
+
+
+def test_a_dense_stage_needs_pages_for_keys_and_values_and_nothing_to_expand():
+    dense = parse_config(dense_values(num_attention_heads=4, num_key_value_heads=2, head_dim=16))
+    layout = build_layout(LayoutConfig(kind="disaggregated", stages=["0-1", "2-2"]), dense)
+    parts = parts_of("stage-0", layout, dense)
+    assert parts.keys() == {"pages", "a stage's rows", "attention parts and graphs", "links"}
+    assert parts["pages"] == 2 * 10 * 16 * (2 * 2 * 16) * 2
+    assert parts_of("stage-1", layout, dense).keys() == parts.keys() | {"logits"}
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,31 @@ def test_transformers_loads_all_but_the_mtp_module(tmp_path, overrides):
     assert 0.3 < logits.float().std() < 3  # large enough that a wrong layer shows
 
 
+DENSE = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": MIN_VOCAB + 8}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("llama", "LlamaForCausalLM"), ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")],
+)
+def test_transformers_loads_dense_checkpoints(tmp_path, model_type, name, tied):
+    dtype = "bfloat16" if tied else "float32"
+    folder = make_checkpoint(
+        tmp_path, model_type=model_type, tie_word_embeddings=tied, torch_dtype=dtype, **DENSE
+    )
+    assert ("lm_head.weight" in read_tensors(folder)) is not tied
+    import transformers
+
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert str(model.dtype) == f"torch.{dtype}"
+    logits = model(torch.arange(3, 40)[None]).logits
+    assert logits.isfinite().all()
+    # Large enough that a wrong layer shows: a tied head is an embedding, whose numbers are larger.
+    assert 0.3 < logits.float().std() < (3 * DENSE["hidden_size"] ** 0.5 if tied else 3)
+
+
 def test_mtp_module_is_stored_as_r1_stores_it(tmp_path):
     tensors = read_tensors(make_checkpoint(tmp_path, **TINY))
     names = {name.removeprefix("model.layers.2.") for name in tensors if name.startswith("model.layers.2.")}
@@ -160,6 +185,22 @@ def test_dimensions_that_do_not_fit_are_named(tmp_path, overrides, words):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"model_type": "mistral"}, "no model_type 'mistral'; there are: deepseek_v3, llama, qwen2, qwen3"),
+        ({"model_type": "llama", "size": "nano576"}, "no size 'nano576' of llama; there are: nano, small"),
+        ({"model_type": "llama", "n_routed_experts": 4}, "no such key in config.json: n_routed_experts"),
+        ({"model_type": "qwen2", "num_attention_heads": 3}, "not a multiple"),
+        ({"model_type": "qwen3", "num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
+    ],
+)
+def test_what_a_dense_model_cannot_be_is_named(tmp_path, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        make_checkpoint(tmp_path / "none", **arguments)
+    assert not (tmp_path / "none").exists()
+
+
 def test_command_line_sets_keys(tmp_path, capsys):
     sets = [f"--set={key}={json.dumps(value)}" for key, value in TINY.items()]
     assert (
@@ -172,3 +213,19 @@ def test_command_line_sets_keys(tmp_path, capsys):
     assert config["num_key_value_heads"] == 2
     assert math.prod([config["hidden_size"], config["num_hidden_layers"]]) == 64
     assert "MiB" in capsys.readouterr().out
+
+
+def test_command_line_makes_a_dense_model(tmp_path, capsys):
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in (DENSE | {"num_key_value_heads": 1}).items()]
+    assert main([str(tmp_path), "--model-type=qwen2", *sets, "--set=tie_word_embeddings=true"]) == 0
+    tensors = read_tensors(tmp_path)
+    assert tensors["model.layers.1.self_attn.k_proj.bias"].shape == (16,)
+    assert tensors["model.layers.1.self_attn.q_proj.weight"].shape == (64, 64)
+    assert main([str(tmp_path), "--model-type=llama", "--size=nano576"]) == 1
+    assert "no size 'nano576' of llama" in capsys.readouterr().err
+
+
+def test_a_tensor_larger_than_what_is_written_at_once(tmp_path, monkeypatch):
+    whole = digest(make_checkpoint(tmp_path / "whole", torch_dtype="bfloat16", **TINY))
+    monkeypatch.setattr("make_checkpoint._WRITTEN_AT_ONCE", 1000)
+    assert digest(make_checkpoint(tmp_path / "parts", torch_dtype="bfloat16", **TINY)) == whole

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_model import KERNEL_SHAPE, config_values, write_checkpoint
+from small_model import DENSE_KERNEL_SHAPE, KERNEL_SHAPE, config_values, dense_values, write_checkpoint
 
 from kernels import ops
 from r1_cluster.records import Request, SamplingParams
@@ -41,6 +41,16 @@ def _one_launch_at_a_time(monkeypatch):
 @pytest.mark.parametrize("layout", ["colocated", "disaggregated"])
 def test_texts_are_those_of_plain_torch(monkeypatch, tmp_path, layout):
     write_checkpoint(tmp_path, config_values(**KERNEL_SHAPE))
+    texts_are_those_of_plain_torch(monkeypatch, tmp_path, _worker.LAYOUTS[layout])
+
+
+@pytest.mark.system
+def test_dense_texts_are_those_of_plain_torch(monkeypatch, tmp_path):
+    write_checkpoint(tmp_path, dense_values("Qwen3ForCausalLM", **DENSE_KERNEL_SHAPE))
+    texts_are_those_of_plain_torch(monkeypatch, tmp_path, _worker.DENSE_LAYOUTS["two stages"])
+
+
+def texts_are_those_of_plain_torch(monkeypatch, tmp_path, layout):
     monkeypatch.setattr(_worker, "PAGE_SIZE", 16)
     asked = [
         Request("a", [5, 6, 7], SamplingParams(0.0, 1.0, 0, 0), 3, [], "sink", ignore_eos=True),
@@ -50,7 +60,7 @@ def test_texts_are_those_of_plain_torch(monkeypatch, tmp_path, layout):
     for name in ("kernels.cpu", "kernels.triton_ops"):
         monkeypatch.setattr(ops, "_MODULES", {"cpu": name})
         # An interpreted step takes seconds: nobody may be taken for dead meanwhile.
-        cluster = _worker.Cluster(tmp_path, _worker.LAYOUTS[layout], lease_s=120.0, step_timeout_s=60.0)
+        cluster = _worker.Cluster(tmp_path, layout, lease_s=120.0, step_timeout_s=60.0)
         try:
             texts.append(cluster.run(asked))
         finally:

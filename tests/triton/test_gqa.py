@@ -15,8 +15,9 @@ def paged(draw, context_lens, query_lens, num_heads, num_key_heads):
     table = torch.full(
         (len(context_lens), max(-(-n // PAGE) for n in context_lens)), 2**30, dtype=torch.int32
     )
-    shape = (num_pages, PAGE, num_key_heads, D)
-    caches = [torch.full(shape, float("nan"), dtype=torch.bfloat16) for _ in range(2)]
+    # As the engine lays them out: a slot's keys, then its values.
+    both = torch.full((num_pages, PAGE, 2, num_key_heads, D), float("nan"), dtype=torch.bfloat16)
+    caches = both.unbind(2)
     for s, length in enumerate(context_lens):
         for i in range(-(-length // PAGE)):
             table[s, i] = order.pop()
@@ -26,7 +27,7 @@ def paged(draw, context_lens, query_lens, num_heads, num_key_heads):
     q = draw.normal(sum(query_lens), num_heads, D, dtype=torch.bfloat16)
     context = torch.tensor(context_lens, dtype=torch.int32)
     start = torch.tensor([0, *query_lens]).cumsum(0).int()
-    return [q, *(x.to(draw.device) for x in (*caches, table, context, start))]
+    return [q, *both.to(draw.device).unbind(2), *(x.to(draw.device) for x in (table, context, start))]
 
 
 def assert_attended(out, arguments):
@@ -43,6 +44,21 @@ def assert_attended(out, arguments):
 def test_paged_attention(draw, context_lens, query_lens, num_heads, num_key_heads):
     arguments = paged(draw, context_lens, query_lens, num_heads, num_key_heads)
     assert_attended(gqa.paged_attention(*arguments, 0.2, max_query_len=max(query_lens)), arguments)
+
+
+def test_caches_of_their_own(draw):
+    arguments = paged(draw, [63, 5], [4, 2], 4, 2)
+    arguments[1:3] = [cache.contiguous() for cache in arguments[1:3]]
+    assert_attended(gqa.paged_attention(*arguments, 0.2, max_query_len=4), arguments)
+
+
+def test_caches_whose_slots_do_not_follow_one_another_are_refused(draw):
+    q, k, v, *rest = paged(draw, [63, 5], [4, 2], 4, 2)
+    halves = torch.empty(k.shape[0], 2, *k.shape[1:], dtype=k.dtype, device=k.device).unbind(1)
+    with pytest.raises(AssertionError, match="slots lie one after the other"):
+        gqa.paged_attention(q, *halves, *rest, 0.2, max_query_len=4)
+    with pytest.raises(AssertionError, match="caches lie differently"):
+        gqa.paged_attention(q, k, v.contiguous(), *rest, 0.2, max_query_len=4)
 
 
 def test_splits_are_merged(draw, monkeypatch):
@@ -74,11 +90,15 @@ def test_deterministic_output_depends_neither_on_batch_nor_on_chunking(draw, mon
         assert torch.equal(alone[0], together[query])
 
 
-def test_write_kv(draw):
+@pytest.mark.parametrize("together", [True, False])
+def test_write_kv(draw, together):
     k, v = (draw.mixed(5, 3, 2 * D, dtype=torch.bfloat16)[:, :, :D].contiguous() for _ in range(2))
     angle, positions = draw.normal(20, D // 2), draw.integers(0, 20, 5)
     slots = torch.tensor([17, -1, 3, 40, 0], device=draw.device)
-    caches = [torch.empty(3, PAGE, 3, D, dtype=torch.bfloat16, device=draw.device) for _ in range(2)]
+    if together:
+        caches = torch.empty(3, PAGE, 2, 3, D, dtype=torch.bfloat16, device=draw.device).unbind(2)
+    else:
+        caches = [torch.empty(3, PAGE, 3, D, dtype=torch.bfloat16, device=draw.device) for _ in range(2)]
     gqa.write_kv(k, v, angle.cos(), angle.sin(), positions, slots, *caches)
     at = positions.long()
     turned = reference.rope(k.double(), angle.cos()[at].double(), angle.sin()[at].double(), False)

@@ -2,11 +2,21 @@
 the same interface keeps every operation and kernel launch with its arguments, and does them again in place."""
 
 import contextlib
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from small_model import FP8_SHAPE, GREEDY, KERNEL_SHAPE, config_values, to_fp8, write_checkpoint
+from small_model import (
+    DENSE_KERNEL_SHAPE,
+    FP8_SHAPE,
+    GREEDY,
+    KERNEL_SHAPE,
+    config_values,
+    dense_values,
+    to_fp8,
+    write_checkpoint,
+)
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from kernels import ops
@@ -92,11 +102,12 @@ class Stage:
         with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
             loader = Loader(checkpoint, shard)
             model = StageModel(config, loader, range(config.num_hidden_layers))
-            router = RouterRole(RouterModel(config, loader, config.moe_layers))
-            every = range(config.moe.n_routed_experts)
-            experts = ExpertModel(config, loader, config.moe_layers, every)
-        router.dispatcher = local_dispatcher(experts)
-        assert isinstance(router.dispatcher, DeviceDispatcher)
+            router = None
+            if config.moe is not None:
+                router = RouterRole(RouterModel(config, loader, config.moe_layers))
+                every = range(config.moe.n_routed_experts)
+                router.dispatcher = local_dispatcher(ExpertModel(config, loader, config.moe_layers, every))
+                assert isinstance(router.dispatcher, DeviceDispatcher)
         self.calls = 0
         self.idle_s = 0.0
         self.router = router
@@ -154,6 +165,12 @@ def test_replayed_steps_are_those_of_the_model(folder, recordings, local, determ
     replayed.role.prepare(StepLimits(3, 1, 64), record)
     assert len(made) == num_buckets * (1 if local else 2)  # one layer has experts
     replayed.calls = 0
+    replays_as_eager(eager, replayed)
+    assert replayed.calls == (0 if local else 5)
+
+
+def replays_as_eager(eager, replayed):
+    """Prefill, then decode steps of all buckets, in other orders."""
     rng = np.random.default_rng(0)
     for sizes in [[(0, 7), (1, 3), (2, 18)], [(0, 1), (1, 1), (2, 1)], [(2, 1), (0, 1)], [(1, 1)], [(1, 1)]]:
         chunks = [(s, rng.integers(0, 96, n)) for s, n in sizes]
@@ -161,18 +178,43 @@ def test_replayed_steps_are_those_of_the_model(folder, recordings, local, determ
         assert got == expected
     for mine, theirs in zip(replayed.role.caches, eager.role.caches):
         torch.testing.assert_close(mine[1:], theirs[1:], atol=1e-5, rtol=0)
-    assert replayed.calls == (0 if local else 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.system)])
+def test_replayed_steps_of_a_dense_model_are_those_of_the_model(folder, recordings, deterministic):
+    made, record = recordings
+    write_checkpoint(folder, dense_values("Qwen2ForCausalLM", **DENSE_KERNEL_SHAPE))
+    eager, replayed = (Stage(folder, True, deterministic=deterministic) for _ in range(2))
+    replayed.role.prepare(StepLimits(3, 1, 64), record)
+    assert len(made) == (1 if deterministic else 3)  # a whole step each: no experts are asked
+    replays_as_eager(eager, replayed)
 
 
 # What a decode step may ask of torch: views, memory, the products that are a library's (linear, bmm), the lookup
 # of embeddings, angles and sampled rows, sums and copies of rows. No softmax, sort, top-k or index of anything.
 ALLOWED = {
-    *("view", "_unsafe_view", "transpose", "t", "slice", "select", "unsqueeze", "unbind", "split", "alias"),
+    *(
+        "view",
+        "_unsafe_view",
+        "transpose",
+        "t",
+        "slice",
+        "select",
+        "unsqueeze",
+        "unbind",
+        "split",
+        "split_with_sizes",
+        "alias",
+    ),
     *("expand", "detach", "flatten", "contiguous", "to", "_to_copy", "clone", "copy_", "lift_fresh"),
     *("empty", "empty_like", "new_empty", "zeros", "zero_", "arange", "fill_", "add_"),
     *("linear", "bmm", "index_select"),
     "constant_pad_nd",  # the page table's, on the host
 }
+
+
+SAMPLER = {f"{step}_kernel" for step in ("largest", "weigh", "coarse", "refine", "fine", "keep", "locate")}
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bfloat16", "fp8"])
@@ -190,9 +232,7 @@ def test_a_decode_step_is_our_kernels_and_the_products_of_a_library(folder, reco
     launched = set(recording.launches)
     always = {"_rms_norm_kernel", "_rope_kernel", "write_latent_kernel", "mla_decode_kernel", "_gate_kernel"}
     always |= {"_place_kernel", "_combine_kernel"}
-    always |= {
-        f"{step}_kernel" for step in ("largest", "weigh", "coarse", "refine", "fine", "keep", "locate")
-    }
+    always |= SAMPLER
     scaled = {"_quantize_kernel", "plain_gemm_kernel", "gate_up_kernel", "grouped_gemm_kernel"}
     plain = {"grouped_plain_kernel", "silu_mul_kernel"}
     assert always <= launched
@@ -203,6 +243,30 @@ def test_a_decode_step_is_our_kernels_and_the_products_of_a_library(folder, reco
     layers = 2
     products = recording.operations.count("linear") + recording.operations.count("bmm")
     assert products == 2 * layers + 2 + (0 if fp8 else 3 * layers + 2 + 2)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_a_dense_decode_step_is_our_kernels_and_the_products_of_a_library(folder, recordings, architecture):
+    _, record = recordings
+    write_checkpoint(folder, dense_values(architecture, **DENSE_KERNEL_SHAPE))
+    stage = Stage(folder, True, torch.bfloat16)
+    stage.step([(0, [1, 2, 3, 4, 5]), (1, [3])])
+    recording, context = record()
+    with context:
+        stage.step([(0, [5]), (1, [9])])
+    assert set(recording.operations) - ALLOWED == set()
+    launches = Counter(name for name in recording.launches if name not in SAMPLER)
+    layers, norms = 2, 2 if architecture == "Qwen3ForCausalLM" else 0
+    assert launches == {
+        "_rms_norm_kernel": (2 + norms) * layers + 1,
+        "_rope_kernel": layers,
+        "write_kv_kernel": layers,
+        "paged_attention_kernel": layers,
+        "silu_mul_kernel": layers,
+    }
+    # A library's product adds Qwen2's biases itself; only residuals are added by torch, once, at the end.
+    assert recording.operations.count("linear") == 4 * layers + 1
+    assert recording.operations.count("add_") == 1
 
 
 def test_shares_of_shards_add_up_to_the_mixture(folder):

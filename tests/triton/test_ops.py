@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 import torch
 from make_checkpoint import R1_CONFIG
-from small_model import FP8_SHAPE, KERNEL_SHAPE, SmallModel, config_values, to_fp8, write_checkpoint
+from small_model import (
+    DENSE_FP8_SHAPE,
+    DENSE_KERNEL_SHAPE,
+    FP8_SHAPE,
+    KERNEL_SHAPE,
+    SmallModel,
+    config_values,
+    dense_values,
+    to_fp8,
+    write_checkpoint,
+)
 
 from kernels import cpu, ops, reference
 from r1_cluster.engine.sampler import sample
@@ -96,10 +106,10 @@ def fp8_plain():
         rounded = reference.dequantize(*reference.quantize(x.float()))
         return rounded @ reference.dequantize_weight(weight.values, weight.scale).T
 
-    def linear(x, weight, *, tiled):
+    def linear(x, weight, bias=None, *, tiled):
         if isinstance(weight, torch.Tensor):
-            return cpu.linear(x, weight, tiled=tiled)
-        return product(x, weight).to(x.dtype)
+            return cpu.linear(x, weight, bias, tiled=tiled)
+        return (product(x, weight) + (0 if bias is None else bias)).to(x.dtype)
 
     def mlp(x, gate_up, down, *, tiled):
         return product(reference.silu_mul(linear(x, gate_up, tiled=tiled).float()), down).to(x.dtype)
@@ -166,9 +176,77 @@ def test_fp8_weights_beside_bfloat16_are_as_near_to_float32_as_plain_torch_is(mo
         assert relative(mine, truth) < 2 * relative(other, truth)
 
 
+system = pytest.mark.system
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "deterministic"),
+    [
+        ("Qwen2ForCausalLM", False),
+        ("Qwen3ForCausalLM", True),
+        pytest.param("Qwen2ForCausalLM", True, marks=system),
+        pytest.param("Qwen3ForCausalLM", False, marks=system),
+        pytest.param("LlamaForCausalLM", True, marks=system),
+        pytest.param("LlamaForCausalLM", False, marks=system),
+    ],
+)
+def test_dense_float32_logits_are_those_of_plain_torch(monkeypatch, tmp_path, architecture, deterministic):
+    if DEVICE.type == "cuda":
+        pytest.skip("matrix units round float32 to TF32; the engine refuses float32 there")
+    write_checkpoint(tmp_path, dense_values(architecture, **DENSE_KERNEL_SHAPE))
+    plain, triton = pair(monkeypatch, tmp_path, deterministic=deterministic)
+    for expected, got in zip(run(plain), run(triton), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "Qwen2ForCausalLM",
+        pytest.param("Qwen3ForCausalLM", marks=system),
+        pytest.param("LlamaForCausalLM", marks=system),
+    ],
+)
+def test_dense_bfloat16_is_as_near_to_float32_as_plain_torch_is(monkeypatch, tmp_path, architecture):
+    write_checkpoint(tmp_path, dense_values(architecture, **DENSE_KERNEL_SHAPE))
+    exact = run(SmallModel(tmp_path, deterministic=False))
+    plain, triton = pair(monkeypatch, tmp_path, deterministic=False, dtype=torch.bfloat16)
+    for truth, other, mine in zip(exact, run(plain), run(triton), strict=True):
+        assert relative(mine, truth) < max(2 * relative(other, truth), 0.02)
+
+
+@pytest.mark.slow
+def test_dense_fp8_weights_stay_fp8(monkeypatch, tmp_path):
+    """Biases are added to block-scaled products. For the bounds see `test_fp8_weights_stay_fp8`."""
+    if DEVICE.type == "cuda":
+        pytest.skip("matrix units round float32 to TF32; the engine refuses float32 there")
+    write_checkpoint(tmp_path, dense_values("Qwen2ForCausalLM", **DENSE_FP8_SHAPE))
+    to_fp8(tmp_path)
+    monkeypatch.setitem(sys.modules, "fp8_plain", fp8_plain())
+    monkeypatch.setattr(ops, "_MODULES", {"cpu": "fp8_plain"})
+    plain, triton = pair(monkeypatch, tmp_path, deterministic=False)
+    assert isinstance(triton.stages[0]._layers[0].attention._qkv, ops.BlockScaled)
+    pairs = zip(torch.cat(run(triton)), torch.cat(run(plain)), strict=True)
+    errors = sorted(relative(got, expected) for got, expected in pairs)
+    assert errors[len(errors) // 2] < 1e-5, errors
+    assert errors[-1] < 0.1, errors
+
+
+@pytest.mark.slow
+def test_dense_deterministic_logits_do_not_depend_on_the_batch(triton_ops, tmp_path):
+    write_checkpoint(tmp_path, dense_values("Qwen3ForCausalLM", **DENSE_KERNEL_SHAPE))
+    deterministic_logits_do_not_depend_on_the_batch(tmp_path)
+
+
 def test_deterministic_logits_do_not_depend_on_the_batch(triton_ops, tmp_path):
     """The same sequence alone and among others, in other chunks, decoded or recomputed: the same bits."""
     write_checkpoint(tmp_path, config_values(**KERNEL_SHAPE))
+    deterministic_logits_do_not_depend_on_the_batch(tmp_path)
+
+
+def deterministic_logits_do_not_depend_on_the_batch(tmp_path):
     dtype = torch.bfloat16
     rng = np.random.default_rng(5)
     tokens = rng.integers(0, 96, 40)
@@ -213,6 +291,31 @@ def test_what_the_kernels_cannot_serve_is_named_before_anything_starts(triton_op
     with pytest.raises(UnsupportedModel, match=words):
         check_fits(config, triton_ops, torch.bfloat16, page_size)
     check_fits(parse_config(config_values(**FP8_SHAPE)), triton_ops, torch.bfloat16, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head_dim": 24}, "head_dim 24 is not a power of two of 16 or more"),
+        ({"head_dim": 8}, "head_dim 8"),
+        ({"page_size": 24}, "engine.page_size 24 is not a multiple of 16"),
+        ({"intermediate_size": 192}, r"inner widths \[192\] do not divide"),
+        ({"num_key_value_heads": 1}, r"weights of \[64\] rows have another below"),
+    ],
+)
+def test_what_the_kernels_cannot_serve_of_a_dense_model_is_named(triton_ops, changes, words):
+    page_size = changes.pop("page_size", 16)
+    config = parse_config(dense_values("Qwen2ForCausalLM", **DENSE_FP8_SHAPE | changes))
+    with pytest.raises(UnsupportedModel, match=words):
+        check_fits(config, triton_ops, torch.bfloat16, page_size)
+    sound = parse_config(dense_values("Qwen2ForCausalLM", **DENSE_FP8_SHAPE))
+    check_fits(sound, triton_ops, torch.bfloat16, 16)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(12, 2), (28, 4), (40, 8), (32, 8), (64, 8)])
+def test_the_distilled_models_fit(triton_ops, heads, key_heads):
+    values = dense_values(num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=128)
+    check_fits(parse_config(values), triton_ops, torch.bfloat16, 16)
 
 
 def test_r1_fits(triton_ops):
