@@ -10,6 +10,7 @@ import typer
 from typer.main import get_command
 
 from r1_cluster import __version__
+from r1_cluster.cli import weights
 from r1_cluster.cli.chat import chat
 from r1_cluster.cli.drain import drain
 from r1_cluster.cli.serve import serve
@@ -27,6 +28,7 @@ Begin with `r1-cluster serve cluster_configs/services/nano.yaml`, and `r1-cluste
 app = typer.Typer(help=_DESCRIPTION, add_completion=False, rich_markup_mode="markdown")
 for _command in (serve, chat, status, drain, stop):
     app.command()(_command)
+app.add_typer(weights.app, name="weights")
 
 
 def _version(asked: bool) -> None:

@@ -97,3 +97,12 @@ def _layout_faults(file: str, places: list[tuple[int, int, str]], num_bytes: int
     end = max((stop for _, stop, _ in places), default=0)
     if end != num_bytes:
         yield f"{file} has {num_bytes} bytes of data, its header expects {end}: it is cut off or broken"
+
+
+def read_headers(folder: Path) -> tuple[dict[str, Entry], list[str]]:
+    """All tensors of a folder's safetensors files, whatever its index says, and what is wrong with them."""
+    faults: list[str] = []
+    entries: dict[str, Entry] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        entries |= read_header(path, path.name, faults)
+    return entries, faults

@@ -1,0 +1,175 @@
+"""`r1-cluster weights`: what is in a checkpoint, whether it is sound, and other forms of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from r1_cluster.config import ASSETS, BUILTIN_PREFIX, ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from r1_cluster.models.config import ModelConfig
+    from r1_cluster.weights.inventory import Line, Stored
+    from r1_cluster.weights.tensors import Part, TensorSpec
+
+app = typer.Typer(
+    help="Looks into checkpoints, checks them, and casts them. No service has to run for it.",
+    no_args_is_help=False,
+    rich_markup_mode="markdown",
+)
+
+_WORDS: dict[Part | None, str] = {
+    "norm": "norms",
+    "mlp": "dense MLPs",
+    "gate": "gates",
+    "shared_experts": "shared experts",
+    "experts": "routed experts",
+    "mtp": "projection",
+    None: "not in config.json",
+}
+
+
+@app.command()
+def show(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH|PRESET", help="A checkpoint's folder, or a published name such as DeepSeek-R1."
+        ),
+    ],
+) -> int:
+    """Shows parameters, bytes and types of a model, part by part.
+
+    Of a folder, its files' headers are read and nothing else. The ten published models are known by name and
+    need no download: what they hold follows from their config.json.
+    """
+    from rich.console import Console
+
+    from r1_cluster.models.config import ModelConfigError
+    from r1_cluster.models.family import load_config, mtp_table, parse_config, tensor_table
+    from r1_cluster.weights.inventory import as_published
+
+    folder, preset = _find(model)
+    try:
+        config = load_config(folder) if preset is None else parse_config(preset)
+    except ModelConfigError as error:
+        raise ConfigError(f"{model}: {error}") from None
+    tables = tensor_table(config), mtp_table(config)
+    if preset is None:
+        main, module, others = _stored(folder, *tables)
+    else:
+        main, module = (as_published(table, config.dtype, config.fp8_block) for table in tables)
+        others = []
+    Console().print(_table(model, config, main, module, others))
+    print(_sentence(config, main))
+    return 0
+
+
+def _find(model: str) -> tuple[Path, Mapping[str, object] | None]:
+    """A folder, or the config.json of a published model. Raises ConfigError where it is neither."""
+    from r1_cluster.models.presets import presets
+
+    if model.startswith(BUILTIN_PREFIX):
+        return ASSETS / model.removeprefix(BUILTIN_PREFIX), None
+    folder = Path(model)
+    if folder.is_dir():
+        return folder, None
+    for name, values in presets().items():
+        if model.removeprefix("deepseek-ai/").lower() == name.lower():
+            return folder, values
+    raise ConfigError(f"{model} is neither a folder nor a published model; those are: {', '.join(presets())}")
+
+
+def _stored(
+    folder: Path, table: list[TensorSpec], module: list[TensorSpec]
+) -> tuple[list[Stored], list[Stored], list[Stored]]:
+    """What a folder's files hold: the model's own, the MTP module's, and what is neither's."""
+    from r1_cluster.weights.headers import read_headers
+    from r1_cluster.weights.inventory import from_headers
+    from r1_cluster.weights.tensors import SCALE_SUFFIX
+
+    entries, faults = read_headers(folder)
+    for fault in faults:
+        typer.echo(f"r1-cluster: {fault}", err=True)
+    if not entries:
+        raise ConfigError(f"{folder} has no safetensors file that can be read")
+    of_module = {name for spec in module for name in (spec.name, spec.name + SCALE_SUFFIX)}
+    everything = from_headers(entries, [*table, *module])
+    return (
+        [tensor for tensor in everything if tensor.part is not None and tensor.name not in of_module],
+        [tensor for tensor in everything if tensor.name in of_module],
+        [tensor for tensor in everything if tensor.part is None],
+    )
+
+
+def _table(
+    title: str, config: ModelConfig, main: list[Stored], module: list[Stored], others: list[Stored]
+) -> Table:
+    from rich.table import Table
+
+    from r1_cluster.weights.inventory import by_part, total
+
+    table = Table(title=f"{title} ({config.architecture}, {config.num_hidden_layers} layers)")
+    for name in ("part", "tensors", "parameters", "bytes", "types"):
+        table.add_column(name, justify="left" if name in ("part", "types") else "right")
+    sums = {
+        "the model": total(by_part(main).values()),
+        f"MTP module (layer {config.num_hidden_layers})": total(by_part(module).values()),
+        "others": total(by_part(others).values()),
+    }
+    for part, line in by_part(main).items():
+        table.add_row(*_cells(_WORDS.get(part) or str(part), line))
+    table.add_section()
+    for name, line in sums.items():
+        if line.tensors:
+            table.add_row(*_cells(name, line))
+    table.add_section()
+    table.add_row(*_cells("all files", total(sums.values())))
+    return table
+
+
+def _cells(name: str, line: Line) -> Iterable[str]:
+    return name, f"{line.tensors:,}", billions(line.parameters), size(line.num_bytes), _types(line.dtypes)
+
+
+def _types(dtypes: Counter[str]) -> str:
+    """Those that make up the most bytes first."""
+    return ", ".join(dtype for dtype, _ in dtypes.most_common())
+
+
+def _sentence(config: ModelConfig, main: list[Stored]) -> str:
+    from r1_cluster.weights.inventory import active_parameters, by_part, total
+
+    lines = by_part(main)
+    parameters = total(lines.values()).parameters
+    moe = config.moe
+    if moe is None:
+        return f"{billions(parameters)} parameters, all of them active for each token."
+    active = active_parameters(lines, Fraction(moe.num_experts_per_tok, moe.n_routed_experts))
+    return (
+        f"{billions(parameters)} parameters, {billions(active)} of them active for each token "
+        "(without the input embedding and the MTP module)."
+    )
+
+
+def billions(count: int) -> str:
+    """Of parameters: 671.0B, 23.5M."""
+    for unit, word in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= unit:
+            return f"{count / unit:.2f}{word}" if count < 10 * unit else f"{count / unit:.1f}{word}"
+    return str(count)
+
+
+def size(num_bytes: int) -> str:
+    """In decimal units, as disks and hubs count."""
+    for unit, word in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {word}"
+    return f"{num_bytes} B"
