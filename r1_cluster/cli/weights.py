@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from r1_cluster.models.config import ModelConfig
     from r1_cluster.weights.inventory import Line, Stored
     from r1_cluster.weights.tensors import Part, TensorSpec
+    from r1_cluster.weights.verify import Report
 
 app = typer.Typer(
     help="Looks into checkpoints, checks them, and casts them. No service has to run for it.",
@@ -25,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+_MAX_FAULTS_SHOWN = 30
 _WORDS: dict[Part | None, str] = {
     "norm": "norms",
     "mlp": "dense MLPs",
@@ -72,18 +76,95 @@ def show(
     return 0
 
 
+@app.command()
+def verify(
+    path: Annotated[str, typer.Argument(help="The checkpoint's folder.")],
+    data: Annotated[
+        bool, typer.Option("--data/--no-data", help="Read every number, or headers and the index alone.")
+    ] = True,
+) -> int:
+    """Checks a checkpoint before anything is loaded, and says all that is wrong with it.
+
+    Files and their index in both directions, every tensor's shape and type against config.json (those of the
+    MTP module too), FP8 scales, NaN and infinity, and each file's hash, where the hub's metadata is there.
+    Nothing is changed. Ends with 0 for a sound checkpoint, with 1 for another.
+    """
+    from r1_cluster.models.config import ModelConfigError
+    from r1_cluster.models.family import load_config, mtp_table, tensor_table
+    from r1_cluster.weights.verify import verify as check
+
+    folder = _folder(path)
+    table, module, block, broken = None, [], None, []
+    try:
+        config = load_config(folder)
+        table, module, block = tensor_table(config), mtp_table(config), config.fp8_block
+    except ModelConfigError as error:
+        broken = [f"{error}; until that is put right, no tensor can be held against it"]
+    with progress_bar("reading") as progress:
+        report = check(folder, table, module, block, progress if data else None)
+    _print_report(path, replace(report, faults=broken + report.faults), data)
+    return 1 if broken or report.faults else 0
+
+
+def _print_report(path: str, report: Report, data: bool) -> None:
+    count = len(report.faults)
+    if count:
+        things = "one thing is" if count == 1 else f"{count:,} things are"
+        print(f"{path} is not sound: {things} wrong with it.\n")
+        for i, fault in enumerate(report.faults[:_MAX_FAULTS_SHOWN], 1):
+            print(f"{i:4}. {fault}.")
+        if count > _MAX_FAULTS_SHOWN:
+            print(f"      … and {count - _MAX_FAULTS_SHOWN:,} more; most of them have one cause.")
+        print(
+            "\nWhere a tensor is missing, is one too many, or has another shape or type than expected, the "
+            "files and\nconfig.json are of different models or revisions: fetch them again together. Nothing "
+            "was changed."
+        )
+    else:
+        files = f"{report.files:,} file{'s' * (report.files != 1)}"
+        print(f"{path} is sound: {files}, {report.tensors:,} tensors, {size(report.num_bytes)}.")
+        print("Checked: the index and every header, shapes and types against config.json", end="")
+        hashes = f"; the hashes of {report.hashed:,} files" if report.hashed else ""
+        print(f"; that every number is finite and every scale positive{hashes}." if data else ".")
+    if not data:
+        print("The data was not read: damaged numbers would not have been seen. Without --no-data it is.")
+    for note in report.notes:
+        print(note)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """For a `with` block: what to tell how many bytes are done, and of how many. Shows rate and time left
+    on a terminal's stderr, and nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn as Rate
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Rate(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _folder(path: str) -> Path:
+    """Of a checkpoint, or of one that comes with the package. Raises ConfigError where there is none."""
+    builtin = path.startswith(BUILTIN_PREFIX)
+    folder = ASSETS / path.removeprefix(BUILTIN_PREFIX) if builtin else Path(path)
+    if not folder.is_dir():
+        raise ConfigError(f"{path} is not a folder; name one with config.json and safetensors")
+    return folder
+
+
 def _find(model: str) -> tuple[Path, Mapping[str, object] | None]:
     """A folder, or the config.json of a published model. Raises ConfigError where it is neither."""
     from r1_cluster.models.presets import presets
 
-    if model.startswith(BUILTIN_PREFIX):
-        return ASSETS / model.removeprefix(BUILTIN_PREFIX), None
-    folder = Path(model)
-    if folder.is_dir():
-        return folder, None
+    if model.startswith(BUILTIN_PREFIX) or Path(model).is_dir():
+        return _folder(model), None
     for name, values in presets().items():
         if model.removeprefix("deepseek-ai/").lower() == name.lower():
-            return folder, values
+            return Path(), values
     raise ConfigError(f"{model} is neither a folder nor a published model; those are: {', '.join(presets())}")
 
 

@@ -21,10 +21,12 @@ _MAX_FAULTS_SHOWN = 20
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; `faults` has one sentence each, the message all of them."""
+    """A checkpoint cannot be used; `faults` has one sentence each, the message all of them. `files` are those
+    that its index lists, as far as that could be read."""
 
-    def __init__(self, path: Path, faults: Iterable[str]) -> None:
+    def __init__(self, path: Path, faults: Iterable[str], files: frozenset[str] = frozenset()) -> None:
         self.faults = list(faults)
+        self.files = files
         shown = self.faults[:_MAX_FAULTS_SHOWN]
         if len(self.faults) > len(shown):
             shown.append(f"and {len(self.faults) - len(shown)} more")
@@ -55,11 +57,12 @@ class Checkpoint:
         found: dict[str, dict[str, Entry]] = {}
         for file in sorted(set(index.values())) if index is not None else [SINGLE]:
             found[file] = read_header(self.path / file, file, faults)
+        self.files = frozenset(found)
         self._merge(index, found, faults)
         if table is not None:
             faults += self._faults_against({spec.name: spec for spec in table}, index or {})
         if faults:
-            raise CheckpointError(self.path, faults)
+            raise CheckpointError(self.path, faults, self.files)
 
     def _read_index(self, faults: list[str]) -> dict[str, str] | None:
         """The index's tensor → file; None if there is just one file. Paths are held to the folder."""

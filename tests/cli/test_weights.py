@@ -1,6 +1,7 @@
 """`r1-cluster weights`: what a person sees of it."""
 
 import pytest
+from r1_files import write_r1
 
 from r1_cluster.cli.main import main
 from r1_cluster.config import ASSETS
@@ -58,3 +59,38 @@ def test_show_of_a_dense_model(capsys):
     out = capsys.readouterr().out
     assert "8.03B parameters, all of them active for each token" in out
     assert "MTP" not in out
+
+
+def test_verify_of_a_sound_checkpoint(capsys):
+    assert main(["weights", "verify", "builtin:nano_r1"]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "builtin:nano_r1 is sound: 1 file, 173 tensors, 3.4 MB."
+    assert any("every number is finite and every scale positive" in line for line in rest)
+    assert main(["weights", "verify", "--no-data", str(ASSETS / "nano_r1")]) == 0
+    assert "The data was not read" in capsys.readouterr().out
+
+
+def test_verify_of_a_damaged_checkpoint(tmp_path, capsys):
+    write_r1(tmp_path)
+    gone, cut = sorted(tmp_path.glob("*.safetensors"))[:2]
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[:-3])
+    assert main(["weights", "verify", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith(f"{tmp_path} is not sound: 2 things are wrong with it.")
+    for file in (gone, cut):
+        assert f"download {file.name} again." in out
+    (tmp_path / "config.json").write_text("{")
+    assert main(["weights", "verify", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "3 things are wrong with it" in out
+    assert "config.json cannot be read" in out
+
+
+def test_verify_of_what_is_not_there(tmp_path, capsys):
+    assert main(["weights", "verify", str(tmp_path / "nothing")]) == 2
+    assert "is not a folder; name one with config.json and safetensors" in capsys.readouterr().err
+    assert main(["weights", "verify", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "config.json is not there" in out
+    assert "neither model.safetensors.index.json nor model.safetensors is there" in out
