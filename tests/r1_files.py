@@ -24,6 +24,10 @@ ODD = {
     "intermediate_size": 200,
     "moe_intermediate_size": 150,
     "q_lora_rank": 24,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
     "num_nextn_predict_layers": 1,
     "torch_dtype": "bfloat16",
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from r1_cluster.models.config import ModelConfig
+    from r1_cluster.weights.cast import To
     from r1_cluster.weights.inventory import Line, Stored
     from r1_cluster.weights.tensors import Part, TensorSpec
     from r1_cluster.weights.verify import Report
@@ -130,6 +133,72 @@ def _print_report(path: str, report: Report, data: bool) -> None:
         print("The data was not read: damaged numbers would not have been seen. Without --no-data it is.")
     for note in report.notes:
         print(note)
+
+
+@app.command("cast")
+def cast_command(
+    source: Annotated[
+        str | None, typer.Argument(metavar="SRC", help="The checkpoint's folder.", show_default=False)
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="An empty or a new folder.", show_default=False)
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="bf16|fp8", help="What to cast to (default: what SRC is not).")
+    ] = None,
+    input_fp8_hf_path: Annotated[
+        str | None, typer.Option(metavar="SRC", help="As DeepSeek's fp8_cast_bf16.py has it.")
+    ] = None,
+    output_bf16_hf_path: Annotated[
+        Path | None, typer.Option(metavar="DST", help="As DeepSeek's fp8_cast_bf16.py has it.")
+    ] = None,
+) -> int:
+    """Casts a checkpoint from FP8 to BF16, or back, into another folder.
+
+    FP8 is multiplied by its scales as DeepSeek does it, bit for bit; to FP8 go the matrices that DeepSeek
+    keeps so, in blocks of 128×128. Memory stays below 2 GiB whatever the model's size. A cast that was broken
+    off, even killed, goes on when the same command is given again; config.json comes last, so that nothing
+    takes an unfinished folder for a checkpoint.
+    """
+    from r1_cluster.models.config import ModelConfigError
+    from r1_cluster.models.family import load_config, mtp_table, tensor_table
+    from r1_cluster.weights.cast import CastError, cast
+    from r1_cluster.weights.checkpoint import CheckpointError
+
+    if input_fp8_hf_path is not None or output_bf16_hf_path is not None:
+        if source is not None or target is not None or to not in (None, "bf16"):
+            raise ConfigError("name SRC and DST either in DeepSeek's way or in ours")
+        source, target, to = input_fp8_hf_path, output_bf16_hf_path, "bf16"
+    if source is None or target is None:
+        raise ConfigError("both SRC and DST are needed: r1-cluster weights cast SRC DST")
+    folder, started = _folder(source), time.monotonic()
+    try:
+        config = load_config(folder)
+        wanted: To = "fp8" if (to or "").lower() == "fp8" else "bf16"
+        if to is None and config.fp8_block is None:
+            wanted = "fp8"
+        elif to is not None and to.lower() != wanted:
+            raise ConfigError(f"--to: {to!r} is neither bf16 nor fp8")
+        table = [*tensor_table(config), *_present(folder, mtp_table(config))]
+        with progress_bar(f"casting to {wanted.upper()}") as progress:
+            done = cast(folder, target, wanted, table, fp8_block=config.fp8_block, progress=progress)
+    except (ModelConfigError, CheckpointError, CastError) as error:
+        raise ConfigError(str(error)) from None
+    except KeyboardInterrupt:
+        print("\nbroken off; the same command goes on from here", file=sys.stderr)
+        raise
+    files = f"{done.files:,} file{'s' * (done.files != 1)}, {size(done.num_bytes)}"
+    kept = f", {done.kept:,} of them by an earlier run" if done.kept else ""
+    print(f"{target} is {source} in {wanted.upper()}: {files}{kept}, in {time.monotonic() - started:.0f} s.")
+    return 0
+
+
+def _present(folder: Path, module: list[TensorSpec]) -> list[TensorSpec]:
+    """The MTP module's tensors if the checkpoint has any of them, for it may well be left out."""
+    from r1_cluster.weights.headers import read_headers
+
+    entries, _ = read_headers(folder)
+    return module if any(spec.name in entries for spec in module) else []
 
 
 @contextmanager

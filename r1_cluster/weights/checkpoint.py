@@ -165,6 +165,11 @@ class Checkpoint:
             ]
         return []
 
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """All tensors as the files' headers describe them, by name."""
+        return self._entries
+
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that the checkpoint does not hold."""
         return [name for name in names if name not in self._entries]

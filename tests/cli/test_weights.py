@@ -94,3 +94,40 @@ def test_verify_of_what_is_not_there(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "config.json is not there" in out
     assert "neither model.safetensors.index.json nor model.safetensors is there" in out
+
+
+def test_cast_there_and_back(tmp_path, capsys):
+    fp8, bf16, again = tmp_path / "fp8", tmp_path / "bf16", tmp_path / "again"
+    write_r1(fp8)
+    assert main(["weights", "cast", str(fp8), str(bf16)]) == 0
+    assert capsys.readouterr().out.startswith(f"{bf16} is {fp8} in BF16: 3 files, ")
+    assert main(["weights", "cast", "--to", "fp8", str(bf16), str(again)]) == 0
+    assert capsys.readouterr().out.startswith(f"{again} is {bf16} in FP8: 3 files, ")
+    assert main(["weights", "verify", str(again)]) == 0
+
+
+def test_cast_with_deepseeks_flags(tmp_path, capsys):
+    write_r1(tmp_path / "fp8")
+    flags = ["--input-fp8-hf-path", str(tmp_path / "fp8"), "--output-bf16-hf-path", str(tmp_path / "bf16")]
+    assert main(["weights", "cast", *flags]) == 0
+    assert main(["weights", "verify", "--no-data", str(tmp_path / "bf16")]) == 0
+    assert "quantization_config" not in (tmp_path / "bf16" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "both SRC and DST are needed"),
+        (["builtin:nano_r1"], "both SRC and DST are needed"),
+        (["--input-fp8-hf-path", "builtin:nano_r1"], "both SRC and DST are needed"),
+        (["a", "b", "--input-fp8-hf-path", "c"], "either in DeepSeek's way or in ours"),
+        (["nowhere", "OUT"], "nowhere is not a folder"),
+        (["builtin:nano_r1", "OUT", "--to", "int3"], "--to: 'int3' is neither bf16 nor fp8"),
+        (["builtin:nano_r1", "OUT", "--to", "bf16"], "has no tensor that a cast to BF16 would change"),
+    ],
+)
+def test_casts_that_cannot_begin(tmp_path, capsys, arguments, words):
+    assert main(["weights", "cast", *(str(tmp_path / "out") if a == "OUT" else a for a in arguments)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from r1_cluster.weights.verify import verify
 ONE, TWO, THREE = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
 WEIGHT = "model.layers.0.mlp.down_proj.weight"
 SCALE = WEIGHT + "_scale_inv"
-MTP = "model.layers.3.mlp.experts.5.up_proj.weight"
+MTP = "model.layers.3.mlp.experts.3.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
