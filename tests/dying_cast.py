@@ -1,4 +1,4 @@
-"""Casts that are killed, each in a process of its own, forked from one that has imported torch and runs no threads.
+"""Casts and conversions that are killed, each in a process of its own, forked from one that has imported torch and runs no threads.
 
 As a program: reads one JSON line for each cast, and answers with the exit code as subprocess has it.
 """
@@ -11,18 +11,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+from r1_cluster.models.deepseek_names import inference_name
 from r1_cluster.models.family import load_config, mtp_table, tensor_table
-from r1_cluster.weights.cast import CastError, cast
+from r1_cluster.weights.cast import cast
+from r1_cluster.weights.convert import convert
+from r1_cluster.weights.rewrite import RewriteError
 
 # What a cast does to the disk; a kill may come before each call, which is after the one before.
 CALLS = ("open", "pwrite", "posix_fallocate", "fsync", "rename", "unlink", "mkdir")
 NO_ROOM = 7
 
 
-def run(source, target, to="bf16", **options):
+def run(source, target, to="bf16", ranks=None, **options):
+    """A cast, or, for a number of ranks, a conversion."""
     config = load_config(source)
+    options["fp8_block"] = config.fp8_block
+    if ranks is not None:
+        return convert(
+            Path(source), Path(target), tensor_table(config), ranks, rename=inference_name, **options
+        )
     table = [*tensor_table(config), *mtp_table(config)]
-    return cast(Path(source), Path(target), to, table, fp8_block=config.fp8_block, **options)
+    return cast(Path(source), Path(target), to, table, **options)
 
 
 class DyingCasts:
@@ -38,7 +47,8 @@ class DyingCasts:
         )
 
     def cast(self, source, target, **how):
-        """`at`: killed at this one of its `calls`; `largest`: no file may grow beyond. → its exit code"""
+        """`at`: killed at this one of its `calls`; `largest`: no file may grow beyond; `ranks`: it is a
+        conversion. → its exit code"""
         self._server.stdin.write(json.dumps({"source": str(source), "target": str(target), **how}) + "\n")
         self._server.stdin.flush()
         return int(self._server.stdout.readline())
@@ -49,7 +59,7 @@ class DyingCasts:
         self._server.stdout.close()
 
 
-def _cast(source, target, at=0, calls=CALLS, largest=None):
+def _cast(source, target, at=0, calls=CALLS, largest=None, ranks=None):
     count = 0
 
     def counted(function):
@@ -67,8 +77,8 @@ def _cast(source, target, at=0, calls=CALLS, largest=None):
     if largest is not None:  # the kernel refuses what is more, as for a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     try:
-        run(source, target)
-    except CastError as error:
+        run(source, target, ranks=ranks)
+    except RewriteError as error:
         words = (
             "there is no room left for",
             "what was finished is kept: make room, and the same command goes on",

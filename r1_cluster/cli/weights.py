@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from r1_cluster.models.config import ModelConfig
     from r1_cluster.weights.cast import To
     from r1_cluster.weights.inventory import Line, Stored
+    from r1_cluster.weights.rewrite import Outcome
     from r1_cluster.weights.tensors import Part, TensorSpec
     from r1_cluster.weights.verify import Report
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 
 _MAX_FAULTS_SHOWN = 30
+_BROKEN_OFF = "\nbroken off; the same command goes on from here"
 _WORDS: dict[Part | None, str] = {
     "norm": "norms",
     "mlp": "dense MLPs",
@@ -162,8 +164,9 @@ def cast_command(
     """
     from r1_cluster.models.config import ModelConfigError
     from r1_cluster.models.family import load_config, mtp_table, tensor_table
-    from r1_cluster.weights.cast import CastError, cast
+    from r1_cluster.weights.cast import cast
     from r1_cluster.weights.checkpoint import CheckpointError
+    from r1_cluster.weights.rewrite import RewriteError
 
     if input_fp8_hf_path is not None or output_bf16_hf_path is not None:
         if source is not None or target is not None or to not in (None, "bf16"):
@@ -182,15 +185,65 @@ def cast_command(
         table = [*tensor_table(config), *_present(folder, mtp_table(config))]
         with progress_bar(f"casting to {wanted.upper()}") as progress:
             done = cast(folder, target, wanted, table, fp8_block=config.fp8_block, progress=progress)
-    except (ModelConfigError, CheckpointError, CastError) as error:
+    except (ModelConfigError, CheckpointError, RewriteError) as error:
         raise ConfigError(str(error)) from None
     except KeyboardInterrupt:
-        print("\nbroken off; the same command goes on from here", file=sys.stderr)
+        print(_BROKEN_OFF, file=sys.stderr)
         raise
+    print(f"{target} is {source} in {wanted.upper()}: {_words(done, started)}.")
+    return 0
+
+
+@app.command("convert")
+def convert_command(
+    hf_ckpt_path: Annotated[str, typer.Option(metavar="SRC", help="The checkpoint's folder.")],
+    save_path: Annotated[Path, typer.Option(metavar="DST", help="An empty or a new folder.")],
+    n_experts: Annotated[int, typer.Option(help="How many routed experts a layer has; checked.")],
+    model_parallel: Annotated[int, typer.Option(min=1, help="How many ranks, and so how many files.")],
+) -> int:
+    """Converts a checkpoint for DeepSeek's own inference code: one file for each rank.
+
+    The flags are those of its convert.py, and so are names, cuts and files (model0-mp16.safetensors, …): the
+    MTP module is left out, FP8 stays FP8. Goes on where an earlier run was broken off.
+    """
+    from r1_cluster.models.config import ModelConfigError
+    from r1_cluster.models.deepseek import ARCHITECTURE
+    from r1_cluster.models.deepseek_names import inference_name
+    from r1_cluster.models.family import load_config, tensor_table
+    from r1_cluster.weights.checkpoint import CheckpointError
+    from r1_cluster.weights.convert import convert
+    from r1_cluster.weights.rewrite import RewriteError
+
+    folder, started = _folder(hf_ckpt_path), time.monotonic()
+    try:
+        config = load_config(folder)
+        if config.architecture != ARCHITECTURE or config.moe is None:
+            raise ConfigError(f"{hf_ckpt_path} is {config.architecture}; DeepSeek's code runs {ARCHITECTURE}")
+        if n_experts != config.moe.n_routed_experts:
+            raise ConfigError(f"--n-experts is {n_experts}, config.json has {config.moe.n_routed_experts}")
+        with progress_bar(f"converting for {model_parallel} ranks") as progress:
+            done = convert(
+                folder,
+                save_path,
+                tensor_table(config),
+                model_parallel,
+                rename=inference_name,
+                fp8_block=config.fp8_block,
+                progress=progress,
+            )
+    except (ModelConfigError, CheckpointError, RewriteError) as error:
+        raise ConfigError(str(error)) from None
+    except KeyboardInterrupt:
+        print(_BROKEN_OFF, file=sys.stderr)
+        raise
+    print(f"{save_path} is {hf_ckpt_path} for {model_parallel} ranks: {_words(done, started)}.")
+    return 0
+
+
+def _words(done: Outcome, started: float) -> str:
     files = f"{done.files:,} file{'s' * (done.files != 1)}, {size(done.num_bytes)}"
     kept = f", {done.kept:,} of them by an earlier run" if done.kept else ""
-    print(f"{target} is {source} in {wanted.upper()}: {files}{kept}, in {time.monotonic() - started:.0f} s.")
-    return 0
+    return f"{files}{kept}, in {time.monotonic() - started:.0f} s"
 
 
 def _present(folder: Path, module: list[TensorSpec]) -> list[TensorSpec]:

@@ -18,12 +18,12 @@ from small_model import config_values
 from r1_cluster.models.config import ModelConfigError
 from r1_cluster.models.family import load_config, mtp_table, tensor_table
 from r1_cluster.weights import cast as module
-from r1_cluster.weights import stream
+from r1_cluster.weights import rewrite, stream
 from r1_cluster.weights.blocks import dequantize
 from r1_cluster.weights.blocks import quantize as quantize_blocks
-from r1_cluster.weights.cast import STATE, CastError
 from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError
 from r1_cluster.weights.headers import INDEX
+from r1_cluster.weights.rewrite import STATE, RewriteError
 from r1_cluster.weights.verify import verify
 
 WEIGHT = "model.layers.0.mlp.down_proj.weight"
@@ -220,16 +220,16 @@ def test_a_damaged_source_is_refused_before_anything_is_written(source, tmp_path
 
 def test_targets_that_are_refused(source, finished, tmp_path):
     for target in (source, source / "inside", source.parent):
-        with pytest.raises(CastError, match="are one folder, or one is in the other"):
+        with pytest.raises(RewriteError, match="are one folder, or one is in the other"):
             run(source, target)
-    with pytest.raises(CastError, match="is not empty, and holds no cast that could go on"):
+    with pytest.raises(RewriteError, match="is not empty, and holds nothing that could go on"):
         run(source, finished)
     (tmp_path / "file").write_text("")
-    with pytest.raises(CastError, match=r"File exists|Not a directory"):
+    with pytest.raises(RewriteError, match=r"File exists|Not a directory"):
         run(source, tmp_path / "file")
-    with pytest.raises(CastError, match="has no tensor that a cast to BF16 would change"):
+    with pytest.raises(RewriteError, match="has no tensor that a cast to BF16 would change"):
         run(finished, tmp_path / "x")
-    with pytest.raises(CastError, match="is FP8 already"):
+    with pytest.raises(RewriteError, match="is FP8 already"):
         run(source, tmp_path / "x", "fp8")
 
 
@@ -243,7 +243,7 @@ def test_a_state_that_no_cast_has_written(source, tmp_path, state):
     (tmp_path / "precious").write_text("")
     (tmp_path / "bf16").mkdir()
     (tmp_path / "bf16" / STATE).write_text(state)
-    with pytest.raises(CastError, match="is damaged; remove"):
+    with pytest.raises(RewriteError, match="is damaged; remove"):
         run(source, tmp_path / "bf16")
     assert (tmp_path / "precious").exists()
 
@@ -255,7 +255,7 @@ def test_two_at_a_time(source, finished, tmp_path):
     def progress(done, total):
         if not tried:
             tried.append(True)
-            with pytest.raises(CastError, match="another cast writes to"):
+            with pytest.raises(RewriteError, match="somebody else writes to"):
                 run(source, target)
 
     run(source, target, progress=progress)
@@ -265,8 +265,8 @@ def test_two_at_a_time(source, finished, tmp_path):
 
 def test_too_little_room_is_said_before_anything_is_written(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CastError, match=r"has 0\.0 GB free, and the cast needs 0\.0 GB more; make room"):
+    monkeypatch.setattr(rewrite.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RewriteError, match=r"has 0\.0 GB free, and 0\.0 GB more are needed; make room"):
         run(source, tmp_path / "bf16")
     assert not list((tmp_path / "bf16").glob("*.safetensors*"))
 
@@ -281,7 +281,7 @@ def test_a_source_that_changes_while_it_is_read(source, tmp_path):
             shutil.copy(last, tmp_path / "copy")
             (tmp_path / "copy").replace(last)
 
-    with pytest.raises(CastError, match="was changed while it was read; let that end"):
+    with pytest.raises(RewriteError, match="was changed while it was read; let that end"):
         run(folder, tmp_path / "bf16", progress=progress)
     assert unfinished(tmp_path / "bf16")
     assert not list((tmp_path / "bf16").glob("*.safetensors*"))
