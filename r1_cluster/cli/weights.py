@@ -76,7 +76,8 @@ def show(
     else:
         main, module = (as_published(table, config.dtype, config.fp8_block) for table in tables)
         others = []
-    Console().print(_table(model, config, main, module, others))
+    print(f"{model}: {config.architecture}, {config.num_hidden_layers} layers")
+    Console().print(_table(config, main, module, others))
     print(_sentence(config, main))
     return 0
 
@@ -312,14 +313,12 @@ def _stored(
     )
 
 
-def _table(
-    title: str, config: ModelConfig, main: list[Stored], module: list[Stored], others: list[Stored]
-) -> Table:
+def _table(config: ModelConfig, main: list[Stored], module: list[Stored], others: list[Stored]) -> Table:
     from rich.table import Table
 
     from r1_cluster.weights.inventory import by_part, total
 
-    table = Table(title=f"{title} ({config.architecture}, {config.num_hidden_layers} layers)")
+    table = Table()
     for name in ("part", "tensors", "parameters", "bytes", "types"):
         table.add_column(name, justify="left" if name in ("part", "types") else "right")
     sums = {
