@@ -115,3 +115,13 @@ def test_light_processes_import_no_torch(module):
     """The ingress, the engine and the command line must start fast and stay small."""
     script = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_help_imports_neither_torch_nor_ray():
+    script = (
+        "import sys; from r1_cluster.cli.main import main; [main(words.split()) for words in sys.argv[1:]]\n"
+        "sys.exit(','.join({'torch', 'ray', 'numpy', 'httpx'} & set(sys.modules)) or 0)"
+    )
+    asked = ["--help", "serve --help", "weights --help", "weights cast --help", "weights show DeepSeek-R1"]
+    result = subprocess.run([sys.executable, "-c", script, *asked], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")

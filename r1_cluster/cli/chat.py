@@ -2,64 +2,67 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from r1_cluster.cli.options import ServiceName
 from r1_cluster.cli.terminal import accept_any_bytes, is_text
 from r1_cluster.config import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
-def add_parser(commands: Any) -> None:
-    """Adds the `chat` command."""
-    parser = commands.add_parser(
-        "chat",
-        help="talk to a running service",
-        description="Talks to a service from the terminal. The thought is shown dimmed, the answer plain. "
-        "An empty line or Ctrl-D ends the conversation.",
-    )
-    parser.add_argument("message", nargs="*", help="ask this one thing and end")
-    parser.add_argument("--service", help="which service, where several are running")
-    parser.add_argument("--url", help="an endpoint elsewhere, such as http://10.0.0.5:8000")
-    parser.add_argument("--model", help="the model's served name (default: the first one served)")
-    parser.add_argument("--temperature", type=_finite, help="0 to 2 (default: the service's)")
-    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
-    parser.set_defaults(run=run)
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number")
+    return value
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Asks once, or until the person has enough."""
+def chat(
+    message: Annotated[list[str] | None, typer.Argument(help="Ask this one thing and end.")] = None,
+    service: ServiceName = None,
+    url: Annotated[
+        str | None, typer.Option(help="An endpoint elsewhere, such as http://10.0.0.5:8000.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model's served name (default: the first one served).")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 to 2 (default: the service's).", callback=_finite)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+) -> int:
+    """Talks to a service from the terminal. The thought is shown dimmed, the answer plain.
+
+    An empty line or Ctrl-D ends the conversation.
+    """
     import httpx
 
     from r1_cluster.cli.running import find
 
-    url = (arguments.url or find(arguments.service).url).rstrip("/")
+    url = (url or find(service).url).rstrip("/")
+    fields = {
+        name: value for name, value in {"temperature": temperature, "seed": seed}.items() if value is not None
+    }
     try:
         with httpx.Client(base_url=url, timeout=httpx.Timeout(10, read=None)) as client:
-            model = arguments.model or _first_model(client)
+            model = model or _first_model(client)
             messages: list[dict[str, str]] = []
-            for question in [" ".join(arguments.message)] if arguments.message else _questions(model):
+            for question in [" ".join(message)] if message else _questions(model):
                 messages.append({"role": "user", "content": question})
-                messages.append({"role": "assistant", "content": _answer(client, model, messages, arguments)})
+                messages.append({"role": "assistant", "content": _answer(client, model, messages, fields)})
     except httpx.InvalidURL as error:
         raise ConfigError(f"--url: {error}") from None
     except httpx.HTTPError as error:
         raise ConfigError(f"{url} does not answer ({error}); is the service running?") from None
     return 0
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is no number")
-    return value
 
 
 def _first_model(client: Any) -> str:
@@ -95,11 +98,8 @@ def _message_of(response: Any) -> str:
         return f"the server answered {response.status_code}: {response.text[:200]}"
 
 
-def _answer(client: Any, model: str, messages: list[dict[str, str]], arguments: argparse.Namespace) -> str:
-    body: dict[str, Any] = {"model": model, "messages": messages, "stream": True}
-    for field in ("temperature", "seed"):
-        if getattr(arguments, field) is not None:
-            body[field] = getattr(arguments, field)
+def _answer(client: Any, model: str, messages: list[dict[str, str]], fields: Mapping[str, Any]) -> str:
+    body = {"model": model, "messages": messages, "stream": True, **fields}
     colour = sys.stdout.isatty()
     answer = ""
     with client.stream("POST", "/v1/chat/completions", json=body) as response:

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import threading
-from typing import Any
+from typing import Annotated
 
+import typer
+
+from r1_cluster.cli.options import ServiceName
 from r1_cluster.cli.stop import end_service
 
 
-def add_parser(commands: Any) -> None:
-    """Adds the `drain` command."""
-    parser = commands.add_parser(
-        "drain",
-        help="stop a service once its answers have ended",
-        description="Takes no new requests (503), waits until the answers under way have ended, then stops "
-        "the service as `stop` does. SIGTERM to `r1-cluster serve` does the same.",
-    )
-    parser.add_argument("--service", help="which service, where several are running")
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds to wait (default 1800)")
-    parser.set_defaults(run=run)
+def drain(
+    service: ServiceName = None,
+    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds to wait.")] = 1800.0,
+) -> int:
+    """Stops a service once its answers have ended.
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Asks the `serve` command to drain, or drains a service on a shared cluster itself."""
+    It takes no new requests (503), waits until the answers under way have ended, then stops the service as
+    `stop` does. SIGTERM to `r1-cluster serve` does the same.
+    """
 
     def drain_first(name: str) -> None:
-        from actors.cluster import drain
+        from actors import cluster
 
-        drain(name, arguments.timeout, threading.Event())
+        cluster.drain(name, timeout, threading.Event())
 
-    return end_service(arguments, signal.SIGTERM, drain_first)
+    return end_service(service, timeout, signal.SIGTERM, drain_first)

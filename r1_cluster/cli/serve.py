@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -13,7 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from r1_cluster.config import ConfigError, Service, load_service
 
@@ -22,29 +23,29 @@ if TYPE_CHECKING:
     from r1_cluster.planning.layout import Layout
 
 
-def add_parser(commands: Any) -> None:
-    """Adds the `serve` command."""
-    parser = commands.add_parser(
-        "serve",
-        help="start a service",
-        description="Starts the service that a YAML file describes and stays until Ctrl-C, which stops all "
-        "that it started; SIGTERM does so once the answers under way have ended. Without cluster.address "
-        "(and without --address) it starts a Ray cluster on this machine; with one it deploys there.",
-    )
-    parser.add_argument(
-        "service", type=Path, help="the service file, such as cluster_configs/services/nano.yaml"
-    )
-    parser.add_argument("--address", help="a running Ray cluster ('auto' or HOST:PORT); overrides the file")
-    parser.add_argument("--port", type=int, help="HTTP port; overrides the file")
-    parser.set_defaults(run=run)
+def serve(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SERVICE", help="The service file, such as cluster_configs/services/nano.yaml."
+        ),
+    ],
+    address: Annotated[
+        str | None,
+        typer.Option(help="A running Ray cluster ('auto' or HOST:PORT); overrides the file."),
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="HTTP port; overrides the file.")] = None,
+) -> int:
+    """Starts the service that a YAML file describes, and stays until Ctrl-C.
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Checks everything that can be checked, starts, waits, and leaves nothing behind."""
+    Ctrl-C stops all that it started; SIGTERM does so once the answers under way have ended. Without
+    cluster.address (and without --address) it starts a Ray cluster on this machine; with one it deploys
+    there.
+    """
     from r1_cluster.cli.running import forget
 
     started = time.monotonic()
-    service = _overridden(load_service(arguments.service), arguments)
+    service = _overridden(load_service(file), address, port)
     layout, model = _check(service)
     stop, hurry = threading.Event(), threading.Event()
 
@@ -89,16 +90,14 @@ def _say(text: str, started: float | None = None) -> None:
         print(f"{clock}{text}", flush=True)
 
 
-def _overridden(service: Service, arguments: argparse.Namespace) -> Service:
-    if arguments.address is not None:
-        cluster = service.cluster.model_copy(update={"address": arguments.address})
+def _overridden(service: Service, address: str | None, port: int | None) -> Service:
+    if address is not None:
+        cluster = service.cluster.model_copy(update={"address": address})
         service = service.model_copy(update={"cluster": cluster})
-    if arguments.port is not None:
-        if not 1 <= arguments.port <= 65535:
-            raise ConfigError(f"--port: {arguments.port} is no port; it must be between 1 and 65535")
-        service = service.model_copy(
-            update={"serve": service.serve.model_copy(update={"port": arguments.port})}
-        )
+    if port is not None:
+        if not 1 <= port <= 65535:
+            raise ConfigError(f"--port: {port} is no port; it must be between 1 and 65535")
+        service = service.model_copy(update={"serve": service.serve.model_copy(update={"port": port})})
     return service
 
 

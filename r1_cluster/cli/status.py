@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+from r1_cluster.cli.options import ServiceName
 
 
-def add_parser(commands: Any) -> None:
-    """Adds the `status` command."""
-    parser = commands.add_parser(
-        "status",
-        help="who runs where, and how busy it is",
-        description="Shows a service's engines, and of each its stages, routers and experts with the node "
-        "and process that they run in.",
-    )
-    parser.add_argument("--service", help="which service, where several are running")
-    parser.add_argument("--json", action="store_true", help="everything, as JSON")
-    parser.set_defaults(run=run)
+def status(
+    service: ServiceName = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> int:
+    """Shows who runs where, and how busy it is.
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Asks every engine of the service."""
+    Of each of a service's engines: its stages, routers and experts with the node and process they run in.
+    """
     from r1_cluster.cli.running import find, require_token
 
-    running = find(arguments.service)
+    running = find(service)
     if running.local:
         require_token()
     from actors.cluster import attach, engines_status
 
     with attach(running.address):
         engines = engines_status(running.name)
-    if arguments.json:
+    if as_json:
         print(json.dumps({"service": running.name, "url": running.url, "engines": engines}, indent=2))
         return 0
     print(f"{running.name}: {running.url}/v1, model {running.model!r}")

@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from r1_cluster.cli.options import ServiceName
 from r1_cluster.config import ConfigError
 
 if TYPE_CHECKING:
     from r1_cluster.cli.running import Running
 
 
-def add_parser(commands: Any) -> None:
-    """Adds the `stop` command."""
-    parser = commands.add_parser(
-        "stop",
-        help="stop a service and all that it started",
-        description="Stops a service: its deployments, its detached actors and placement groups and, where "
-        "`serve` had started a local Ray cluster, that cluster.",
-    )
-    parser.add_argument("--service", help="which service, where several are running")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait (default 60)")
-    parser.set_defaults(run=run)
+def stop(
+    service: ServiceName = None,
+    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds to wait.")] = 60.0,
+) -> int:
+    """Stops a service and all that it started.
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Asks the `serve` command to stop, or takes the service off a shared cluster."""
-    return end_service(arguments, signal.SIGINT)
+    That is its deployments, its detached actors and placement groups and, where `serve` had started a local
+    Ray cluster, that cluster.
+    """
+    return end_service(service, timeout, signal.SIGINT)
 
 
 def end_service(
-    arguments: argparse.Namespace, asking: signal.Signals, first: Callable[[str], None] | None = None
+    service: str | None, timeout_s: float, asking: signal.Signals, first: Callable[[str], None] | None = None
 ) -> int:
-    """Ends the service that the command line names: by a signal to its `serve` command, or, on a shared
+    """Ends the service of that name, or the only one: by a signal to its `serve` command, or, on a shared
     cluster, itself, after it has done `first` with the service's name."""
     from r1_cluster.cli.running import ask, find, forget
 
-    running = find(arguments.service)
+    running = find(service)
     if running.local:
         ask(running, asking)
-        wait_until_stopped(running, arguments.timeout)
+        wait_until_stopped(running, timeout_s)
     else:
         from actors.cluster import attach, remove_service
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -16,37 +13,25 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kernels.ops import for_device
+from r1_cluster.weights.headers import INDEX, SINGLE, Entry, read_header
 from r1_cluster.weights.tensors import SCALE_SUFFIX, TensorSpec, layer_of
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
-_MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4}
-_ITEM_BYTES |= {"I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8}
 _FLOATS = ("F32", "F16", "BF16")
 _MAX_FAULTS_SHOWN = 20
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; `faults` has one sentence each, the message all of them."""
+    """A checkpoint cannot be used; `faults` has one sentence each, the message all of them. `files` are those
+    that its index lists, as far as that could be read."""
 
-    def __init__(self, path: Path, faults: Iterable[str]) -> None:
+    def __init__(self, path: Path, faults: Iterable[str], files: frozenset[str] = frozenset()) -> None:
         self.faults = list(faults)
+        self.files = files
         shown = self.faults[:_MAX_FAULTS_SHOWN]
         if len(self.faults) > len(shown):
             shown.append(f"and {len(self.faults) - len(shown)} more")
         what = f"{len(self.faults)} fault" + "s" * (len(self.faults) > 1)
         super().__init__(f"the checkpoint {path} has {what}: " + "; ".join(shown))
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A tensor as its file's header describes it."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class Checkpoint:
@@ -66,17 +51,18 @@ class Checkpoint:
         self.path = Path(path)
         self._block = fp8_block or (128, 128)
         self._open_files: dict[str, safe_open] = {}
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         faults: list[str] = []
         index = self._read_index(faults)
-        found: dict[str, dict[str, _Entry]] = {}
+        found: dict[str, dict[str, Entry]] = {}
         for file in sorted(set(index.values())) if index is not None else [SINGLE]:
-            found[file] = _read_header(self.path / file, file, faults)
+            found[file] = read_header(self.path / file, file, faults)
+        self.files = frozenset(found)
         self._merge(index, found, faults)
-        if table is not None and not faults:
-            faults += self._faults_against({spec.name: spec for spec in table})
+        if table is not None:
+            faults += self._faults_against({spec.name: spec for spec in table}, index or {})
         if faults:
-            raise CheckpointError(self.path, faults)
+            raise CheckpointError(self.path, faults, self.files)
 
     def _read_index(self, faults: list[str]) -> dict[str, str] | None:
         """The index's tensor → file; None if there is just one file. Paths are held to the folder."""
@@ -118,7 +104,7 @@ class Checkpoint:
         return any(folder in target.parents for folder in allowed)
 
     def _merge(
-        self, index: Mapping[str, str] | None, found: Mapping[str, dict[str, _Entry]], faults: list[str]
+        self, index: Mapping[str, str] | None, found: Mapping[str, dict[str, Entry]], faults: list[str]
     ) -> None:
         copies = Counter(name for entries in found.values() for name in entries)
         for name, count in copies.items():
@@ -138,13 +124,14 @@ class Checkpoint:
                 where = f"it is in {actual.file}" if actual else "no file holds it"
                 faults.append(f"{INDEX} lists tensor {name} in {file}, {where}; download {file} again")
 
-    def _faults_against(self, table: Mapping[str, TensorSpec]) -> list[str]:
+    def _faults_against(self, table: Mapping[str, TensorSpec], index: Mapping[str, str]) -> list[str]:
         faults = []
         for name, spec in table.items():
             shape = spec.shape
             entry = self._entries.get(name)
             if entry is None:
-                faults.append(f"tensor {name} is missing, expected with shape {list(shape)}")
+                if name not in index:  # else its file has a fault, which has been told
+                    faults.append(f"tensor {name} is missing, expected with shape {list(shape)}")
                 continue
             if entry.shape != shape:
                 faults.append(
@@ -152,7 +139,7 @@ class Checkpoint:
                     f"config.json expects {list(shape)}"
                 )
             elif entry.dtype == "F8_E4M3" and len(shape) == 2:
-                faults += self._scale_faults(name, entry)
+                faults += self._scale_faults(name, entry, index)
             elif entry.dtype not in _FLOATS:
                 allowed = ", ".join((*_FLOATS, "F8_E4M3 for matrices"))
                 faults.append(f"{entry.file}: tensor {name} is of dtype {entry.dtype}, expected {allowed}")
@@ -164,10 +151,12 @@ class Checkpoint:
                 faults.append(f"{entry.file}: tensor {name} has no place in the model of config.json")
         return faults
 
-    def _scale_faults(self, name: str, entry: _Entry) -> list[str]:
+    def _scale_faults(self, name: str, entry: Entry, index: Mapping[str, str]) -> list[str]:
         blocks = tuple(-(-size // block) for size, block in zip(entry.shape, self._block))
         scale = self._entries.get(name + SCALE_SUFFIX)
         if scale is None:
+            if name + SCALE_SUFFIX in index:
+                return []
             return [f"{entry.file}: tensor {name} is FP8, but {name}{SCALE_SUFFIX} is missing"]
         if scale.shape != blocks or scale.dtype not in _FLOATS:
             return [
@@ -175,6 +164,11 @@ class Checkpoint:
                 f"expected one float per {self._block[0]}×{self._block[1]} block, {list(blocks)}"
             ]
         return []
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """All tensors as the files' headers describe them, by name."""
+        return self._entries
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that the checkpoint does not hold."""
@@ -207,7 +201,7 @@ class Checkpoint:
         entry = self._entry(name)
         return self._read(name, entry, None), self._scales(name, entry)
 
-    def _scales(self, name: str, entry: _Entry) -> Tensor:
+    def _scales(self, name: str, entry: Entry) -> Tensor:
         if len(entry.shape) != 2:
             raise CheckpointError(
                 self.path, [f"{entry.file}: tensor {name} is FP8, which only matrices may be"]
@@ -221,7 +215,7 @@ class Checkpoint:
         return scale
 
     def _get_fp8(
-        self, name: str, entry: _Entry, dtype: torch.dtype, slices: tuple[slice, ...] | None
+        self, name: str, entry: Entry, dtype: torch.dtype, slices: tuple[slice, ...] | None
     ) -> Tensor:
         scale = self._scales(name, entry)
         wanted = slices or (slice(None), slice(None))
@@ -233,7 +227,7 @@ class Checkpoint:
         out = for_device(torch.device("cpu")).dequantize(weight, scale[blocks], self._block, dtype)
         return out[tuple(slice(start - f, None) for f, (start, _) in zip(first, bounds))]
 
-    def _read(self, name: str, entry: _Entry, slices: tuple[slice, ...] | None) -> Tensor:
+    def _read(self, name: str, entry: Entry, slices: tuple[slice, ...] | None) -> Tensor:
         try:
             file = self._open_files.get(entry.file)
             if file is None:
@@ -248,7 +242,7 @@ class Checkpoint:
             ) from error
         return tensor
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         entry = self._entries.get(name)
         if entry is None:
             raise CheckpointError(self.path, [f"tensor {name} is missing; the model needs it"])
@@ -265,65 +259,3 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _read_header(path: Path, file: str, faults: list[str]) -> dict[str, _Entry]:
-    """The entries of one file; what is wrong with it goes to `faults`, and nothing of it is used then.
-
-    The format: 8 bytes little-endian header length, JSON header, data (github.com/huggingface/safetensors).
-    """
-    again = f"download {file} again"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                faults.append(
-                    f"{file} is cut off: its header should take {length} of its {size} bytes; {again}"
-                )
-                return {}
-            header = json.loads(stream.read(length))
-    except FileNotFoundError:
-        faults.append(f"{file} is listed in {INDEX}, but not there; {again}")
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        faults.append(f"{file} has no readable header ({error}); {again}")
-        return {}
-    entries: dict[str, _Entry] = {}
-    places: list[tuple[int, int, str]] = []
-    try:
-        for name, value in header.items():
-            if name == "__metadata__":
-                continue
-            dtype, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
-            start, stop = (int(n) for n in value["data_offsets"])
-            if dtype not in _ITEM_BYTES:
-                faults.append(f"{file}: tensor {name} is of dtype {dtype}, which is unknown; {again}")
-                continue
-            num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
-            if min(shape, default=0) < 0 or start < 0 or stop - start != num_bytes:
-                faults.append(
-                    f"{file}: tensor {name} ({dtype} {list(shape)}) needs {num_bytes} bytes, "
-                    f"its header gives it {stop - start}; {again}"
-                )
-            entries[name] = _Entry(file, dtype, shape)
-            places.append((start, stop, name))
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        faults.append(f"{file} has a malformed header ({error!r}); {again}")
-        return {}
-    if not any(fault.startswith(f"{file}: ") for fault in faults):
-        faults += [f"{fault}; {again}" for fault in _layout_faults(file, places, size - 8 - length)]
-    return entries
-
-
-def _layout_faults(file: str, places: list[tuple[int, int, str]], num_bytes: int) -> Iterator[str]:
-    """Tensors must fill a file's `num_bytes` of data without gap or overlap, as the format demands."""
-    places = sorted(places)
-    for (_, stop, name), (start, _, following) in pairwise(places):
-        if start < stop:
-            yield f"{file}: tensors {name} and {following} overlap"
-        elif start > stop:
-            yield f"{file}: {start - stop} bytes between tensors {name} and {following} belong to none"
-    end = max((stop for _, stop, _ in places), default=0)
-    if end != num_bytes:
-        yield f"{file} has {num_bytes} bytes of data, its header expects {end}: it is cut off or broken"

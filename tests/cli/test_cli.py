@@ -10,6 +10,8 @@ import torch
 import yaml
 from make_checkpoint import make_checkpoint
 
+from r1_cluster import __version__
+
 R1_CLUSTER = Path(sys.executable).with_name("r1-cluster")
 
 
@@ -48,8 +50,31 @@ def fails_with(result, *words):
 def test_help_teaches(command):
     result = run(*command, "--help")
     assert result.returncode == 0
-    assert "usage: r1-cluster" in result.stdout
+    assert "Usage: r1-cluster" in result.stdout
     assert len(result.stdout.splitlines()) > 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "r1-cluster: Missing command."),
+        (("severe",), "r1-cluster: No such command 'severe'"),
+        (("serve",), "r1-cluster serve: Missing argument 'SERVICE'."),
+        (("serve", "--prot", "1"), "r1-cluster serve: No such option"),
+        (("serve", "x.yaml", "--port", "eighty"), "r1-cluster serve: Invalid value for '--port'"),
+        (("stop", "now"), "r1-cluster stop: Got unexpected extra argument"),
+    ],
+)
+def test_a_command_line_that_is_wrong_is_two_lines(arguments, words):
+    result = run(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    usage, fault = result.stderr.splitlines()
+    assert usage.startswith("Usage: r1-cluster")
+    assert words in fault
+
+
+def test_the_version():
+    assert run("--version").stdout == f"r1-cluster {__version__}\n"
 
 
 def test_commands_without_a_service_say_how_to_start_one():

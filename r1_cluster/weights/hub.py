@@ -1,0 +1,46 @@
+"""What the hub said of a file when it was downloaded: its hash, where huggingface_hub has left one.
+
+A large file's etag is its SHA-256, a small one's is git's SHA-1 of it. A cache keeps files as links to
+blobs/ETAG; a folder of one's own has .cache/huggingface/download/FILE.metadata, whose second line is the
+etag (huggingface_hub: file_download.py, _local_folder.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+
+class Published(NamedTuple):
+    """A file's hash as the hub has it: "sha256", or "git" for git's SHA-1."""
+
+    kind: str
+    value: str
+
+    def begin(self, num_bytes: int) -> _Hash:
+        """A hash to feed the file's bytes to; its hexdigest is to be `value`."""
+        if self.kind == "sha256":
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % num_bytes, usedforsecurity=False)
+
+
+def published(path: Path) -> Published | None:
+    """The hash that the hub has for a file, None where it has left nothing that says so."""
+    etag = ""
+    if path.is_symlink() and path.resolve().parent.name == "blobs":
+        etag = path.resolve().name
+    else:
+        metadata = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+        try:
+            lines = metadata.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            return None
+        etag = lines[1].strip().strip('"') if len(lines) > 1 else ""
+    if re.fullmatch("[0-9a-f]{64}", etag):
+        return Published("sha256", etag)
+    return Published("git", etag) if re.fullmatch("[0-9a-f]{40}", etag) else None

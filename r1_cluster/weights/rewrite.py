@@ -1,0 +1,242 @@
+"""A checkpoint rewritten into another folder, file by file: what is common to all that do so.
+
+What is done is kept in a file of state: a second run goes on from there if neither the source nor what is
+asked for has changed, else it starts over.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from r1_cluster.weights.checkpoint import Checkpoint
+from r1_cluster.weights.headers import Entry
+from r1_cluster.weights.stream import (
+    PARTIAL,
+    Planned,
+    Reader,
+    Write,
+    copy_whole,
+    locked,
+    new_file,
+    sync_folder,
+    write_whole,
+)
+from r1_cluster.weights.tensors import TensorSpec
+
+Progress = Callable[[int, int], None]
+"""Is told how many bytes are written, and of how many."""
+
+STATE = ".unfinished.json"
+"""Is there until all is done."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class RewriteError(ValueError):
+    """It cannot begin or go on; the message says what to do. What was finished is kept."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How many files of weights there are now, how many of them an earlier run had finished, and the bytes
+    of all."""
+
+    files: int
+    kept: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Files:
+    """A checkpoint whose headers have been checked: its tensors by name, its files' names, and what changes
+    when somebody writes or replaces one of them."""
+
+    folder: Path
+    entries: Mapping[str, Entry]
+    names: list[str]
+    identities: Mapping[str, tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, folder: Path, table: list[TensorSpec], fp8_block: tuple[int, int] | None) -> Files:
+        """Raises CheckpointError with all that is wrong."""
+        before = identities(folder)
+        with Checkpoint(folder, table, fp8_block) as checkpoint:
+            return cls(folder, checkpoint.entries, sorted(checkpoint.files), before)
+
+
+class Rewrite(ABC):
+    """One rewriting of a checkpoint's `files` into `target`.
+
+    `plan` says which files of weights it gets; of those `beside` the weights it gets copies. What makes a
+    checkpoint of a folder, `last`, is written by `finish` and is not there before.
+    """
+
+    plan: Mapping[str, Planned]
+    beside: list[Path]
+    last: tuple[str, ...] = ()
+
+    def __init__(self, files: Files, target: Path) -> None:
+        self.source, self.target = files.folder, target
+        self.entries, self.identities = files.entries, files.identities
+
+    @abstractmethod
+    def write_tensors(self, reader: Reader, file: str, write: Write) -> None:
+        """Writes the tensors of one file of the plan. Raises CheckpointError."""
+
+    @abstractmethod
+    def asked(self) -> bytes:
+        """What else than files and headers the result depends on."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Writes `last`."""
+
+    def run(self, progress: Progress | None) -> Outcome:
+        """Writes what is not there yet. Raises CheckpointError for the source, RewriteError for the
+        target."""
+        here, there = self.source.resolve(), self.target.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise RewriteError(
+                f"{there} and {here} are one folder, or one is in the other; name another target"
+            )
+        with _os_errors_told(self.target):
+            self.target.mkdir(parents=True, exist_ok=True)
+            with locked(self.target):
+                return self._run(progress)
+
+    def _run(self, progress: Progress | None) -> Outcome:
+        fingerprint = self._fingerprint()
+        done = self._begin(fingerprint)
+        left = {file: plan for file, plan in self.plan.items() if file not in done}
+        needed = sum(plan.num_bytes for plan in left.values())
+        free = shutil.disk_usage(self.target).free
+        if needed > free:
+            raise RewriteError(
+                f"{self.target} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB more are needed; "
+                "make room, or name a folder on another disk"
+            )
+        kept, written = len(done), 0
+        total = needed - sum(len(plan.header) for plan in left.values())
+
+        def counted(write: Write) -> Write:
+            def write_and_tell(data: memoryview, offset: int) -> None:
+                nonlocal written
+                write(data, offset)
+                written += len(data)
+                if progress is not None:
+                    progress(written, total)
+
+            return write_and_tell
+
+        for file, plan in left.items():
+            with Reader(self.source, self.entries) as reader, new_file(self.target / file, plan) as write:
+                self.write_tensors(reader, file, counted(write))
+                if identities(self.source) != self.identities:
+                    what = f"{self.source} was changed while it was read"
+                    raise RewriteError(f"{what}; let that end, and begin again")
+            done.append(file)
+            self._save_state(fingerprint, done)
+        for path in self.beside:
+            copy_whole(path, self.target / path.name)
+        self.finish()
+        (self.target / STATE).unlink()
+        sync_folder(self.target)
+        return Outcome(len(self.plan), kept, sum(plan.num_bytes for plan in self.plan.values()))
+
+    def _fingerprint(self) -> str:
+        """Differs where a file of the source is another one now, or where something else is asked for."""
+        digest = hashlib.sha256(repr(sorted(self.identities.items())).encode() + self.asked())
+        for file, plan in self.plan.items():
+            digest.update(file.encode() + b"\0" + plan.header)
+        return digest.hexdigest()
+
+    def _begin(self, fingerprint: str) -> list[str]:
+        """Which files an earlier run has finished. Removes what else it has left."""
+        (self.target / (STATE + PARTIAL)).unlink(missing_ok=True)
+        former = _read_state(self.target)
+        if former is None:
+            if any(self.target.iterdir()):
+                raise RewriteError(
+                    f"{self.target} is not empty, and holds nothing that could go on; name another folder"
+                )
+            self._save_state(fingerprint, [])
+            return []
+        writes, is_same = former["writes"], former["fingerprint"] == fingerprint
+        # While anything is to be done, nothing may look complete.
+        doomed = [*self.last, *(name + PARTIAL for name in writes)]
+        for name in [*doomed, *([] if is_same else writes)]:
+            (self.target / name).unlink(missing_ok=True)
+        sync_folder(self.target)
+        finished = former["done"] if is_same else []
+        done = [file for file in self.plan if file in finished and self._is_whole(file)]
+        self._save_state(fingerprint, done)
+        return done
+
+    def _is_whole(self, file: str) -> bool:
+        path, plan = self.target / file, self.plan[file]
+        if not path.is_file() or path.stat().st_size != plan.num_bytes:
+            return False
+        with path.open("rb") as opened:
+            return opened.read(len(plan.header)) == plan.header
+
+    def _save_state(self, fingerprint: str, done: list[str]) -> None:
+        writes = [*self.last, *self.plan, *(path.name for path in self.beside)]
+        state = {"fingerprint": fingerprint, "writes": writes, "done": done}
+        write_whole(self.target / STATE, to_json(state))
+
+
+def identities(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """What changes when somebody writes one of a folder's files of weights, or replaces it."""
+    found = {}
+    for path in folder.rglob("*.safetensors"):
+        with suppress(OSError):  # a broken link, of which the checkpoint's own check says more
+            status = path.stat()
+            found[str(path.relative_to(folder))] = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
+
+
+def _read_state(target: Path) -> dict[str, Any] | None:
+    """None where there is none. Raises RewriteError for one that no cast has written."""
+    file = target / STATE
+    try:
+        state: dict[str, Any] = json.loads(file.read_bytes())
+        names = [PurePath(name) for name in (*state["writes"], *state["done"])]
+        if not isinstance(state["fingerprint"], str) or any(
+            n.is_absolute() or ".." in n.parts for n in names
+        ):
+            raise ValueError
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise RewriteError(f"{file} is damaged; remove {target}, and begin again") from None
+    return state
+
+
+@contextmanager
+def _os_errors_told(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except BlockingIOError:
+        raise RewriteError(f"somebody else writes to {target}; let it end") from None
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno in _FULL:
+            raise RewriteError(
+                f"there is no room left for {target} ({why}); what was finished is kept: make room, and the "
+                "same command goes on from there"
+            ) from error
+        raise RewriteError(f"{error.filename or target}: {why}") from error
+
+
+def to_json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,209 @@
+"""Files of weights, read and written in a stream: no tensor is ever whole in memory, and no file is ever
+there in part."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from r1_cluster.weights.checkpoint import CheckpointError
+from r1_cluster.weights.headers import ITEM_BYTES, Entry
+from r1_cluster.weights.inventory import Stored
+from r1_cluster.weights.tensors import SCALE_SUFFIX
+
+CHUNK_ITEMS = 4 << 20
+"""Numbers in memory at a time; several copies of them may be, in several types."""
+PARTIAL = ".partial"
+"""What the name of a file ends with while it is written."""
+
+Write = Callable[[memoryview, int], None]
+"""Writes bytes to a place in a file."""
+
+_TORCH_TYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+
+
+class Placed(NamedTuple):
+    """A tensor `offset` bytes into a file that is to be written, made of the tensor `source`."""
+
+    stored: Stored
+    source: str
+    offset: int
+
+
+class Planned(NamedTuple):
+    """A file that is to be written."""
+
+    header: bytes
+    tensors: dict[str, Placed]
+    num_bytes: int
+
+
+def lay_out(tensors: Iterable[tuple[Stored, str]]) -> Planned:
+    """A file of these tensors, each made of the one that is named with it.
+
+    Readers map files and want each tensor aligned to its type: the widest types come first, as the format's
+    own writer has it.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    placed: list[tuple[Stored, str, int]] = []
+    end = 0
+    for stored, source in sorted(tensors, key=lambda pair: -ITEM_BYTES[pair[0].dtype]):
+        start, end = end, end + stored.num_bytes
+        header[stored.name] = {
+            "dtype": stored.dtype,
+            "shape": list(stored.shape),
+            "data_offsets": [start, end],
+        }
+        placed.append((stored, source, start))
+    packed = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    packed += b" " * (-len(packed) % 8)  # the format aligns the data to 8 bytes
+    packed = len(packed).to_bytes(8, "little") + packed
+    found = {stored.name: Placed(stored, source, len(packed) + start) for stored, source, start in placed}
+    return Planned(packed, found, len(packed) + end)
+
+
+class Reader:
+    """Reads parts of a checkpoint's tensors. (Memory maps would count as memory of ours.) All methods raise
+    CheckpointError."""
+
+    def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
+        self.folder = folder
+        self.entries = entries
+        self._stack = ExitStack()
+        self._open: dict[str, int] = {}
+
+    def read(self, name: str, start: int, num_bytes: int) -> bytearray:
+        """At most `num_bytes` of a tensor's data, from byte `start` on."""
+        entry = self.entries[name]
+        data = bytearray(min(num_bytes, entry.num_bytes - start))
+        view, filled = memoryview(data), 0
+        try:
+            file = self._open.get(entry.file)
+            if file is None:
+                file = self._open[entry.file] = os.open(self.folder / entry.file, os.O_RDONLY)
+                self._stack.callback(os.close, file)
+            while filled < len(data):
+                count = os.preadv(file, [view[filled:]], entry.offset + start + filled)
+                if not count:
+                    raise CheckpointError(self.folder, [f"{entry.file} is cut off in tensor {name}"])
+                filled += count
+        except OSError as error:
+            fault = f"{entry.file}: tensor {name} cannot be read ({error.strerror})"
+            raise CheckpointError(self.folder, [fault]) from error
+        return data
+
+    def rows(self, name: str, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """A matrix some rows at a time, a multiple of `multiple`: the first's number, and they themselves."""
+        entry = self.entries[name]
+        num_rows, num_columns = entry.shape
+        step = max(1, CHUNK_ITEMS // num_columns // multiple) * multiple
+        row_bytes = num_columns * ITEM_BYTES[entry.dtype]
+        for first in range(0, num_rows, step):
+            data = self.read(name, first * row_bytes, step * row_bytes)
+            yield first, torch.frombuffer(data, dtype=_TORCH_TYPES[entry.dtype]).view(-1, num_columns)
+
+    def scales(self, name: str) -> Tensor:
+        """The float32 scales of an FP8 matrix, which must be positive and finite."""
+        entry = self.entries[name + SCALE_SUFFIX]
+        data = self.read(name + SCALE_SUFFIX, 0, entry.num_bytes)
+        scale = torch.frombuffer(data, dtype=_TORCH_TYPES[entry.dtype]).float().view(entry.shape)
+        if not bool(((scale > 0) & scale.isfinite()).all()):
+            fault = f"{entry.file}: tensor {name}{SCALE_SUFFIX} has scales that are not positive and finite"
+            raise CheckpointError(self.folder, [fault])
+        return scale
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, as files have them."""
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+
+
+@contextmanager
+def new_file(path: Path, planned: Planned) -> Iterator[Write]:
+    """Gives what writes a file's tensors. The file appears whole at the end of the `with` block, or not at
+    all. Raises OSError, for a full disk before anything is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        os.posix_fallocate(file, 0, planned.num_bytes)
+        _write(file, memoryview(planned.header), 0)
+        yield lambda data, offset: _write(file, data, offset)
+        os.fsync(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(file)
+    _appear(partial, path)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a small file, which is there with all of its content or not at all."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_bytes(data)
+    _sync(partial)
+    _appear(partial, path)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copies a file, which is there with all of its content or not at all."""
+    partial = target.with_name(target.name + PARTIAL)
+    shutil.copyfile(source, partial)
+    _sync(partial)
+    _appear(partial, target)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes durable which files there are."""
+    _sync(folder)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps others who lock the folder out of it. Raises BlockingIOError where somebody keeps us out."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(file)
+
+
+def _appear(partial: Path, path: Path) -> None:
+    partial.rename(path)
+    sync_folder(path.parent)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _write(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count
