@@ -113,7 +113,7 @@ def fp8_plain():
         return torch.cat([mlp(part, up, down, tiled=tiled) for part, up, down in pairs if len(part)])
 
     own = {"linear": linear, "mlp": mlp, "experts": experts, "KEEPS_FP8": True}
-    own["block_scaled"] = lambda values, scale, device: ops.BlockScaled(values, scale)
+    own["block_scaled"] = lambda values, scale, block, device: ops.BlockScaled(values, scale)
     return SimpleNamespace(**{**vars(cpu), **own})
 
 
