@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels import ROW_TILE
 from kernels.cpu_sampler import sample
-from kernels.int_weight import dequantize_groups
+from kernels.int_weight import dequantize_groups, fp8_to_float
 from kernels.ops import (
     ATTENTION_SPLIT,
     AttentionPlan,
@@ -501,5 +501,5 @@ def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: tor
     out = torch.empty(num_rows, num_columns, dtype=dtype, device=weight.device)
     for i, scale_row in enumerate(scale.float()):
         rows = slice(i * block[0], (i + 1) * block[0])
-        out[rows] = weight[rows].float() * scale_row.repeat_interleave(block[1])[:num_columns]
+        out[rows] = fp8_to_float(weight[rows]) * scale_row.repeat_interleave(block[1])[:num_columns]
     return out

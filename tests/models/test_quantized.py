@@ -7,6 +7,7 @@ import torch
 from small_model import SmallModel, config_values, quantize, to_floats, to_fp8, write_checkpoint
 
 from kernels import cpu
+from kernels.int_weight import fp8_to_float
 from kernels.ops import GroupScaled
 from r1_cluster.weights.tensors import INT4, INT8
 
@@ -93,6 +94,12 @@ def test_no_more_than_some_rows_are_ever_in_full_width(folders, kind, monkeypatc
     for weight in model.shards[0]._weights[1]:
         assert isinstance(weight, GroupScaled)
         assert weight.values.dtype == STORED[kind]
+
+
+def test_fp8_numbers_are_torchs():
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    assert torch.equal(fp8_to_float(every).nan_to_num(nan=999), every.float().nan_to_num(nan=999))
+    assert fp8_to_float(every.view(2, 8, 16)[:, 1:, :9]).shape == (2, 7, 9)
 
 
 def test_products_of_few_columns_are_padded_as_others_are():
