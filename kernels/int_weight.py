@@ -1,8 +1,9 @@
 """Weights of few bits in plain torch: how they are rounded, how they lie in memory, what they stand for.
 
 In memory, rows of integers are filled with zeros to whole groups of 128 columns, so that kernels read whole
-groups: int8 [..., N, P], or uint8 [..., N, P/2] with two numbers in each byte. Scales are float32, one per row
-[..., N, 1] or one per row and group [..., N, P/128]. On disk they lie otherwise: `r1_cluster.weights.integers`.
+groups: int8 [..., N, P], or uint8 [..., N, P/2] with two numbers in each byte. Scales are float32, one per
+row [..., N, 1] or one per row and group [..., N, P/128]. On disk they lie otherwise:
+`r1_cluster.weights.integers`.
 """
 
 import torch
