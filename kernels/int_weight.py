@@ -46,7 +46,7 @@ def pack_int4(q_NP: Tensor) -> Tensor:
 
     Each half, 8 added, is a contiguous half group, so that unpacking needs no shuffle between lanes.
     """
-    low, high = (q_NP + 8).to(torch.uint8).reshape(len(q_NP), -1, GROUP).chunk(2, -1)
+    low, high = (q_NP.contiguous().view(torch.uint8) + 8).reshape(len(q_NP), -1, GROUP).chunk(2, -1)
     return (low | (high << 4)).flatten(1)
 
 

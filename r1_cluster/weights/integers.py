@@ -33,7 +33,7 @@ def stored_shapes(shape: tuple[int, ...], how: IntFormat) -> dict[str, tuple[int
 
 def to_words(q_NK: Tensor, bits: int) -> Tensor:
     """int8 [N, K] with numbers of `bits` → int32 words [N, ⌈K·bits/32⌉]."""
-    raised = (q_NK.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    raised = q_NK.contiguous().view(torch.uint8) + (1 << (bits - 1))  # modulo 256
     raised = F.pad(raised, (0, -q_NK.shape[1] % (32 // bits)))
     if bits == 4:
         raised = raised[:, 0::2] | (raised[:, 1::2] << 4)
@@ -45,7 +45,8 @@ def from_words(words: Tensor, bits: int, width: int) -> Tensor:
     raised = words.contiguous().view(torch.uint8)
     if bits == 4:
         raised = torch.stack([raised & 15, raised >> 4], -1).flatten(1)
-    return (raised[:, :width].to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    # In arithmetic modulo 256, the same bits with and without a sign.
+    return (raised[:, :width] - (1 << (bits - 1))).view(torch.int8)
 
 
 def quantization_config(how: IntFormat, not_quantized: list[str]) -> dict[str, object]:

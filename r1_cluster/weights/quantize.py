@@ -77,10 +77,11 @@ class TensorError:
 
     def add(self, weight: Tensor, rounded: Tensor) -> None:
         """Counts some rows in."""
-        difference = rounded.double() - weight.double()
-        self.squared_error += float(difference.square().sum())
-        self.squared_norm += float(weight.double().square().sum())
-        self.largest = max(self.largest, float(difference.abs().max()))
+        difference = rounded - weight
+        # In float64, for squares may leave the range of float32 where weights do not.
+        self.squared_error += float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+        self.squared_norm += float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+        self.largest = max(self.largest, float(difference.abs_().max()))
 
 
 @dataclass(frozen=True)
