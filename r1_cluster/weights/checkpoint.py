@@ -159,7 +159,12 @@ class Checkpoint:
         for name, spec in table.items():
             shape = spec.shape
             entry = self._entries.get(name)
-            if entry is None and name + PACKED_SUFFIX in self._entries:
+            packed = self._entries.get(name + PACKED_SUFFIX)
+            if packed is not None and entry is not None:
+                where = f"{entry.file} and, in integers, in {packed.file}"
+                faults.append(f"tensor {name} is there twice, in {where}: delete one")
+                continue
+            if packed is not None:
                 faults += self._int_faults(name, shape)
                 continue
             if entry is None:
@@ -179,9 +184,15 @@ class Checkpoint:
         last = max((spec.layer or 0 for spec in table.values()), default=0)
         for name, entry in self._entries.items():
             is_mtp = (layer_of(name) or 0) > last
-            if not is_mtp and name not in table and listed_name(name) not in table:
+            if not is_mtp and name not in table and not self._belongs(name, table):
                 faults.append(f"{entry.file}: tensor {name} has no place in the model of config.json")
         return faults
+
+    def _belongs(self, name: str, table: Mapping[str, TensorSpec]) -> bool:
+        """Whether a tensor that the table does not list is part of one that it lists."""
+        listed = listed_name(name)
+        part_of = listed if name.endswith(SCALE_SUFFIX) else listed + PACKED_SUFFIX
+        return listed in table and part_of in self._entries
 
     def _scale_faults(self, name: str, entry: _Entry) -> list[str]:
         blocks = tuple(-(-size // block) for size, block in zip(entry.shape, self.fp8_block))

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_model import config_values, random_tensors, write_checkpoint
 
 from kernels.int_weight import quantize_int
@@ -292,6 +292,18 @@ class TestIntegers:
         config, _ = self.write(tmp_path, **changes)
         found = faults(tmp_path, config)
         assert any(words in fault for fault in found), found
+
+    def test_parts_that_are_doubled_or_left_over(self, tmp_path):
+        config, weight = self.write(tmp_path)
+        tensors = load_file(tmp_path / SINGLE)
+        save_file(tensors | {self.name: weight}, tmp_path / SINGLE)
+        (fault,) = faults(tmp_path, config)
+        assert f"tensor {self.name} is there twice" in fault
+        del tensors[self.name + "_packed"]
+        save_file(tensors | {self.name: weight}, tmp_path / SINGLE)
+        found = faults(tmp_path, config)
+        assert len(found) == 2
+        assert all("has no place in the model" in fault for fault in found)
 
     def test_a_config_that_says_nothing_of_them(self, tmp_path):
         self.write(tmp_path)
