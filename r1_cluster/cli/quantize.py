@@ -22,24 +22,24 @@ def quantize(source: Path, target: Path, how: str) -> int:
     from r1_cluster.models.config import ModelConfigError
     from r1_cluster.models.family import load_config, mtp_table, tensor_table
     from r1_cluster.weights.checkpoint import CheckpointError
-    from r1_cluster.weights.quantize import QuantizeError, is_quantized, quantize_checkpoint
+    from r1_cluster.weights.quantize import QuantizeError, quantize_checkpoint
     from r1_cluster.weights.tensors import INT4, INT8
 
     began = shown = time.monotonic()
-    num_done = num_bytes = 0
+    num_bytes = 0
+
+    def on_tensor(error: TensorError, done: int, total: int) -> None:
+        nonlocal shown, num_bytes
+        num_bytes = total
+        if (now := time.monotonic()) - shown >= _PROGRESS_S:
+            shown = now
+            rate = done / (now - began)
+            left = (total - done) / rate
+            print(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, {left:.0f} s left")
+
     try:
         config = load_config(source)
         table, mtp = tensor_table(config), mtp_table(config)
-        num_tensors = sum(is_quantized(spec) for spec in table)
-
-        def on_tensor(error: TensorError, written: int) -> None:
-            nonlocal shown, num_done, num_bytes
-            num_done, num_bytes = num_done + 1, num_bytes + written
-            if (now := time.monotonic()) - shown >= _PROGRESS_S:
-                shown = now
-                rate = num_bytes / 1e6 / (now - began)
-                print(f"{num_done} of {num_tensors} tensors, {num_bytes / 1e9:.2f} GB, {rate:.0f} MB/s")
-
         formats = dict(zip(FORMATS, (INT8, INT4), strict=True))
         errors = quantize_checkpoint(
             source, target, table, formats[how], config.fp8_block, mtp=mtp, on_tensor=on_tensor

@@ -111,14 +111,14 @@ def quantize_checkpoint(
     fp8_block: tuple[int, int] | None = None,
     *,
     mtp: Sequence[TensorSpec] = (),
-    on_tensor: Callable[[TensorError, int], None] = lambda error, num_bytes: None,
+    on_tensor: Callable[[TensorError, int, int], None] = lambda error, done, total: None,
 ) -> list[TensorError]:
     """Writes the checkpoint `source` to the new folder `target`; returns each quantized tensor's error.
 
     `table` lists the model's tensors, `mtp` those of MTP modules, which need not be there. `on_tensor` is
-    called after each of the quantized ones with its error and the bytes that were written for it. Raises
-    CheckpointError for a source that is not sound, QuantizeError for values that are not finite, for a target
-    that exists or does not fit, and for a disk that fills all the same.
+    called after each of the quantized ones with its error and the bytes written, so far and in the end.
+    Raises CheckpointError for a source that is not sound, QuantizeError for values that are not finite, for a
+    target that exists or does not fit, and for a disk that fills all the same.
     """
     source, target = Path(source), Path(target)
     if target.exists() or target.is_symlink():
@@ -131,15 +131,18 @@ def quantize_checkpoint(
         target.parent.mkdir(parents=True, exist_ok=True)
         if unfinished.exists():  # of a run that was ended
             shutil.rmtree(unfinished)
-        _check_room(target.parent, sum(plan.num_bytes for file in plans.values() for plan in file))
+        done, total = 0, sum(plan.num_bytes for file in plans.values() for plan in file)
+        _check_room(target.parent, total)
         try:
             unfinished.mkdir()
             _copy_others(source, unfinished)
             errors = []
             for file, tensors in plans.items():
-                for error in _write_file(checkpoint, unfinished / file, tensors, how):
-                    errors.append(error[0])
-                    on_tensor(*error)
+                for plan, error in _write_file(checkpoint, unfinished / file, tensors, how):
+                    done += plan.num_bytes
+                    if error is not None:
+                        errors.append(error)
+                        on_tensor(error, done, total)
             _write_index(unfinished, plans)
             not_quantized = _modules_in_floats(specs, plans)
             config |= {"quantization_config": quantization_config(how, not_quantized)}
@@ -197,8 +200,9 @@ def _copy_others(source: Path, folder: Path) -> None:
 
 def _write_file(
     checkpoint: Checkpoint, path: Path, plans: Sequence[_Plan], how: IntFormat
-) -> Iterator[tuple[TensorError, int]]:
-    """Writes one safetensors file under a temporary name, and renames it; the errors of what is quantized."""
+) -> Iterator[tuple[_Plan, TensorError | None]]:
+    """Writes one safetensors file under a temporary name, tensor by tensor, and renames it; yields what was
+    written, and its error if it was quantized."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for plan in plans:
@@ -213,9 +217,10 @@ def _write_file(
         file.write(len(packed).to_bytes(8, "little") + packed)
         for plan in plans:
             if plan.quantized:
-                yield _write_quantized(checkpoint, file, plan, how), plan.num_bytes
+                yield plan, _write_quantized(checkpoint, file, plan, how)
             else:
                 _write_copy(checkpoint, file, plan)
+                yield plan, None
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)

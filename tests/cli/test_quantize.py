@@ -5,6 +5,7 @@ import re
 import pytest
 from small_model import config_values, write_checkpoint
 
+from r1_cluster.cli import quantize as command
 from r1_cluster.cli.quantize import FORMATS, quantize
 from r1_cluster.models.family import load_config
 from r1_cluster.weights.tensors import INT4, INT8
@@ -25,6 +26,15 @@ def test_errors_are_told_by_part(tmp_path, capsys, how, expected, least, most):
     assert len(errors) == 4
     assert all(least < error < most for error in errors)
     assert f"of {how.upper()} in" in out
+
+
+def test_progress_has_a_rate_and_what_is_left(tmp_path, capsys, monkeypatch):
+    write_checkpoint(tmp_path / "source", config_values())
+    monkeypatch.setattr(command, "_PROGRESS_S", 0.0)
+    assert quantize(tmp_path / "source", tmp_path / "target", "int8") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "MB/s" in line]
+    assert len(lines) == 12 + 3 + 6 + 48
+    assert all(re.fullmatch(r"[\d.]+ of [\d.]+ GB, \d+ MB/s, \d+ s left", line) for line in lines)
 
 
 def test_what_cannot_be_done_is_one_sentence(tmp_path, capsys):

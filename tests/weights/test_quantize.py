@@ -132,6 +132,22 @@ def test_from_fp8(tmp_path, how):
         assert ((got - weight).abs() <= step * 0.500001).all()
 
 
+def test_progress_is_told_in_bytes(source, tmp_path):
+    config, told = load_config(source), []
+    quantize_checkpoint(
+        source,
+        tmp_path / "target",
+        tensor_table(config),
+        INT8,
+        mtp=mtp_table(config),
+        on_tensor=lambda error, done, total: told.append((error.name, done, total)),
+    )
+    size = json.loads((tmp_path / "target" / INDEX).read_text())["metadata"]["total_size"]
+    assert {total for _, _, total in told} == {size}
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert told[-1][1] <= size
+
+
 def test_some_rows_at_a_time_give_the_same(source, tmp_path, monkeypatch):
     whole = quantize(source, tmp_path / "whole", INT4)
     monkeypatch.setattr(quantize_module, "_ROWS_BYTES", 1)
