@@ -82,4 +82,4 @@ def dequantize_groups(values: Tensor, scale: Tensor, width: int, dtype: torch.dt
         values = fp8_to_float(values)
     wide = torch.promote_types(dtype, torch.float32)
     grouped = values.to(wide).view(*scale.shape, -1).mul_(scale.to(wide)[..., None])
-    return grouped.flatten(-2)[..., :width].to(dtype)
+    return grouped.flatten(-2)[..., :width].to(dtype).contiguous()
