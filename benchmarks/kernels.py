@@ -22,7 +22,20 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import fp8, gemm_fp8, mla_decode, moe_combine, moe_gate, moe_gemm, moe_sort, norm, sampler, tuned
+from kernels import (
+    fp8,
+    gemm_fp8,
+    int_gemm,
+    int_moe_gemm,
+    mla_decode,
+    moe_combine,
+    moe_gate,
+    moe_gemm,
+    moe_sort,
+    norm,
+    sampler,
+    tuned,
+)
 
 Run = Callable[[], object]
 
@@ -171,6 +184,58 @@ def grouped(num_experts: int, tokens: int, gate_up: bool) -> Work:
     return Work(name, f"{num_experts} experts, T={tokens}", ours, size, 2.0 * rows * n * k)
 
 
+def random_integers(bits: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and scales of a weight [..., N, K], as `kernels.ops.GroupScaled` has them: INT8 by rows, INT4 by
+    groups of 128."""
+    *rows, k = shape
+    if bits == 8:
+        return torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda"), random_scales(*rows, 1)
+    packed = torch.randint(0, 256, (*rows, k // 2), dtype=torch.uint8, device="cuda")
+    return packed, random_scales(*rows, k // 128)
+
+
+def weight_only(bits: int, m: int, n: int, k: int) -> Work:
+    """One product of BF16 rows with an INT8 or INT4 weight, beside torch's of a BF16 weight."""
+
+    def ours() -> Run:
+        x, weight = torch.randn(m, k, dtype=torch.bfloat16, device="cuda"), random_integers(bits, n, k)
+        return lambda: int_gemm.gemm_int(x, *weight)
+
+    def bf16() -> Run:
+        a, b = (torch.randn(rows, k, dtype=torch.bfloat16, device="cuda") for rows in (m, n))
+        return lambda: a @ b.T
+
+    size = 2 * m * k + n * k * bits / 8 + 2 * m * n
+    peers = (("torch BF16", bf16),)
+    return Work(f"int{bits} gemm", f"{m}×{n}×{k}", ours, size, 2.0 * m * n * k, fp8=False, peers=peers)
+
+
+def grouped_weight_only(bits: int, num_experts: int, tokens: int) -> Work:
+    """The gate-up product of `grouped`, with INT8 or INT4 weights; it fetches its rows itself."""
+    n, k = 2 * EXPERT_WIDTH, WIDTH
+    block = 128 if tokens * TOP_K / num_experts >= 64 else 16
+
+    def ours() -> Run:
+        ids = torch.stack([torch.randperm(num_experts, device="cuda")[:TOP_K] for _ in range(tokens)]).int()
+        order = moe_sort.sort_rows(ids, num_experts, block)
+        x = torch.randn(tokens, k, dtype=torch.bfloat16, device="cuda")
+        weight = random_integers(bits, num_experts, n, k)
+        return lambda: int_moe_gemm.grouped_int(
+            x,
+            *weight,
+            order.expert_of_block,
+            order.row_of_slot,
+            rows_per_source=TOP_K,
+            num_slots=order.row_of_slot.numel(),
+        )
+
+    hit = num_experts * (1 - (1 - TOP_K / num_experts) ** tokens)
+    rows = tokens * TOP_K
+    size = hit * n * k * bits / 8 + 2 * tokens * k + 2 * rows * n
+    shape = f"{num_experts} experts, T={tokens}"
+    return Work(f"int{bits} grouped", shape, ours, size, 2.0 * rows * n * k, fp8=False)
+
+
 def mla(batch: int, context: int) -> Work:
     """One decode step of 128 heads, BF16 cache."""
     pages = context // PAGE
@@ -252,6 +317,9 @@ def all_work() -> Iterator[Work]:
             yield from (mla(tokens, context) for context in CONTEXTS)
         for num_experts in EXPERTS:
             yield from (grouped(num_experts, tokens, gate_up) for gate_up in (True, False))
+        for bits in (8, 4):
+            yield from (weight_only(bits, tokens, n, k) for n, k in DENSE[:4])
+            yield from (grouped_weight_only(bits, num_experts, tokens) for num_experts in EXPERTS[:2])
 
 
 def line(work: Work, ceilings: Ceilings) -> str:

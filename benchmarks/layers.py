@@ -48,6 +48,7 @@ class RandomSource:
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self._shapes = {spec.name: spec.shape for spec in tensor_table(config)}
         self._device = device
+        self.fp8_block = (128, 128)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
@@ -60,6 +61,12 @@ class RandomSource:
         if len(shape) == 1:
             return torch.ones(shape, dtype=dtype, device=device)
         return torch.randn(shape, dtype=dtype, device=device).mul_(shape[1] ** -0.5)
+
+    def int_bits(self, name: str) -> int | None:
+        return None
+
+    def get_int(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError(f"{name} is no integer tensor")
 
     def get_scaled(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         rows, columns = self.shape(name)

@@ -3,7 +3,8 @@
 What keeps a row's bits free of its neighbours, beside the tiles: elementwise functions that have a vector
 body and a scalar tail (exp2, silu, sigmoid) see at most `GRAIN` elements a call, in whole vectors or row by
 row, so that neither the tail nor the split over threads falls elsewhere when other rows come; and
-nothing is summed over a length that other sequences decide.
+nothing is summed over a length that other sequences decide. Weights of few bits are dequantized some rows
+at a time, whose number depends on the weight alone.
 
 Measured with torch 2.13's MKL on one and two threads: in products of fewer than 12 columns a row's bits
 depend on its place in the tile, and those of products of 1, 3, 5 or 6 rows on how many share the batch. So
@@ -23,8 +24,9 @@ from kernels import ROW_TILE
 from kernels.cpu_attention import gqa, mla_absorbed, mla_expanded, plan_attention
 from kernels.cpu_elementwise import GRAIN, elementwise_
 from kernels.cpu_sampler import sample
+from kernels.int_weight import dequantize_groups, fp8_to_float
 from kernels.ops import (
-    BlockScaled,
+    GroupScaled,
     ModelShape,
     Rotation,
     Routing,
@@ -34,10 +36,11 @@ from kernels.ops import (
 # Operations in files of their own.
 __all__ = ["gqa", "mla_absorbed", "mla_expanded", "plan_attention", "sample"]
 
-KEEPS_FP8 = False
+KEEPS_FP8 = True
 HAS_MOE = False
 
 _MIN_COLUMNS = 16
+_MAX_DEQUANTIZED = 1 << 18  # elements of a weight dequantized at once
 
 
 def faults(shape: ModelShape) -> list[str]:
@@ -45,15 +48,20 @@ def faults(shape: ModelShape) -> list[str]:
     return []
 
 
-def block_scaled(values: Tensor, scale: Tensor, device: torch.device) -> BlockScaled:
-    """See `Ops.block_scaled`."""
-    raise NotImplementedError("plain torch has no block-scaled products: weights are dequantized when read")
+def block_scaled(values: Tensor, scale: Tensor, block: tuple[int, int], device: torch.device) -> GroupScaled:
+    """See `Ops.block_scaled`. Each row gets its blocks' scales, so that blocks of any size may be stacked."""
+    num_rows, width = values.shape
+    padded = F.pad(values.view(torch.uint8), (0, -width % block[1])).view(values.dtype)
+    scales = scale.float().repeat_interleave(block[0], 0)[:num_rows]
+    return GroupScaled(padded.to(device), scales.to(device), width)
 
 
 def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None, *, tiled: bool) -> Tensor:
     """See `Ops.linear`."""
     if bias_O is not None:
         return linear(x_TI, weight_OI, tiled=tiled).add_(bias_O)
+    if isinstance(weight_OI, GroupScaled):
+        return _scaled_linear(x_TI, weight_OI, tiled)
     assert isinstance(weight_OI, Tensor)
     num_columns = len(weight_OI)
     if tiled and num_columns < _MIN_COLUMNS:
@@ -64,6 +72,18 @@ def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None, *, til
         return F.linear(x_TI, weight_OI)
     tiles = x_TI.reshape(-1, ROW_TILE, width)
     return torch.bmm(tiles, weight_OI.t().expand(len(tiles), -1, -1)).view(num_rows, -1)
+
+
+def _scaled_linear(x_TI: Tensor, weight: GroupScaled, tiled: bool) -> Tensor:
+    """By runs of the weight's rows: no more of it than `_MAX_DEQUANTIZED` elements is ever in full width."""
+    num_columns = len(weight.values)
+    out = x_TI.new_empty(len(x_TI), num_columns)
+    step = max(_MIN_COLUMNS, _MAX_DEQUANTIZED // weight.width)
+    for first in range(0, num_columns, step):
+        run = slice(first, first + step)
+        part = dequantize_groups(weight.values[run], weight.scale[run], weight.width, x_TI.dtype)
+        out[:, run] = linear(x_TI, part, tiled=tiled)
+    return out
 
 
 def head_linear(x_THI: Tensor, weight_HIO: Tensor, *, tiled: bool) -> Tensor:
@@ -194,6 +214,9 @@ def experts(
     x_ND: Tensor, counts: Sequence[int], gate_up_e2FD: Weight, down_eDF: Weight, *, tiled: bool
 ) -> Tensor:
     """See `Ops.experts`."""
+    if isinstance(gate_up_e2FD, GroupScaled):
+        assert isinstance(down_eDF, GroupScaled)
+        return _scaled_experts(x_ND, counts, gate_up_e2FD, down_eDF, tiled)
     assert isinstance(gate_up_e2FD, Tensor)
     assert isinstance(down_eDF, Tensor)
     if tiled:
@@ -206,6 +229,22 @@ def experts(
             parts.append(F.linear(hidden, down_eDF[expert]))
             first += count
     return torch.cat(parts) if parts else x_ND.clone()
+
+
+def _scaled_experts(
+    x_ND: Tensor, counts: Sequence[int], gate_up_e2FD: GroupScaled, down_eDF: GroupScaled, tiled: bool
+) -> Tensor:
+    """Expert by expert, each one's rows padded to whole tiles where they are `tiled`."""
+    out = torch.empty_like(x_ND)
+    first = 0
+    for expert, count in enumerate(counts):
+        if count:
+            spare = -count % ROW_TILE if tiled else 0
+            x = F.pad(x_ND[first : first + count], (0, 0, 0, spare))
+            y = mlp(x, gate_up_e2FD.expert(expert), down_eDF.expert(expert), tiled=tiled)
+            out[first : first + count] = y[:count]
+            first += count
+    return out
 
 
 def _tiled_experts(x_ND: Tensor, counts: Sequence[int], gate_up_e2FD: Tensor, down_eDF: Tensor) -> Tensor:
@@ -246,5 +285,5 @@ def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: tor
     out = torch.empty(num_rows, num_columns, dtype=dtype, device=weight.device)
     for i, scale_row in enumerate(scale.float()):
         rows = slice(i * block[0], (i + 1) * block[0])
-        out[rows] = weight[rows].float() * scale_row.repeat_interleave(block[1])[:num_columns]
+        out[rows] = fp8_to_float(weight[rows]) * scale_row.repeat_interleave(block[1])[:num_columns]
     return out

@@ -1,8 +1,10 @@
-"""Weight-only products: BF16 activations with INT8 or INT4 weights, one scale per row and 128 columns.
+"""Weight-only products: BF16 activations with INT8 or INT4 weights.
 
-A group's integers are exact in BF16, so the scale multiplies the group's product, not the weights. INT4 is
-packed by half groups (`reference.pack_int4`): the two halves of a byte belong to two contiguous runs of
-columns, so one load serves two products and nothing is shuffled between lanes.
+There is one scale per row, or one per row and group of 128 columns. A group's integers are exact in BF16,
+so the scale multiplies the group's product, not the weights. INT4 is packed by half groups
+(`int_weight.pack_int4`): the two halves of a byte belong to two contiguous runs of columns, so one load
+serves two products and nothing is shuffled between lanes. Weights are filled with zeros to whole groups; of
+activations nothing is read behind their width.
 """
 
 import torch
@@ -15,6 +17,29 @@ from kernels.launch import num_processors, rows_dense
 from kernels.tuned import autotune
 
 GROUP = 128
+
+
+@triton.jit
+def group_product(
+    x_at: tl.tensor, w_at: tl.tensor, columns_left: tl.tensor, EVEN: tl.constexpr, PACKED: tl.constexpr
+) -> tl.tensor:
+    """Product, before its scale, of one group of 128 columns: pointers to the first 64 of rows [M, 64] and of
+    weights [64, N]. The activations end `columns_left` columns from here, or with a whole group (EVEN)."""
+    if EVEN:
+        x_low, x_high = tl.load(x_at), tl.load(x_at + 64)
+    else:
+        half = tl.arange(0, 64)[None, :]
+        x_low = tl.load(x_at, mask=half < columns_left, other=0.0)
+        x_high = tl.load(x_at + 64, mask=half + 64 < columns_left, other=0.0)
+    if PACKED:
+        packed = tl.load(w_at)
+        low = (packed & 15).to(tl.int8) - 8
+        high = (packed >> 4).to(tl.int8) - 8
+    else:
+        low, high = tl.load(w_at), tl.load(w_at + 64)
+    product = tl.dot(x_low, low.to(tl.float32).to(x_low.dtype))
+    return tl.dot(x_high, high.to(tl.float32).to(x_low.dtype), product)
+
 
 CONFIGS = [
     triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
@@ -30,7 +55,7 @@ CONFIGS = [
 ]
 
 
-@autotune(CONFIGS, key=["m_bucket", "N", "num_groups", "groups_per_split"])
+@autotune(CONFIGS, key=["m_bucket", "N", "K", "groups_per_split"])
 @triton.jit
 def int_gemm_kernel(
     x_ptr: tl.tensor,
@@ -40,10 +65,12 @@ def int_gemm_kernel(
     M: int,
     m_bucket: int,
     N: int,
-    num_groups: int,
+    K: int,
     groups_per_split: int,
     x_stride: int,
+    EVEN: tl.constexpr,
     PACKED: tl.constexpr,
+    PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
@@ -53,24 +80,17 @@ def int_gemm_kernel(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_row, w_row = (rows % M).to(tl.int64), (columns % N).to(tl.int64)
+    num_groups = tl.cdiv(K, 128)
     first = part * groups_per_split
     half = tl.arange(0, 64)
     stored: tl.constexpr = 64 if PACKED else 128
     x_at = x_ptr + x_row[:, None] * x_stride + half[None, :] + first * 128
     w_at = weight_ptr + w_row[None, :] * (num_groups * stored) + half[:, None] + first * stored
-    scale_at = scale_ptr + w_row * num_groups
+    scale_at = scale_ptr + (w_row if PER_ROW else w_row * num_groups)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for group in range(first, tl.minimum(first + groups_per_split, num_groups)):
-        x_low, x_high = tl.load(x_at), tl.load(x_at + 64)
-        if PACKED:
-            packed = tl.load(w_at)
-            low = (packed & 15).to(tl.int8) - 8
-            high = (packed >> 4).to(tl.int8) - 8
-        else:
-            low, high = tl.load(w_at), tl.load(w_at + 64)
-        product = tl.dot(x_low, low.to(tl.float32).to(x_low.dtype))
-        product = tl.dot(x_high, high.to(tl.float32).to(x_low.dtype), product)
-        total += product * tl.load(scale_at + group).to(tl.float32)[None, :]
+        scale = tl.load(scale_at if PER_ROW else scale_at + group)
+        total += group_product(x_at, w_at, K - group * 128, EVEN, PACKED) * scale[None, :]
         x_at += 128
         w_at += stored
     out_at = out_ptr + (part.to(tl.int64) * M + rows[:, None]) * N + columns[None, :]
@@ -78,21 +98,31 @@ def int_gemm_kernel(
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def gemm_int(x_MK: Tensor, weight_NK: Tensor, scale_NG: Tensor, *, deterministic: bool = False) -> Tensor:
-    """`x wᵀ`, [M, N] in the dtype of `x`: int8 [N, K], or uint8 [N, K/2] packed; K a multiple of 128.
+def check_weight(values: Tensor, scale: Tensor, inner: int) -> dict[str, bool]:
+    """Asserts that weights [..., N, P] fit rows of `inner` columns; the kernels' compile-time arguments."""
+    packed = values.dtype == torch.uint8
+    groups = triton.cdiv(inner, GROUP)
+    assert values.dtype in (torch.int8, torch.uint8), f"weights are {values.dtype}"
+    assert values.shape[-1] == groups * (GROUP // 2 if packed else GROUP), (
+        f"{tuple(values.shape)} for {inner}"
+    )
+    assert scale.dtype == torch.float32
+    assert scale.shape[:-1] == values.shape[:-1], f"scales are {tuple(scale.shape)}"
+    assert scale.shape[-1] in (1, groups), f"{scale.shape[-1]} scales a row, for {groups} groups"
+    assert values.is_contiguous()
+    assert scale.is_contiguous()
+    return {"EVEN": inner % GROUP == 0, "PACKED": packed, "PER_ROW": scale.shape[-1] == 1}
 
-    `deterministic` keeps one tile shape and no split. See `reference.gemm_int` and `reference.quantize_int`.
+
+def gemm_int(x_MK: Tensor, values_NP: Tensor, scale_NG: Tensor, *, deterministic: bool = False) -> Tensor:
+    """`x wᵀ`, [M, N] in the dtype of `x`; a weight as in `ops.GroupScaled`, int8 [N, P] or uint8 [N, P/2].
+
+    `deterministic` keeps one tile shape and no split. See `reference.gemm_int` and `int_weight`.
     """
-    (num_rows, inner), num_columns = x_MK.shape, weight_NK.shape[0]
-    packed = weight_NK.dtype == torch.uint8
-    groups = inner // GROUP
-    assert weight_NK.dtype in (torch.int8, torch.uint8), f"weights are {weight_NK.dtype}"
-    assert inner % GROUP == 0, f"an inner width of {inner} does not divide into groups of {GROUP}"
-    assert weight_NK.shape[1] == (inner // 2 if packed else inner), f"weight rows of {weight_NK.shape[1]}"
-    assert scale_NG.shape == (num_columns, groups), f"scales are {tuple(scale_NG.shape)}"
+    (num_rows, inner), num_columns = x_MK.shape, values_NP.shape[0]
+    kind = check_weight(values_NP, scale_NG, inner)
     assert rows_dense(x_MK)
-    assert weight_NK.is_contiguous()
-    assert scale_NG.is_contiguous()
+    groups = triton.cdiv(inner, GROUP)
     out_MN = torch.empty(num_rows, num_columns, dtype=x_MK.dtype, device=x_MK.device)
     if num_rows == 0:
         return out_MN
@@ -112,16 +142,16 @@ def gemm_int(x_MK: Tensor, weight_NK: Tensor, scale_NG: Tensor, *, deterministic
         kernel, fixed = int_gemm_kernel.fn, CONFIGS[0].all_kwargs()
     kernel[grid](
         x_MK,
-        weight_NK,
+        values_NP,
         scale_NG,
         target,
         num_rows,
         triton.next_power_of_2(num_rows),
         num_columns,
-        groups,
+        inner,
         per_split,
         x_MK.stride(0),
-        PACKED=packed,
+        **kind,
         **fixed,
     )
     if splits > 1:

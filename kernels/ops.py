@@ -47,7 +47,27 @@ class BlockScaled:
     scale: Tensor
 
 
-Weight: TypeAlias = "Tensor | BlockScaled"
+@dataclass(frozen=True)
+class GroupScaled:
+    """A weight [..., N, K] of few bits, multiplied as what it stands for: activations are not quantized.
+
+    `values` are [..., N, P], int8 or FP8, or [..., N, P/2] uint8 with two numbers of 4 bits in a byte
+    (`int_weight.pack_int4`); the columns from K (`width`) to P are zero. `scale` [..., N, G] is float32: each
+    row's columns share them in G groups of P / G.
+    """
+
+    values: Tensor
+    scale: Tensor
+    width: int
+
+    def expert(self, index: int) -> GroupScaled:
+        """One weight of a stack."""
+        return GroupScaled(self.values[index], self.scale[index], self.width)
+
+
+ScaledWeight: TypeAlias = BlockScaled | GroupScaled
+
+Weight: TypeAlias = Tensor | ScaledWeight
 
 Rotation: TypeAlias = object
 """What an implementation turns a step's queries and keys by; made by `Ops.rotation`, once per step."""
@@ -100,7 +120,7 @@ class Ops(Protocol):
     """One device's implementation; a module fulfils it."""
 
     KEEPS_FP8: bool
-    """Whether products take FP8 weights as they are in the checkpoint, as `BlockScaled`."""
+    """Whether FP8 weights stay as they are in the checkpoint, in the form that `block_scaled` gives them."""
 
     HAS_MOE: bool
     """Whether it is `DeviceOps`: a mixture of experts is one call that the host need not follow."""
@@ -206,9 +226,11 @@ class Ops(Protocol):
     ) -> Tensor:
         """Expert i's MLP on its counts[i] rows, [N, D]; rows are sorted by expert."""
 
-    def block_scaled(self, values: Tensor, scale: Tensor, device: torch.device) -> BlockScaled:
-        """An FP8 weight (E4M3FN) and its scales, as read from a checkpoint, in the device's own format.
-        Only where KEEPS_FP8."""
+    def block_scaled(
+        self, values: Tensor, scale: Tensor, block: tuple[int, int], device: torch.device
+    ) -> ScaledWeight:
+        """An FP8 weight (E4M3FN) and the scales of its blocks, as read from a checkpoint, in the device's own
+        format. Only where KEEPS_FP8."""
 
     def dequantize(self, weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """FP8 weight [N, K] times its scales [ceil(N / rows), ceil(K / columns)] of each block."""

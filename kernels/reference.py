@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu_sampler import COLDEST, inverse_of, keys_of, masses_of, odd_draw
+from kernels.int_weight import dequantize_groups
 from kernels.ops import FAILED
 
 GROUP = 128
@@ -293,34 +294,15 @@ def latent_entry(
     return torch.cat([latent, rope(kv_TC[:, None, num_latent:], cos_TR, sin_TR, True)[:, 0]], -1)
 
 
-def quantize_int(weight_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """`(q_NK int8, scale_NG)`: symmetric, one scale per row and 128 columns, largest value 127 or 7."""
-    largest = 2 ** (bits - 1) - 1
-    groups = groups_of(weight_NK, GROUP)
-    scale_NG = groups.abs().amax(-1).clamp_min(1e-12) / largest
-    q_NK = (groups / scale_NG[..., None]).round().clamp(-largest, largest).flatten(-2)
-    return q_NK.to(torch.int8), scale_NG
+def gemm_int(x_MK: Tensor, values_NP: Tensor, scale_NG: Tensor) -> Tensor:
+    """Weight-only product with integers of 8 or 4 bits as they lie in memory (`ops.GroupScaled`), [M, N]."""
+    return x_MK @ dequantize_groups(values_NP, scale_NG, x_MK.shape[1], x_MK.dtype).mT
 
 
-def pack_int4(q_NK: Tensor) -> Tensor:
-    """[N, K/2] uint8: byte j of a group of 128 holds column j (low half) and column 64 + j (high half).
-
-    Each half, 8 added, is a contiguous half group, so that unpacking needs no shuffle between lanes.
-    """
-    low, high = groups_of((q_NK + 8).to(torch.uint8), GROUP).chunk(2, -1)
-    return (low | (high << 4)).flatten(-2)
-
-
-def unpack_int4(packed_NK: Tensor) -> Tensor:
-    """Inverse of `pack_int4`, int8."""
-    groups = groups_of(packed_NK, GROUP // 2)
-    return torch.stack([groups & 15, groups >> 4], -2).flatten(-3).to(torch.int8) - 8
-
-
-def gemm_int(x_MK: Tensor, q_NK: Tensor, scale_NG: Tensor) -> Tensor:
-    """Weight-only product with an int8 weight, or with a packed int4 weight (uint8), [M, N]."""
-    weight = unpack_int4(q_NK) if q_NK.dtype == torch.uint8 else q_NK
-    return x_MK @ dequantize(weight, scale_NG.to(x_MK.dtype)).mT
+def grouped_int(a_MK: Tensor, values_ENP: Tensor, scale_ENG: Tensor, expert_of_block_B: Tensor) -> Tensor:
+    """As `grouped_plain`, with integer weights as `gemm_int` takes them."""
+    weight_ENK = dequantize_groups(values_ENP, scale_ENG, a_MK.shape[1], a_MK.dtype)
+    return grouped_plain(a_MK, weight_ENK, expert_of_block_B)
 
 
 def apply_penalties(

@@ -11,6 +11,7 @@ from kernels import (
     gemm_fp8,
     gqa,
     int_gemm,
+    int_moe_gemm,
     mla_cache,
     mla_decode,
     mla_prefill,
@@ -98,8 +99,10 @@ _MLA_SHAPE = {"C": 512, "R": 64, "PAGE": 64}
 _NARROW_MLA = {"BLOCK_ROWS": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
 _GQA = "*bf16' *bf16' *bf16' *i32' *i32' *i32' *fp32' *fp32' fp32 i32' i32 i32 i32 i32' i32' i32' i32' i32'"
 _GQA_SHAPE = {"D": 128, "PAGE": 64, "BLOCK_N": 64}
-_INT = "*bf16' weight *fp32' *bf16' i32 i32 i32' i32 i32 i32'"
-_INT_SHAPE = {"BLOCK_M": 16, "BLOCK_N": 64}
+_INT = "*bf16' weight *fp32' *bf16' i32 i32 i32' i32' i32 i32'"
+_INT_SHAPE = {"EVEN": True, "BLOCK_M": 16, "BLOCK_N": 64}
+_INT8, _INT4 = {"PACKED": False, "PER_ROW": True}, {"PACKED": True, "PER_ROW": False}
+_GROUPED_INT = "*bf16' weight *fp32' *i32' *i32' *bf16' i32' i32' i32' i32' i32'"
 _SAMPLE = {"BLOCK": 2048, "SPLITS": 64}
 
 CASES = [
@@ -342,11 +345,49 @@ CASES = [
         "*bf16' *bf16' *fp32' *fp32' *i64' *i64' *bf16' *bf16' i32' i32' i32'",
         {"D": 128, "NUM_HEADS": 8, "BLOCK_H": 8},
     ),
+    Case("gemm int8", int_gemm.int_gemm_kernel, _INT.replace("weight", "*i8'"), _INT_SHAPE | _INT8),
+    Case("gemm int4", int_gemm.int_gemm_kernel, _INT.replace("weight", "*u8'"), _INT_SHAPE | _INT4),
     Case(
-        "gemm int8", int_gemm.int_gemm_kernel, _INT.replace("weight", "*i8'"), _INT_SHAPE | {"PACKED": False}
+        "gemm int4, short group",
+        int_gemm.int_gemm_kernel,
+        _INT.replace("weight", "*u8'"),
+        _INT_SHAPE | _INT4 | {"EVEN": False},
     ),
     Case(
-        "gemm int4", int_gemm.int_gemm_kernel, _INT.replace("weight", "*u8'"), _INT_SHAPE | {"PACKED": True}
+        "grouped int8, decode",
+        int_moe_gemm.grouped_int_kernel,
+        _GROUPED_INT.replace("weight", "*i8'"),
+        _INT8 | {"EVEN": True, "ROWS_PER_SOURCE": 8} | {"BLOCK_M": 16, "BLOCK_N": 64, "GROUP_M": 1},
+        4,
+        3,
+        True,
+    ),
+    Case(
+        "grouped int8, prefill",
+        int_moe_gemm.grouped_int_kernel,
+        _GROUPED_INT.replace("weight", "*i8'"),
+        _INT8 | {"EVEN": True, "ROWS_PER_SOURCE": 8} | {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP_M": 8},
+        8,
+        2,
+        True,
+    ),
+    Case(
+        "grouped int4, decode",
+        int_moe_gemm.grouped_int_kernel,
+        _GROUPED_INT.replace("weight", "*u8'"),
+        _INT4 | {"EVEN": True, "ROWS_PER_SOURCE": 8} | {"BLOCK_M": 16, "BLOCK_N": 64, "GROUP_M": 1},
+        4,
+        3,
+        True,
+    ),
+    Case(
+        "grouped int4, prefill",
+        int_moe_gemm.grouped_int_kernel,
+        _GROUPED_INT.replace("weight", "*u8'"),
+        _INT4 | {"EVEN": True, "ROWS_PER_SOURCE": 8} | {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP_M": 8},
+        8,
+        2,
+        True,
     ),
     Case(
         "sample, largest",

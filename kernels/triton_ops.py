@@ -1,9 +1,10 @@
 """The operations of `kernels.ops` by our Triton kernels: NVIDIA, and AMD under torch's name cuda.
 
 FP8 weights stay FP8: activations are quantized per token and 128 columns, and products are block-scaled.
-Products of weights that are not FP8 (BF16 checkpoints, the head, the gate, and the two per-head products of
-absorbed attention) are cuBLAS's or hipBLASLt's, through torch; all else is ours. `tiled` gives those products
-one shape, a tile of rows at a time, because a library may choose another kernel for another number of rows.
+INT8 and INT4 weights stay so as well, and meet activations that are not quantized. Products of weights that
+are not quantized (BF16 checkpoints, the head, the gate, and the two per-head products of absorbed attention)
+are cuBLAS's or hipBLASLt's, through torch; all else is ours. `tiled` gives those products one shape, a tile
+of rows at a time, because a library may choose another kernel for another number of rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from kernels import (
     ROW_TILE,
     fp8,
     gemm_fp8,
+    int_gemm,
+    int_moe_gemm,
     mla_cache,
     moe_combine,
     moe_gate,
@@ -31,7 +34,7 @@ from kernels import (
 from kernels import rope as rope_kernel
 from kernels.gqa import write_kv
 from kernels.launch import native_fp8
-from kernels.ops import BlockScaled, Draws, ModelShape, Rotation, Routing, Weight
+from kernels.ops import BlockScaled, Draws, GroupScaled, ModelShape, Rotation, Routing, Weight
 from kernels.reference import SortedRows
 from kernels.triton_attention import gqa, mla_absorbed, mla_expanded, plan_attention, refill_
 from kernels.upload import upload
@@ -65,9 +68,10 @@ def faults(shape: ModelShape) -> list[str]:
     return found
 
 
-def block_scaled(values: Tensor, scale: Tensor, device: torch.device) -> BlockScaled:
+def block_scaled(values: Tensor, scale: Tensor, block: tuple[int, int], device: torch.device) -> BlockScaled:
     """See `Ops.block_scaled`. FNUZ's exponents are biased by one more, so that the same bits mean half as
     much, and minus zero's bits mean NaN."""
+    assert block == (_GROUP, _GROUP)
     dtype = native_fp8(device)
     values, scale = values.to(device), scale.to(device, torch.float32)
     if dtype == torch.float8_e4m3fnuz:
@@ -86,6 +90,9 @@ def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None, *, til
     """See `Ops.linear`."""
     if isinstance(weight_OI, BlockScaled):
         out = _scaled_product(*fp8.quantize(x_TI, weight_OI.values.dtype), weight_OI, x_TI.dtype, tiled)
+        return out if bias_O is None else out.add_(bias_O)
+    if isinstance(weight_OI, GroupScaled):
+        out = int_gemm.gemm_int(x_TI, weight_OI.values, weight_OI.scale, deterministic=tiled)
         return out if bias_O is None else out.add_(bias_O)
     if not tiled or len(x_TI) == ROW_TILE:
         return F.linear(x_TI, weight_OI, bias_O)
@@ -206,6 +213,9 @@ def moe(
     if isinstance(gate_up_e2FD, Tensor):
         assert isinstance(down_eDF, Tensor)
         y_MD = _plain_experts(x_TD, order, top_k, gate_up_e2FD, down_eDF, tiled)
+    elif isinstance(gate_up_e2FD, GroupScaled):
+        assert isinstance(down_eDF, GroupScaled)
+        y_MD = _int_experts(x_TD, order, top_k, gate_up_e2FD, down_eDF, tiled)
     else:
         assert isinstance(down_eDF, BlockScaled)
         y_MD = _scaled_experts(x_TD, order, top_k, gate_up_e2FD, down_eDF, tiled)
@@ -228,6 +238,27 @@ def _plain_experts(
     )
     hidden = silu.silu_mul(gate_up_M2F)
     return moe_gemm_plain.grouped_plain(hidden, down, index, num_slots=num_slots, deterministic=tiled)
+
+
+def _int_experts(
+    x_TD: Tensor, order: SortedRows, top_k: int, gate_up: GroupScaled, down: GroupScaled, tiled: bool
+) -> Tensor:
+    """As `_plain_experts`."""
+    index, num_slots = order.expert_of_block, order.row_of_slot.numel()
+    gate_up_M2F = int_moe_gemm.grouped_int(
+        x_TD,
+        gate_up.values,
+        gate_up.scale,
+        index,
+        order.row_of_slot,
+        rows_per_source=top_k,
+        num_slots=num_slots,
+        deterministic=tiled,
+    )
+    hidden = silu.silu_mul(gate_up_M2F)
+    return int_moe_gemm.grouped_int(
+        hidden, down.values, down.scale, index, num_slots=num_slots, deterministic=tiled
+    )
 
 
 def _scaled_experts(

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from r1_cluster.models.batch import AttentionBatch
-from r1_cluster.models.family import load_config, parse_config, tensor_table
+from r1_cluster.models.family import load_config, mtp_table, parse_config, tensor_table
 from r1_cluster.models.loader import Loader, Shard
 from r1_cluster.models.moe import ExpertModel, RouterModel
 from r1_cluster.models.network import StageModel
 from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
 from r1_cluster.weights.checkpoint import Checkpoint
+from r1_cluster.weights.quantize import quantize_checkpoint
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0)
@@ -182,6 +183,29 @@ def to_fp8(folder):
     save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
 
+def quantize(folder, target, how):
+    """INT8 or INT4 of a checkpoint, in `target`; each tensor's error."""
+    config = load_config(folder)
+    return quantize_checkpoint(
+        folder, target, tensor_table(config), how, config.fp8_block, mtp=mtp_table(config)
+    )
+
+
+def to_floats(folder, target):
+    """What a checkpoint's weights stand for, in float32: of integers, whose scales are BF16, exactly."""
+    config = load_config(folder)
+    with Checkpoint(folder, tensor_table(config), config.fp8_block, config.int_format) as checkpoint:
+        tensors = {
+            spec.name: checkpoint.get(spec.name, torch.float32, CPU).clone() for spec in tensor_table(config)
+        }
+    target.mkdir()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    del values["quantization_config"]
+    (target / "config.json").write_text(json.dumps(values))
+    return target
+
+
 class SmallModel:
     """Stages over `bounds` (layer numbers where a new one begins) and expert shards of equal size, in one
     process. Each sequence gets `pages_each` pages, spread over the cache."""
@@ -200,7 +224,7 @@ class SmallModel:
         pages_each=24,
     ):
         self.config = config = load_config(folder)
-        with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
+        with Checkpoint(folder, tensor_table(config), config.fp8_block, config.int_format) as checkpoint:
             loader = Loader(checkpoint, Shard(device, dtype, deterministic))
             edges = [0, *bounds, config.num_hidden_layers]
             self.stages = [StageModel(config, loader, range(a, b)) for a, b in pairwise(edges)]

@@ -131,7 +131,7 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     try:
         model = load_config(service.model.path)
         check_fits(model, for_device(device), getattr(torch, service.dtype), service.engine.page_size)
-        Checkpoint(service.model.path, tensor_table(model), model.fp8_block).close()
+        Checkpoint(service.model.path, tensor_table(model), model.fp8_block, model.int_format).close()
     except (ModelConfigError, CheckpointError) as error:
         raise ConfigError(f"model.path: {error}") from None
     layout = build_layout(service.layout, model)

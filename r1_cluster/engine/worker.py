@@ -117,7 +117,9 @@ class Worker:
         shard = Shard(torch.device(boot.device), _DTYPES[boot.dtype], boot.deterministic)
         check_fits(config, shard.ops, shard.dtype, boot.page_size)
         stage: StageModel | None = None
-        with Checkpoint(boot.checkpoint, tensor_table(config), config.fp8_block) as checkpoint:
+        with Checkpoint(
+            boot.checkpoint, tensor_table(config), config.fp8_block, config.int_format
+        ) as checkpoint:
             loader = Loader(checkpoint, shard)
             if spec.experts is not None:
                 self.experts = ExpertModel(config, loader, config.moe_layers, range(*spec.experts))

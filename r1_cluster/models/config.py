@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from r1_cluster.weights.tensors import IntFormat
+
 
 class ModelConfigError(ValueError):
     """config.json is missing, broken, or contradicts itself; the message names the file's key."""
@@ -116,7 +118,8 @@ class ModelConfig:
     """What all models have. `moe` is None where no layer routes to experts.
 
     `tie_word_embeddings`: the head is the embedding, and no tensor of its own. `fp8_block` is the (rows,
-    columns) that share one scale in an FP8 checkpoint, None for others.
+    columns) that share one scale in an FP8 checkpoint, `int_format` how integers are stored in an INT8 or
+    INT4 one; None for others.
     """
 
     architecture: str
@@ -135,6 +138,7 @@ class ModelConfig:
     dtype: str
     tie_word_embeddings: bool
     fp8_block: tuple[int, int] | None
+    int_format: IntFormat | None
 
     @property
     def moe_layers(self) -> range:

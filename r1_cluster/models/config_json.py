@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TypedDict, TypeVar
 
 from r1_cluster.models.config import Llama3Rope, ModelConfigError, Rope, UnsupportedModel, Yarn
+from r1_cluster.weights.tensors import IntFormat
 
 Values = Mapping[str, object]
 _T = TypeVar("_T")
@@ -35,6 +36,7 @@ class Common(TypedDict):
     dtype: str
     tie_word_embeddings: bool
     fp8_block: tuple[int, int] | None
+    int_format: IntFormat | None
 
 
 def get(values: Values, key: str, kind: type[_T], default: _T | None = None) -> _T:
@@ -62,7 +64,7 @@ def check_only(architecture: str, values: Values, only: Values) -> None:
 
 def common(values: Values) -> Common:
     """Raises ModelConfigError, and UnsupportedModel for a quantization that is not supported."""
-    quantization = values.get("quantization_config")
+    fp8_block, int_format = _quantization(values.get("quantization_config"))
     return {
         "vocab_size": get(values, "vocab_size", int),
         "hidden_size": get(values, "hidden_size", int),
@@ -74,7 +76,8 @@ def common(values: Values) -> Common:
         "eos_token_ids": _eos_token_ids(values),
         "dtype": str(values.get("dtype") or values.get("torch_dtype") or "bfloat16"),
         "tie_word_embeddings": get(values, "tie_word_embeddings", bool, False),
-        "fp8_block": None if quantization is None else _fp8_block(quantization),
+        "fp8_block": fp8_block,
+        "int_format": int_format,
     }
 
 
@@ -174,10 +177,20 @@ def _eos_token_ids(values: Values) -> tuple[int, ...]:
     return tuple(get({"eos_token_id": value}, "eos_token_id", int) for value in listed)
 
 
-def _fp8_block(quantization: object) -> tuple[int, int]:
-    values = quantization if isinstance(quantization, dict) else {}
-    if values.get("quant_method") != "fp8":
-        raise UnsupportedModel(f"quantization {quantization!r} is not supported; supported: fp8")
+def _quantization(value: object) -> tuple[tuple[int, int] | None, IntFormat | None]:
+    """`(fp8_block, int_format)` of `quantization_config`, at most one of which is not None."""
+    if value is None:
+        return None, None
+    values = value if isinstance(value, dict) else {}
+    match values.get("quant_method"):
+        case "fp8":
+            return _fp8_block(values), None
+        case "compressed-tensors":
+            return None, _int_format(values)
+    raise UnsupportedModel(f"quantization {value!r} is not supported; supported: fp8, compressed-tensors")
+
+
+def _fp8_block(values: Values) -> tuple[int, int]:
     match values.get("weight_block_size"):
         case [int(rows), int(columns)] if rows > 0 and columns > 0:
             return rows, columns
@@ -185,3 +198,25 @@ def _fp8_block(quantization: object) -> tuple[int, int]:
             raise ModelConfigError(
                 f"config.json: weight_block_size must be two positive integers, it is {block!r}"
             )
+
+
+def _int_format(values: Values) -> IntFormat:
+    """Of compressed-tensors' many formats the weight-only ones whose groups are rows, or 128 columns of them.
+
+    Which modules are meant (`targets`, `ignore`) is seen by the tensors that the checkpoint has.
+    """
+    groups = values.get("config_groups")
+    match list(groups.values()) if isinstance(groups, dict) else None:
+        case [
+            {"weights": {"num_bits": 4 | 8 as bits, "type": "int", "strategy": strategy} as weights} as group
+        ]:
+            group_size = weights.get("group_size") if strategy == "group" else None
+            sound = (strategy, group_size) in (("channel", None), ("group", 128))
+            sound = sound and weights.get("symmetric", True) is True and not weights.get("actorder")
+            if sound and not group.get("input_activations") and values.get("format") == "pack-quantized":
+                return IntFormat(bits, group_size)
+    raise UnsupportedModel(
+        f"compressed-tensors with format {values.get('format')!r} and config_groups {groups!r} is not "
+        "supported; supported: pack-quantized, one group, symmetric integers of 4 or 8 bits by channel or by "
+        "groups of 128, activations not quantized"
+    )

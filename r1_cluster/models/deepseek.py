@@ -101,7 +101,10 @@ def _attention_tensors(name: str, shape: MlaShape, width: int) -> Iterator[Tenso
     yield TensorSpec(f"{name}.kv_a_proj_with_mqa.weight", (shape.cache_width, width), "attention")
     yield TensorSpec(f"{name}.kv_a_layernorm.weight", (shape.kv_lora_rank,), "norm")
     kv_rows = heads * (shape.qk_nope_head_dim + shape.v_head_dim)
-    yield TensorSpec(f"{name}.kv_b_proj.weight", (kv_rows, shape.kv_lora_rank), "attention", 0)
+    # Absorbed, it meets queries and attended latents head by head: see `mla`.
+    yield TensorSpec(
+        f"{name}.kv_b_proj.weight", (kv_rows, shape.kv_lora_rank), "attention", 0, stays_float=True
+    )
     yield TensorSpec(f"{name}.o_proj.weight", (width, heads * shape.v_head_dim), "attention", 1)
 
 

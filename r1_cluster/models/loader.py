@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kernels.ops import BlockScaled, Ops, Weight, for_device
+from kernels.int_weight import group_scaled
+from kernels.ops import Ops, ScaledWeight, Weight, for_device
 from r1_cluster.weights.tensors import TensorSource, layer_name
 
 
@@ -60,14 +61,17 @@ class Loader:
         """One tensor in float32, whatever the compute dtype."""
         return self.source.get(self.prefix + name, torch.float32, self.shard.device)
 
-    def stays_fp8(self, *names: str) -> bool:
-        """Whether all of them are stored in FP8 and the device multiplies FP8."""
-        return self.shard.ops.KEEPS_FP8 and all(self.source.is_fp8(self.prefix + name) for name in names)
+    def stays_scaled(self, *names: str) -> bool:
+        """Whether all of them are stored in the same integers, or in FP8 that the device keeps."""
+        if self.shard.ops.KEEPS_FP8 and all(self.source.is_fp8(self.prefix + name) for name in names):
+            return True
+        bits = {self.source.int_bits(self.prefix + name) for name in names}
+        return len(bits) == 1 and None not in bits
 
     def weight(self, *names: str) -> Weight:
-        """Matrices of the same width, one below the other: in FP8 where they stay so, else in the
-        compute dtype."""
-        if self.stays_fp8(*names):
+        """Matrices of the same width, one below the other: as they are stored where they stay so, else in
+        the compute dtype."""
+        if self.stays_scaled(*names):
             return self._scaled(names)
         if len(names) == 1:
             return self.get(names[0])
@@ -78,11 +82,18 @@ class Loader:
             part.copy_(self.get(name))  # each copied once
         return out
 
-    def _scaled(self, names: Sequence[str]) -> BlockScaled:
-        stored = [self.source.get_scaled(self.prefix + name) for name in names]
-        parts = [self.shard.ops.block_scaled(*pair, self.shard.device) for pair in stored]
+    def _scaled(self, names: Sequence[str]) -> ScaledWeight:
+        parts = [self._as_stored(self.prefix + name) for name in names]
         if len(parts) == 1:
             return parts[0]
-        # Scales fit the stack because all parts but the last end with a whole block: see `fitting`.
-        values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(parts[0].values.dtype)
-        return BlockScaled(values, torch.cat([part.scale for part in parts]))
+        # An FP8 stack's blocks fit because all parts but the last end with a whole one: see `fitting`.
+        dtype = parts[0].values.dtype
+        values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(dtype)
+        return replace(parts[0], values=values, scale=torch.cat([part.scale for part in parts]))
+
+    def _as_stored(self, name: str) -> ScaledWeight:
+        bits = self.source.int_bits(name)
+        if bits is not None:
+            return group_scaled(*self.source.get_int(name), bits, self.shard.device)
+        values, scale = self.source.get_scaled(name)
+        return self.shard.ops.block_scaled(values, scale, self.source.fp8_block, self.shard.device)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from kernels.ops import BlockScaled, DeviceOps, Routing, Weight
+from kernels.ops import DeviceOps, Routing, ScaledWeight, Weight
 from r1_cluster.models.batch import buckets
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.layers import Mlp
@@ -165,7 +166,7 @@ _PARTS = (("gate_proj.weight", "up_proj.weight"), ("down_proj.weight",))
 
 def _load_experts(loader: Loader, experts: range) -> tuple[Weight, Weight]:
     """(gate and up [e, 2F, D], down [e, D, F]), filled tensor by tensor: no second copy at any time."""
-    if loader.stays_fp8(*(f"{expert}.{name}" for expert in experts for names in _PARTS for name in names)):
+    if loader.stays_scaled(*(f"{expert}.{name}" for expert in experts for names in _PARTS for name in names)):
         return _load_scaled_experts(loader, experts)
     first, shard = loader.under(str(experts.start)), loader.shard
     hidden, width = first.shape("gate_proj.weight")
@@ -179,13 +180,13 @@ def _load_experts(loader: Loader, experts: range) -> tuple[Weight, Weight]:
     return gate_up, down
 
 
-def _load_scaled_experts(loader: Loader, experts: range) -> tuple[BlockScaled, BlockScaled]:
-    """As `_load_experts`, in FP8 with block scales."""
-    stacks: list[BlockScaled] = []
+def _load_scaled_experts(loader: Loader, experts: range) -> tuple[ScaledWeight, ScaledWeight]:
+    """As `_load_experts`, as they are stored."""
+    stacks: list[ScaledWeight] = []
     for i, expert in enumerate(experts):
         for j, names in enumerate(_PARTS):
             weight = loader.under(str(expert)).weight(*names)
-            assert isinstance(weight, BlockScaled)
+            assert not isinstance(weight, Tensor)
             if i == 0:
                 stacks.append(_empty_stack(weight, len(experts)))
             stacks[j].values[i].view(torch.uint8).copy_(weight.values.view(torch.uint8))
@@ -194,8 +195,9 @@ def _load_scaled_experts(loader: Loader, experts: range) -> tuple[BlockScaled, B
     return gate_up, down
 
 
-def _empty_stack(weight: BlockScaled, count: int) -> BlockScaled:
-    return BlockScaled(
-        weight.values.new_empty(count, *weight.values.shape),
-        weight.scale.new_empty(count, *weight.scale.shape),
+def _empty_stack(weight: ScaledWeight, count: int) -> ScaledWeight:
+    return replace(
+        weight,
+        values=weight.values.new_empty(count, *weight.values.shape),
+        scale=weight.scale.new_empty(count, *weight.scale.shape),
     )

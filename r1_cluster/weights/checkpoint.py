@@ -12,11 +12,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kernels.int_weight import dequantize_groups, group_scaled
 from kernels.ops import for_device
 from r1_cluster.weights.headers import INDEX, SINGLE, Entry, read_header
-from r1_cluster.weights.tensors import SCALE_SUFFIX, TensorSpec, layer_of
+from r1_cluster.weights.integers import from_words, stored_shapes
+from r1_cluster.weights.tensors import (
+    INT_SCALE_SUFFIX,
+    INT_SHAPE_SUFFIX,
+    PACKED_SUFFIX,
+    SCALE_SUFFIX,
+    IntFormat,
+    TensorSpec,
+    layer_of,
+    listed_name,
+)
 
 _FLOATS = ("F32", "F16", "BF16")
+_INT_DTYPES = {PACKED_SUFFIX: ("I32",), INT_SCALE_SUFFIX: _FLOATS, INT_SHAPE_SUFFIX: ("I64", "I32")}
 _MAX_FAULTS_SHOWN = 20
 
 
@@ -42,14 +54,16 @@ class Checkpoint:
         path: str | Path,
         table: Iterable[TensorSpec] | None = None,
         fp8_block: tuple[int, int] | None = None,
+        int_format: IntFormat | None = None,
     ) -> None:
         """Checks the files against the index in both directions and, given a table, the tensors against it.
 
-        `fp8_block` is the (rows, columns) that share one scale where weights are FP8. Raises CheckpointError
-        with all that is wrong.
+        `fp8_block` is the (rows, columns) that share one scale where weights are FP8, `int_format` how they
+        are stored where they are integers. Raises CheckpointError with all that is wrong.
         """
         self.path = Path(path)
-        self._block = fp8_block or (128, 128)
+        self.fp8_block = fp8_block or (128, 128)
+        self._int_format = int_format
         self._open_files: dict[str, safe_open] = {}
         self._entries: dict[str, Entry] = {}
         faults: list[str] = []
@@ -59,8 +73,10 @@ class Checkpoint:
             found[file] = read_header(self.path / file, file, faults)
         self.files = frozenset(found)
         self._merge(index, found, faults)
+        specs = {spec.name: spec for spec in table or ()}
+        self._shapes = {name: spec.shape for name, spec in specs.items()}
         if table is not None:
-            faults += self._faults_against({spec.name: spec for spec in table}, index or {})
+            faults += self._faults_against(specs, index or {})
         if faults:
             raise CheckpointError(self.path, faults, self.files)
 
@@ -129,6 +145,14 @@ class Checkpoint:
         for name, spec in table.items():
             shape = spec.shape
             entry = self._entries.get(name)
+            packed = self._entries.get(name + PACKED_SUFFIX)
+            if packed is not None and entry is not None:
+                where = f"{entry.file} and, in integers, in {packed.file}"
+                faults.append(f"tensor {name} is there twice, in {where}: delete one")
+                continue
+            if packed is not None:
+                faults += self._int_faults(name, shape)
+                continue
             if entry is None:
                 if name not in index:  # else its file has a fault, which has been told
                     faults.append(f"tensor {name} is missing, expected with shape {list(shape)}")
@@ -147,12 +171,18 @@ class Checkpoint:
         last = max((spec.layer or 0 for spec in table.values()), default=0)
         for name, entry in self._entries.items():
             is_mtp = (layer_of(name) or 0) > last
-            if not is_mtp and name not in table and name.removesuffix(SCALE_SUFFIX) not in table:
+            if not is_mtp and name not in table and not self._belongs(name, table):
                 faults.append(f"{entry.file}: tensor {name} has no place in the model of config.json")
         return faults
 
+    def _belongs(self, name: str, table: Mapping[str, TensorSpec]) -> bool:
+        """Whether a tensor that the table does not list is part of one that it lists."""
+        listed = listed_name(name)
+        part_of = listed if name.endswith(SCALE_SUFFIX) else listed + PACKED_SUFFIX
+        return listed in table and part_of in self._entries
+
     def _scale_faults(self, name: str, entry: Entry, index: Mapping[str, str]) -> list[str]:
-        blocks = tuple(-(-size // block) for size, block in zip(entry.shape, self._block))
+        blocks = tuple(-(-size // block) for size, block in zip(entry.shape, self.fp8_block))
         scale = self._entries.get(name + SCALE_SUFFIX)
         if scale is None:
             if name + SCALE_SUFFIX in index:
@@ -161,7 +191,7 @@ class Checkpoint:
         if scale.shape != blocks or scale.dtype not in _FLOATS:
             return [
                 f"{scale.file}: tensor {name}{SCALE_SUFFIX} is {scale.dtype} {list(scale.shape)}, "
-                f"expected one float per {self._block[0]}×{self._block[1]} block, {list(blocks)}"
+                f"expected one float per {self.fp8_block[0]}×{self.fp8_block[1]} block, {list(blocks)}"
             ]
         return []
 
@@ -170,23 +200,54 @@ class Checkpoint:
         """All tensors as the files' headers describe them, by name."""
         return self._entries
 
+    def _int_faults(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        how = self._int_format
+        if how is None:
+            said = "config.json's quantization_config says nothing of that"
+            return [f"tensor {name} is stored in integers, and {said}"]
+        if len(shape) != 2:
+            return [f"tensor {name} is stored in integers, which only matrices may be"]
+        faults = []
+        for suffix, expected in stored_shapes(shape, how).items():
+            entry, dtypes = self._entries.get(name + suffix), _INT_DTYPES[suffix]
+            if entry is None:
+                faults.append(f"tensor {name} is stored in integers, but {name}{suffix} is missing")
+            elif entry.shape != expected or entry.dtype not in dtypes:
+                faults.append(
+                    f"{entry.file}: tensor {name}{suffix} is {entry.dtype} {list(entry.shape)}, expected "
+                    f"{' or '.join(dtypes)} {list(expected)} for {how.bits} bits of {list(shape)}"
+                )
+        return faults
+
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that the checkpoint does not hold."""
-        return [name for name in names if name not in self._entries]
+        return [name for name in names if name not in self._entries and self.int_bits(name) is None]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header. Raises CheckpointError."""
-        return self._entry(name).shape
+        """A tensor's shape, from the header, or from where integers have it. Raises CheckpointError."""
+        return self._entry(name).shape if self.int_bits(name) is None else self._int_shape(name)
+
+    def stored(self) -> dict[str, dict[str, str]]:
+        """By file, the dtype of each tensor in it, as the format names them."""
+        files: dict[str, dict[str, str]] = {}
+        for name, entry in self._entries.items():
+            files.setdefault(entry.file, {})[name] = entry.dtype
+        return files
 
     def get(
         self, name: str, dtype: torch.dtype, device: torch.device, slices: tuple[slice, ...] | None = None
     ) -> Tensor:
         """Reads one tensor, or a slice of it, from disk, and nothing else; converts to `dtype`.
 
-        FP8 matrices are multiplied by their block scales. Slices are one per dimension, of step 1. Raises
-        CheckpointError where the tensor is missing, the file has changed, or a scale is not positive
+        FP8 and integer matrices are multiplied by their scales. Slices are one per dimension, of step 1.
+        Raises CheckpointError where the tensor is missing, the file has changed, or a scale is not positive
         and finite.
         """
+        if self.int_bits(name) is not None:
+            rows, columns = slices or (slice(None), slice(None))
+            stored = group_scaled(*self.get_int(name, rows), 8, torch.device("cpu"))
+            whole = dequantize_groups(stored.values, stored.scale, stored.width, dtype)
+            return whole[:, columns].to(device)
         entry = self._entry(name)
         if entry.dtype == "F8_E4M3":
             return self._get_fp8(name, entry, dtype, slices).to(device)
@@ -194,7 +255,32 @@ class Checkpoint:
 
     def is_fp8(self, name: str) -> bool:
         """Whether a tensor is stored in FP8, with block scales beside it. Raises CheckpointError."""
-        return self._entry(name).dtype == "F8_E4M3"
+        return self.int_bits(name) is None and self._entry(name).dtype == "F8_E4M3"
+
+    def int_bits(self, name: str) -> int | None:
+        """See `TensorSource.int_bits`."""
+        stored = name not in self._entries and name + PACKED_SUFFIX in self._entries
+        return self._int_format.bits if stored and self._int_format is not None else None
+
+    def get_int(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """See `TensorSource.get_int`; of these rows alone. Raises CheckpointError as `get`."""
+        how, (_, width) = self._int_format, self._int_shape(name)
+        assert how is not None
+        words, scale = (
+            self._read(name + suffix, self._entry(name + suffix), (rows, slice(None)))
+            for suffix in (PACKED_SUFFIX, INT_SCALE_SUFFIX)
+        )
+        return from_words(words, how.bits, width), self._sound(name + INT_SCALE_SUFFIX, scale.float())
+
+    def _int_shape(self, name: str) -> tuple[int, ...]:
+        """As it is stored, checked against the words and scales, and the table if that lists it."""
+        entry = self._entry(name + INT_SHAPE_SUFFIX)
+        shape = tuple(self._read(name + INT_SHAPE_SUFFIX, entry, None).tolist())
+        expected = self._shapes.get(name, shape)
+        if len(shape) != 2 or min(shape) < 1 or shape != expected or self._int_faults(name, shape):
+            fault = f"{entry.file}: {name}{INT_SHAPE_SUFFIX} says {list(shape)}, which does not fit the rest"
+            raise CheckpointError(self.path, [fault])
+        return shape
 
     def get_scaled(self, name: str) -> tuple[Tensor, Tensor]:
         """An FP8 matrix as it is stored, and its float32 block scales. Raises CheckpointError as `get`."""
@@ -207,10 +293,13 @@ class Checkpoint:
                 self.path, [f"{entry.file}: tensor {name} is FP8, which only matrices may be"]
             )
         scale_name = name + SCALE_SUFFIX
-        scale = self._read(scale_name, self._entry(scale_name), None).float()
+        return self._sound(scale_name, self._read(scale_name, self._entry(scale_name), None).float())
+
+    def _sound(self, name: str, scale: Tensor) -> Tensor:
         if not bool(((scale > 0) & scale.isfinite()).all()):
+            file = self._entry(name).file
             raise CheckpointError(
-                self.path, [f"{entry.file}: tensor {scale_name} has scales that are not positive and finite"]
+                self.path, [f"{file}: tensor {name} has scales that are not positive and finite"]
             )
         return scale
 
@@ -221,10 +310,10 @@ class Checkpoint:
         wanted = slices or (slice(None), slice(None))
         bounds = [part.indices(size)[:2] for part, size in zip(wanted, entry.shape)]
         # Whole blocks are read, so that the scales fit, and then cut.
-        first = [start // block * block for (start, _), block in zip(bounds, self._block)]
+        first = [start // block * block for (start, _), block in zip(bounds, self.fp8_block)]
         weight = self._read(name, entry, tuple(slice(f, stop) for f, (_, stop) in zip(first, bounds)))
-        blocks = tuple(slice(f // b, -(-stop // b)) for f, (_, stop), b in zip(first, bounds, self._block))
-        out = for_device(torch.device("cpu")).dequantize(weight, scale[blocks], self._block, dtype)
+        blocks = tuple(slice(f // b, -(-stop // b)) for f, (_, stop), b in zip(first, bounds, self.fp8_block))
+        out = for_device(torch.device("cpu")).dequantize(weight, scale[blocks], self.fp8_block, dtype)
         return out[tuple(slice(start - f, None) for f, (start, _) in zip(first, bounds))]
 
     def _read(self, name: str, entry: Entry, slices: tuple[slice, ...] | None) -> Tensor:

@@ -6,6 +6,7 @@ Names are those of Hugging Face's layout. What reads, checks, cuts or writes wei
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -15,7 +16,24 @@ if TYPE_CHECKING:
 SCALE_SUFFIX = "_scale_inv"
 """An FP8 tensor's block scales stand under its own name with this suffix; the table does not list them."""
 
+PACKED_SUFFIX, INT_SCALE_SUFFIX, INT_SHAPE_SUFFIX = "_packed", "_scale", "_shape"
+"""An integer tensor is stored as three, its own name with these suffixes: see `integers`."""
+
+SUFFIXES = (SCALE_SUFFIX, PACKED_SUFFIX, INT_SCALE_SUFFIX, INT_SHAPE_SUFFIX)
+
 _LAYERS = "model.layers."
+
+
+@dataclass(frozen=True)
+class IntFormat:
+    """Weights in integers of `bits`, 8 or 4: one scale per row and `group_size` columns, None: one a row."""
+
+    bits: int
+    group_size: int | None
+
+
+INT8 = IntFormat(8, None)
+INT4 = IntFormat(4, 128)
 
 Part = Literal["embedding", "norm", "attention", "mlp", "gate", "shared_experts", "experts", "mtp", "head"]
 """What a tensor belongs to. `mtp` is what only a module that predicts further tokens has."""
@@ -23,12 +41,14 @@ Part = Literal["embedding", "norm", "attention", "mlp", "gate", "shared_experts"
 
 class TensorSpec(NamedTuple):
     """One tensor. `split_dim` is the dimension that ranks of tensor parallelism divide among them, None where
-    each of them has the whole."""
+    each of them has the whole. `stays_float` is a matrix that is not used as a weight of one product, and is
+    left alone where the others of its part are quantized."""
 
     name: str
     shape: tuple[int, ...]
     part: Part
     split_dim: int | None = None
+    stays_float: bool = False
 
     @property
     def layer(self) -> int | None:
@@ -38,6 +58,9 @@ class TensorSpec(NamedTuple):
 
 class TensorSource(Protocol):
     """Where tensors come from: `Checkpoint` is one. All methods raise CheckpointError."""
+
+    fp8_block: tuple[int, int]
+    """The (rows, columns) that share one scale of an FP8 matrix."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
@@ -50,6 +73,17 @@ class TensorSource(Protocol):
 
     def get_scaled(self, name: str) -> tuple[Tensor, Tensor]:
         """An FP8 matrix as it is stored, and its float32 block scales."""
+
+    def int_bits(self, name: str) -> int | None:
+        """8 or 4 for a matrix that is stored in integers with scales beside it, None for others."""
+
+    def get_int(self, name: str) -> tuple[Tensor, Tensor]:
+        """An integer matrix [N, K] in int8, and its float32 scales [N, groups]."""
+
+
+def listed_name(name: str) -> str:
+    """What the table calls a tensor that may be stored as one of several."""
+    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
 
 
 def layer_name(layer: int) -> str:

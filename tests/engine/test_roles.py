@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def stage(folder):
     config = load_config(folder)
-    with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
+    with Checkpoint(folder, tensor_table(config), config.fp8_block, config.int_format) as checkpoint:
         loader = Loader(checkpoint, SHARD)
         model = StageModel(config, loader, range(config.num_hidden_layers))
     return StageRole(model, None, num_pages=8, page_size=PAGE_SIZE)
@@ -41,7 +41,7 @@ def stage(folder):
 @pytest.fixture
 def router(folder):
     config = load_config(folder)
-    with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
+    with Checkpoint(folder, tensor_table(config), config.fp8_block, config.int_format) as checkpoint:
         loader = Loader(checkpoint, SHARD)
         role = RouterRole(RouterModel(config, loader, config.moe_layers))
         every = range(config.moe.n_routed_experts)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 from make_checkpoint import make_checkpoint
+from small_model import quantize
 
 from r1_cluster.comm import wire
 from r1_cluster.comm.handshake import Hello
@@ -30,6 +31,7 @@ from r1_cluster.models.family import load_config
 from r1_cluster.planning.layout import build_layout
 from r1_cluster.planning.memory import OutOfDeviceMemory, worker_bytes
 from r1_cluster.records import Request, SamplingParams
+from r1_cluster.weights.tensors import INT8
 
 SECRET = b"a secret for tests only"
 PORTS = (21000, 23999)
@@ -319,6 +321,22 @@ def test_texts_go_on_when_a_worker_dies(checkpoint, name, more):
 @pytest.mark.parametrize("name", ["stage-0", "stage-1", "router-1", "experts-1"])
 def test_texts_go_on_when_a_member_of_process_groups_dies(checkpoint, name, transport):
     outlive(Cluster(checkpoint, LAYOUTS["disaggregated"] | {"spares": 1}, transport=transport), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stage-1", "experts-1"])
+def test_texts_go_on_with_int8_weights(checkpoint, tmp_path, name):
+    """The successor reads the same integers; texts are those of one process, and not those of floats."""
+    folder = tmp_path / "int8"
+    quantize(checkpoint, folder, INT8)
+    outlive(Cluster(folder, LAYOUTS["disaggregated"] | {"spares": 1}), name)
+    texts = []
+    for layout, weights in (("disaggregated", folder), ("colocated", folder), ("colocated", checkpoint)):
+        cluster = Cluster(weights, LAYOUTS[layout])
+        texts.append(cluster.run(requests(8, ignore_eos=True)))
+        cluster.close()
+    assert texts[0] == texts[1]
+    assert texts[1] != texts[2]
 
 
 def outlive(cluster, name):

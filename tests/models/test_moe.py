@@ -27,14 +27,14 @@ def folder(tmp_path_factory):
 
 def load(folder, layers, experts, deterministic=True):
     config = load_config(folder)
-    with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
+    with Checkpoint(folder, tensor_table(config), config.fp8_block, config.int_format) as checkpoint:
         loader = Loader(checkpoint, Shard(**OPTIONS, deterministic=deterministic))
         return ExpertModel(config, loader, layers, experts)
 
 
 def load_router(folder, layers):
     config = load_config(folder)
-    with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
+    with Checkpoint(folder, tensor_table(config), config.fp8_block, config.int_format) as checkpoint:
         loader = Loader(checkpoint, Shard(**OPTIONS, deterministic=False))
         return RouterModel(config, loader, layers)
 

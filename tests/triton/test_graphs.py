@@ -99,7 +99,7 @@ class Stage:
     def __init__(self, folder, local, dtype=torch.float32, deterministic=False):
         config = load_config(folder)
         shard = Shard(torch.device("cpu"), dtype, deterministic)
-        with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
+        with Checkpoint(folder, tensor_table(config), config.fp8_block, config.int_format) as checkpoint:
             loader = Loader(checkpoint, shard)
             model = StageModel(config, loader, range(config.num_hidden_layers))
             router = None
@@ -274,7 +274,7 @@ def test_shares_of_shards_add_up_to_the_mixture(folder):
     shard = Shard(torch.device("cpu"), torch.float32, deterministic=False)
     layer, num_experts = config.moe_layers[0], config.moe.n_routed_experts
     spans = [range(num_experts // 2), range(num_experts // 2, num_experts)]
-    with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
+    with Checkpoint(folder, tensor_table(config), config.fp8_block, config.int_format) as checkpoint:
         loader = Loader(checkpoint, shard)
         whole, *shards = [
             ExpertModel(config, loader, config.moe_layers, span) for span in (range(num_experts), *spans)

@@ -20,6 +20,7 @@ from small_model import (
     SmallModel,
     config_values,
     dense_values,
+    quantize,
     to_fp8,
     write_checkpoint,
 )
@@ -30,6 +31,7 @@ from r1_cluster.models.config import UnsupportedModel
 from r1_cluster.models.family import parse_config
 from r1_cluster.models.fitting import check_fits
 from r1_cluster.records import SampleSpec, SamplingParams
+from r1_cluster.weights.tensors import INT4, INT8
 
 either_way = pytest.mark.parametrize("deterministic", [True, pytest.param(False, marks=pytest.mark.system)])
 
@@ -123,7 +125,7 @@ def fp8_plain():
         return torch.cat([mlp(part, up, down, tiled=tiled) for part, up, down in pairs if len(part)])
 
     own = {"linear": linear, "mlp": mlp, "experts": experts, "KEEPS_FP8": True}
-    own["block_scaled"] = lambda values, scale, device: ops.BlockScaled(values, scale)
+    own["block_scaled"] = lambda values, scale, block, device: ops.BlockScaled(values, scale)
     return SimpleNamespace(**{**vars(cpu), **own})
 
 
@@ -217,6 +219,31 @@ def test_dense_bfloat16_is_as_near_to_float32_as_plain_torch_is(monkeypatch, tmp
         assert relative(mine, truth) < max(2 * relative(other, truth), 0.02)
 
 
+INT_SHAPE = KERNEL_SHAPE | {"hidden_size": 200, "moe_intermediate_size": 136, "intermediate_size": 160}
+
+
+@pytest.fixture(params=[INT8, INT4], ids=["int8", "int4"])
+def int_folder(request, tmp_path):
+    """A checkpoint in integers; widths end in short groups. Every token goes to every expert."""
+    chosen = {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
+    write_checkpoint(tmp_path / "float", config_values(**INT_SHAPE | chosen))
+    quantize(tmp_path / "float", tmp_path / "int", request.param)
+    return tmp_path / "int"
+
+
+@pytest.mark.slow
+@either_way
+def test_integer_weights_meet_bfloat16_as_plain_torch_has_it(monkeypatch, int_folder, deterministic):
+    """Truth is plain torch in float32, to whose weights the integers are exact. In BF16 plain torch rounds
+    weights, the kernels do not; neither may be much farther off than the other's roundings explain."""
+    exact = run(SmallModel(int_folder, deterministic=deterministic))
+    plain, triton = pair(monkeypatch, int_folder, deterministic=deterministic, dtype=torch.bfloat16)
+    for weight in triton.shards[0]._weights[1]:
+        assert isinstance(weight, ops.GroupScaled)
+    for truth, other, mine in zip(exact, run(plain), run(triton), strict=True):
+        assert relative(mine, truth) < max(2 * relative(other, truth), 0.02)
+
+
 @pytest.mark.slow
 def test_dense_fp8_weights_stay_fp8(monkeypatch, tmp_path):
     """Biases are added to block-scaled products. For the bounds see `test_fp8_weights_stay_fp8`."""
@@ -240,9 +267,15 @@ def test_dense_deterministic_logits_do_not_depend_on_the_batch(triton_ops, tmp_p
     deterministic_logits_do_not_depend_on_the_batch(tmp_path)
 
 
-def test_deterministic_logits_do_not_depend_on_the_batch(triton_ops, tmp_path):
+@pytest.mark.parametrize(
+    "how", [pytest.param(None, id="bf16"), pytest.param(INT4, id="int4", marks=pytest.mark.system)]
+)
+def test_deterministic_logits_do_not_depend_on_the_batch(triton_ops, tmp_path, how):
     """The same sequence alone and among others, in other chunks, decoded or recomputed: the same bits."""
-    write_checkpoint(tmp_path, config_values(**KERNEL_SHAPE))
+    write_checkpoint(tmp_path, config_values(**KERNEL_SHAPE if how is None else INT_SHAPE))
+    if how is not None:
+        quantize(tmp_path, tmp_path / "int", how)
+        tmp_path = tmp_path / "int"
     deterministic_logits_do_not_depend_on_the_batch(tmp_path)
 
 

@@ -67,10 +67,11 @@ CASES = {
         *(latents(d)[3:], 0.2),
     ),
     "latent_entry": lambda d: (d.normal(3, 48), d.normal(32), 1e-6, d.normal(3, 8), d.normal(3, 8), 32),
-    "quantize_int": lambda d: (d.normal(3, 256), 4),
-    "pack_int4": lambda d: (d.integers(-8, 8, 3, 256, dtype=torch.int8),),
-    "unpack_int4": lambda d: (d.integers(0, 256, 3, 128, dtype=torch.uint8),),
-    "gemm_int": lambda d: (d.normal(3, 256), d.integers(0, 256, 5, 128, dtype=torch.uint8), d.scales(5, 2)),
+    "gemm_int": lambda d: (d.normal(3, 200), d.integers(0, 256, 5, 128, dtype=torch.uint8), d.scales(5, 2)),
+    "grouped_int": lambda d: (
+        *(d.normal(8, 200), d.integers(-128, 128, 3, 5, 256, dtype=torch.int8), d.scales(3, 5, 1)),
+        ints(2, -1),
+    ),
     "apply_penalties": lambda d: (
         *(d.normal(2, 20), ints(3, 7, -1, 0, 19, 4).view(2, 3), ints(0, 2, 0, 1, 0, 5).view(2, 3)),
         *(d.scales(2) + 1, d.scales(2), d.scales(2)),

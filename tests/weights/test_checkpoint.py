@@ -6,12 +6,14 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_model import config_values, random_tensors, write_checkpoint
 
+from kernels.int_weight import quantize_int
 from r1_cluster.models.family import parse_config, tensor_table
 from r1_cluster.weights.checkpoint import INDEX, SINGLE, Checkpoint, CheckpointError
-from r1_cluster.weights.tensors import layer_of
+from r1_cluster.weights.integers import quantization_config, to_words
+from r1_cluster.weights.tensors import INT4, layer_of
 
 CPU = torch.device("cpu")
 CONFIG = parse_config(config_values())
@@ -33,7 +35,9 @@ def write_shards(folder, tensors=None):
 
 def faults(folder, config=CONFIG):
     with pytest.raises(CheckpointError) as error:
-        Checkpoint(folder, *(() if config is None else (tensor_table(config), config.fp8_block)))
+        Checkpoint(
+            folder, *(() if config is None else (tensor_table(config), config.fp8_block, config.int_format))
+        )
     assert all(fault in str(error.value) for fault in error.value.faults[:20])
     return error.value.faults
 
@@ -210,7 +214,7 @@ class TestFp8:
         scale = torch.rand(3, 2) + 0.5
         config, weight = self.write(tmp_path, scale)
         expected = weight * scale.repeat_interleave(128, 0)[:300].repeat_interleave(128, 1)[:, :200]
-        with Checkpoint(tmp_path, tensor_table(config), config.fp8_block) as checkpoint:
+        with Checkpoint(tmp_path, tensor_table(config), config.fp8_block, config.int_format) as checkpoint:
             assert torch.equal(checkpoint.get(self.name, torch.float32, CPU), expected)
             for rows, columns in [(slice(130, 290), slice(5, 129)), (slice(0, 1), slice(199, None))]:
                 part = checkpoint.get(self.name, torch.float32, CPU, (rows, columns))
@@ -235,7 +239,93 @@ class TestFp8:
         scale[2, 1] = value
         config, _ = self.write(tmp_path, scale)
         with (
-            Checkpoint(tmp_path, tensor_table(config), config.fp8_block) as checkpoint,
+            Checkpoint(tmp_path, tensor_table(config), config.fp8_block, config.int_format) as checkpoint,
             pytest.raises(CheckpointError, match="not positive"),
+        ):
+            checkpoint.get(self.name, torch.float32, CPU)
+
+
+class TestIntegers:
+    name = "model.layers.0.mlp.down_proj.weight"
+
+    def write(self, folder, **changes):
+        """INT4 [48, 300] of one weight; a tensor may be replaced by its suffix, or left out by None."""
+        quantization = quantization_config(INT4, [])
+        config = parse_config(config_values(intermediate_size=300, quantization_config=quantization))
+        tensors = random_tensors(config, 0)
+        q, scale = quantize_int(tensors.pop(self.name), 4, 128)
+        stored = {"packed": to_words(q, 4), "scale": scale, "shape": torch.tensor([48, 300])} | changes
+        tensors |= {f"{self.name}_{suffix}": x for suffix, x in stored.items() if x is not None}
+        save_file(tensors, folder / SINGLE)
+        return config, q * scale.repeat_interleave(128, 1)[:, :300]
+
+    def test_groups_are_scaled(self, tmp_path):
+        config, expected = self.write(tmp_path)
+        with Checkpoint(tmp_path, tensor_table(config), None, config.int_format) as checkpoint:
+            assert checkpoint.shape(self.name) == (48, 300)
+            assert (checkpoint.int_bits(self.name), checkpoint.is_fp8(self.name)) == (4, False)
+            assert not checkpoint.missing([self.name])
+            assert torch.equal(checkpoint.get(self.name, torch.float32, CPU), expected)
+            part = checkpoint.get(self.name, torch.float32, CPU, (slice(5, 6), slice(100, 290)))
+            assert torch.equal(part, expected[5:6, 100:290])
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"packed": None}, "is missing, expected with shape [48, 300]"),
+            (
+                {"scale": None},
+                "is stored in integers, but model.layers.0.mlp.down_proj.weight_scale is missing",
+            ),
+            ({"shape": None}, "weight_shape is missing"),
+            (
+                {"packed": torch.zeros(48, 75, dtype=torch.int32)},
+                "is I32 [48, 75], expected I32 [48, 38] for 4 bits",
+            ),
+            ({"packed": torch.zeros(48, 38)}, "is F32 [48, 38], expected I32"),
+            ({"scale": torch.ones(48, 2)}, "is F32 [48, 2], expected F32 or F16 or BF16 [48, 3]"),
+            ({"scale": torch.ones(48, 3, dtype=torch.int32)}, "is I32 [48, 3]"),
+            ({"shape": torch.tensor([48, 300, 1])}, "is I64 [3]"),
+        ],
+    )
+    def test_parts_must_fit(self, tmp_path, changes, words):
+        config, _ = self.write(tmp_path, **changes)
+        found = faults(tmp_path, config)
+        assert any(words in fault for fault in found), found
+
+    def test_parts_that_are_doubled_or_left_over(self, tmp_path):
+        config, weight = self.write(tmp_path)
+        tensors = load_file(tmp_path / SINGLE)
+        save_file(tensors | {self.name: weight}, tmp_path / SINGLE)
+        (fault,) = faults(tmp_path, config)
+        assert f"tensor {self.name} is there twice" in fault
+        del tensors[self.name + "_packed"]
+        save_file(tensors | {self.name: weight}, tmp_path / SINGLE)
+        found = faults(tmp_path, config)
+        assert len(found) == 2
+        assert all("has no place in the model" in fault for fault in found)
+
+    def test_a_config_that_says_nothing_of_them(self, tmp_path):
+        self.write(tmp_path)
+        (fault,) = faults(tmp_path, parse_config(config_values(intermediate_size=300)))
+        assert f"tensor {self.name} is stored in integers, and config.json's" in fault
+
+    @pytest.mark.parametrize("shape", [[48, 299], [-48, 300], [2**62, 300]])
+    def test_a_shape_that_is_not_the_models(self, tmp_path, shape):
+        config, _ = self.write(tmp_path, shape=torch.tensor(shape))
+        with (
+            Checkpoint(tmp_path, tensor_table(config), None, config.int_format) as checkpoint,
+            pytest.raises(CheckpointError, match="which does not fit the rest"),
+        ):
+            checkpoint.get(self.name, torch.float32, CPU)
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+    def test_scales_must_be_positive_and_finite(self, tmp_path, value):
+        scale = torch.ones(48, 3)
+        scale[2, 1] = value
+        config, _ = self.write(tmp_path, scale=scale)
+        with (
+            Checkpoint(tmp_path, tensor_table(config), None, config.int_format) as checkpoint,
+            pytest.raises(CheckpointError, match="weight_scale has scales that are not positive"),
         ):
             checkpoint.get(self.name, torch.float32, CPU)

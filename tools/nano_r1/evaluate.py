@@ -90,7 +90,7 @@ def _generate_all(
     return outputs
 
 
-def _generation_pass(folder: Path, prompts: Sequence[list[int]], sample: int) -> list[list[int]]:
+def generation_pass(folder: Path, prompts: Sequence[list[int]], sample: int) -> list[list[int]]:
     """Pass 0 is greedy, the others sample; runs in a process of its own."""
     torch.set_num_threads(1)
     temperature, top_p = (TEMPERATURE, TOP_P) if sample else (0.0, 1.0)
@@ -107,7 +107,7 @@ def evaluate(
     prompts = [encoder.prompt(item.prompt) for item in items]
     passes = [(folder, prompts, sample) for sample in range(1 + NUM_SAMPLES)]
     with torch.multiprocessing.get_context("spawn").Pool(num_workers) as pool:
-        greedy, *samples = pool.starmap(_generation_pass, passes, chunksize=1)
+        greedy, *samples = pool.starmap(generation_pass, passes, chunksize=1)
     outcomes = []
     for index, item in enumerate(items):
         answers = [boxed(outputs[index], encoder) for outputs in samples]
