@@ -171,15 +171,16 @@ class Checkpoint:
         last = max((spec.layer or 0 for spec in table.values()), default=0)
         for name, entry in self._entries.items():
             is_mtp = (layer_of(name) or 0) > last
-            if not is_mtp and name not in table and not self._belongs(name, table):
+            if not is_mtp and name not in table and not self._belongs(name, table, index):
                 faults.append(f"{entry.file}: tensor {name} has no place in the model of config.json")
         return faults
 
-    def _belongs(self, name: str, table: Mapping[str, TensorSpec]) -> bool:
-        """Whether a tensor that the table does not list is part of one that it lists."""
+    def _belongs(self, name: str, table: Mapping[str, TensorSpec], index: Mapping[str, str]) -> bool:
+        """Whether a tensor that the table does not list is part of one that it lists, and that is there, or
+        in a file that has a fault."""
         listed = listed_name(name)
         part_of = listed if name.endswith(SCALE_SUFFIX) else listed + PACKED_SUFFIX
-        return listed in table and part_of in self._entries
+        return listed in table and (part_of in self._entries or part_of in index)
 
     def _scale_faults(self, name: str, entry: Entry, index: Mapping[str, str]) -> list[str]:
         blocks = tuple(-(-size // block) for size, block in zip(entry.shape, self.fp8_block))
