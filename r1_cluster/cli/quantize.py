@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from r1_cluster.config import ConfigError
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from r1_cluster.weights.quantize import TensorError
 
 FORMATS = ("int8", "int4")
-_PROGRESS_S = 2.0
 
 
-def quantize(source: Path, target: Path, how: str) -> int:
-    """Writes the checkpoint `source` in `how`, one of FORMATS, to the new folder `target`; prints progress
-    and a table of errors. Returns the exit code: 1, and a sentence on stderr, where it cannot be done."""
+def quantize(source: Path, target: Path, how: str, progress: Callable[[int, int], None]) -> int:
+    """Writes the checkpoint `source` in `how`, one of FORMATS, to the new folder `target`; prints a table of
+    errors. `progress` is told bytes done and in all. Raises ConfigError where it cannot be done."""
     from r1_cluster.models.config import ModelConfigError
     from r1_cluster.models.family import load_config, mtp_table, tensor_table
     from r1_cluster.weights.checkpoint import CheckpointError
     from r1_cluster.weights.quantize import QuantizeError, quantize_checkpoint
     from r1_cluster.weights.tensors import INT4, INT8
 
-    began = shown = time.monotonic()
+    began = time.monotonic()
     num_bytes = 0
 
-    def on_tensor(error: TensorError, done: int, total: int) -> None:
-        nonlocal shown, num_bytes
+    def on_tensor(_: TensorError, done: int, total: int) -> None:
+        nonlocal num_bytes
         num_bytes = total
-        if (now := time.monotonic()) - shown >= _PROGRESS_S:
-            shown = now
-            rate = done / (now - began)
-            left = (total - done) / rate
-            print(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, {left:.0f} s left")
+        progress(done, total)
 
     try:
         config = load_config(source)
@@ -45,8 +41,7 @@ def quantize(source: Path, target: Path, how: str) -> int:
             source, target, table, formats[how], config.fp8_block, mtp=mtp, on_tensor=on_tensor
         )
     except (ModelConfigError, CheckpointError, QuantizeError, OSError) as error:
-        print(f"r1-cluster: {error}", file=sys.stderr)
-        return 1
+        raise ConfigError(str(error)) from None
     print(error_table(errors, {spec.name: spec.part for spec in (*table, *mtp)}))
     print(f"{target}: {num_bytes / 1e9:.2f} GB of {how.upper()} in {time.monotonic() - began:.0f} s")
     return 0

@@ -100,14 +100,15 @@ def verify(
     from r1_cluster.weights.verify import verify as check
 
     folder = _folder(path)
-    table, module, block, broken = None, [], None, []
+    table, module, block, integers, broken = None, [], None, None, []
     try:
         config = load_config(folder)
-        table, module, block = tensor_table(config), mtp_table(config), config.fp8_block
+        table, module = tensor_table(config), mtp_table(config)
+        block, integers = config.fp8_block, config.int_format
     except ModelConfigError as error:
         broken = [f"{error}; until that is put right, no tensor can be held against it"]
     with progress_bar("reading") as progress:
-        report = check(folder, table, module, block, progress if data else None)
+        report = check(folder, table, module, block, int_format=integers, progress=progress if data else None)
     _print_report(path, replace(report, faults=broken + report.faults), data)
     return 1 if broken or report.faults else 0
 
@@ -177,7 +178,7 @@ def cast_command(
         raise ConfigError("both SRC and DST are needed: r1-cluster weights cast SRC DST")
     folder, started = _folder(source), time.monotonic()
     try:
-        config = load_config(folder)
+        config = _in_floats(source, load_config(folder))
         wanted: To = "fp8" if (to or "").lower() == "fp8" else "bf16"
         if to is None and config.fp8_block is None:
             wanted = "fp8"
@@ -217,7 +218,7 @@ def convert_command(
 
     folder, started = _folder(hf_ckpt_path), time.monotonic()
     try:
-        config = load_config(folder)
+        config = _in_floats(hf_ckpt_path, load_config(folder))
         if config.architecture != ARCHITECTURE or config.moe is None:
             raise ConfigError(f"{hf_ckpt_path} is {config.architecture}; DeepSeek's code runs {ARCHITECTURE}")
         if n_experts != config.moe.n_routed_experts:
@@ -239,6 +240,34 @@ def convert_command(
         raise
     print(f"{save_path} is {hf_ckpt_path} for {model_parallel} ranks: {_words(done, started)}.")
     return 0
+
+
+@app.command("quantize")
+def quantize_command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint's folder, in floats or FP8.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder.")],
+    to: Annotated[str, typer.Option(metavar="int8|int4", help="INT8 by rows, or INT4 by 128 columns.")],
+) -> int:
+    """Quantizes a checkpoint's matrices to INT8 or INT4, and shows by part how far they are off.
+
+    Activations are not quantized. What is written is compressed-tensors' pack-quantized format, which other
+    engines read as well. DST is not there before it is whole; a run that was broken off begins anew.
+    """
+    from r1_cluster.cli.quantize import FORMATS, quantize
+
+    if to.lower() not in FORMATS:
+        raise ConfigError(f"--to: {to!r} is neither {' nor '.join(FORMATS)}")
+    with progress_bar(f"quantizing to {to.upper()}") as progress:
+        return quantize(_folder(source), target, to.lower(), progress)
+
+
+def _in_floats(name: str, config: ModelConfig) -> ModelConfig:
+    """Raises ConfigError for a model in integers, of which no other form can be made."""
+    if config.int_format is not None:
+        raise ConfigError(
+            f"{name} is in INT{config.int_format.bits}: take the checkpoint that it was made from"
+        )
+    return config
 
 
 def _words(done: Outcome, started: float) -> str:

@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from r1_cluster.weights.headers import ITEM_BYTES, Entry
-from r1_cluster.weights.tensors import SCALE_SUFFIX, Part, TensorSpec
+from r1_cluster.weights.tensors import PACKED_SUFFIX, SCALE_SUFFIX, SUFFIXES, Part, TensorSpec
 
 FP8 = "F8_E4M3"
 _FP8_PARTS: tuple[Part, ...] = ("attention", "mlp", "shared_experts", "experts")
@@ -18,12 +18,14 @@ _FORMAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 class Stored(NamedTuple):
-    """A tensor in a file. `part` is None where the table does not know it."""
+    """A tensor in a file. `part` is None where the table does not know it. `parameters`: how many of the
+    model's it holds, none where it only says how to read another one."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     part: Part | None
+    parameters: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -33,7 +35,7 @@ class Stored(NamedTuple):
 
 @dataclass
 class Line:
-    """A sum over tensors. `parameters` leaves scales out, `num_bytes` has them."""
+    """A sum over tensors."""
 
     tensors: int = 0
     parameters: int = 0
@@ -67,33 +69,35 @@ def as_published(table: Iterable[TensorSpec], dtype: str, fp8_block: tuple[int, 
     found = []
     for spec in table:
         kept = "F32" if spec.part == "gate" and len(spec.shape) == 1 else _FORMAT_NAMES[dtype]
-        if fp8_block is not None and may_be_fp8(spec):
-            found.append(Stored(spec.name, FP8, spec.shape, spec.part))
-            found.append(Stored(spec.name + SCALE_SUFFIX, "F32", blocks(spec.shape, fp8_block), spec.part))
-        else:
-            found.append(Stored(spec.name, kept, spec.shape, spec.part))
+        is_fp8 = fp8_block is not None and may_be_fp8(spec)
+        count = math.prod(spec.shape)
+        found.append(Stored(spec.name, FP8 if is_fp8 else kept, spec.shape, spec.part, count))
+        if fp8_block is not None and is_fp8:
+            scales = blocks(spec.shape, fp8_block)
+            found.append(Stored(spec.name + SCALE_SUFFIX, "F32", scales, spec.part, 0))
     return found
 
 
 def from_headers(entries: Mapping[str, Entry], table: Iterable[TensorSpec]) -> list[Stored]:
     """What a checkpoint's files hold, in the order of the table; what the table does not know comes last."""
-    parts: dict[str, Part] = {}
+    listed: dict[str, tuple[Part, int]] = {}
     for spec in table:
-        parts[spec.name] = parts[spec.name + SCALE_SUFFIX] = spec.part
-    known = [name for name in parts if name in entries]
-    unknown = [name for name in entries if name not in parts]
-    return [
-        Stored(name, entries[name].dtype, entries[name].shape, parts.get(name)) for name in (*known, *unknown)
-    ]
+        for suffix in SUFFIXES:
+            listed[spec.name + suffix] = spec.part, 0
+        listed[spec.name] = listed[spec.name + PACKED_SUFFIX] = spec.part, math.prod(spec.shape)
+    found = []
+    for name in (*(name for name in listed if name in entries), *(entries.keys() - listed.keys())):
+        entry = entries[name]
+        part, count = listed.get(name, (None, math.prod(entry.shape)))
+        found.append(Stored(name, entry.dtype, entry.shape, part, count))
+    return found
 
 
 def by_part(tensors: Iterable[Stored]) -> dict[Part | None, Line]:
     """One line for each part that there is, in the order of first appearance."""
     found: dict[Part | None, Line] = {}
     for tensor in tensors:
-        is_scale = tensor.name.endswith(SCALE_SUFFIX)
-        count = 0 if is_scale else math.prod(tensor.shape)
-        line = Line(1, count, tensor.num_bytes, Counter({tensor.dtype: tensor.num_bytes}))
+        line = Line(1, tensor.parameters, tensor.num_bytes, Counter({tensor.dtype: tensor.num_bytes}))
         found.setdefault(tensor.part, Line()).add(line)
     return found
 

@@ -14,7 +14,7 @@ from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError
 from r1_cluster.weights.headers import ITEM_BYTES, Entry, read_header
 from r1_cluster.weights.hub import Published, published
 from r1_cluster.weights.inventory import FP8
-from r1_cluster.weights.tensors import SCALE_SUFFIX, TensorSpec
+from r1_cluster.weights.tensors import INT_SCALE_SUFFIX, SCALE_SUFFIX, IntFormat, TensorSpec
 
 _CHUNK_BYTES = 4 << 20
 # A number is NaN or infinite where all bits of this mask are set. E4M3 has no infinity, and one NaN.
@@ -48,6 +48,8 @@ def verify(
     table: Iterable[TensorSpec] | None,
     module: Iterable[TensorSpec],
     fp8_block: tuple[int, int] | None,
+    *,
+    int_format: IntFormat | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Holds the files against their index in both directions, the tensors against `table`, and those of the
@@ -69,7 +71,7 @@ def verify(
             report.notes.append("The MTP module is not there; only speculation needs it.")
     listed: frozenset[str] | None = None
     try:
-        with Checkpoint(folder, expected, fp8_block) as checkpoint:
+        with Checkpoint(folder, expected, fp8_block, int_format) as checkpoint:
             listed = checkpoint.files
     except CheckpointError as error:
         report.faults += error.faults
@@ -172,7 +174,7 @@ def _read_file(path: Path, want: Published | None, more: Callable[[int], None]) 
 def _tensor_fault(name: str, entry: Entry, read: Callable[[int], memoryview]) -> str | None:
     """Reads one tensor's data from where the file stands."""
     item = ITEM_BYTES[entry.dtype]
-    is_scale = name.endswith(SCALE_SUFFIX)
+    is_scale = name.endswith((SCALE_SUFFIX, INT_SCALE_SUFFIX))
     bad, first, seen = 0, -1, 0
     left = entry.num_bytes
     while left:

@@ -5,10 +5,11 @@ import re
 import pytest
 from small_model import config_values, write_checkpoint
 
-from r1_cluster.cli import quantize as command
+from r1_cluster.cli.main import main
 from r1_cluster.cli.quantize import FORMATS, quantize
 from r1_cluster.models.family import load_config
-from r1_cluster.weights.tensors import INT4, INT8
+from r1_cluster.weights.headers import read_headers
+from r1_cluster.weights.tensors import INT4, INT8, INT_SCALE_SUFFIX
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,7 @@ from r1_cluster.weights.tensors import INT4, INT8
 )
 def test_errors_are_told_by_part(tmp_path, capsys, how, expected, least, most):
     write_checkpoint(tmp_path / "source", config_values())
-    assert quantize(tmp_path / "source", tmp_path / "target", how) == 0
+    quantize(tmp_path / "source", tmp_path / "target", how, lambda done, total: None)
     assert how in FORMATS
     assert load_config(tmp_path / "target").int_format == expected
     out = capsys.readouterr().out
@@ -28,18 +29,45 @@ def test_errors_are_told_by_part(tmp_path, capsys, how, expected, least, most):
     assert f"of {how.upper()} in" in out
 
 
-def test_progress_has_a_rate_and_what_is_left(tmp_path, capsys, monkeypatch):
+def test_progress_is_told_in_bytes(tmp_path):
     write_checkpoint(tmp_path / "source", config_values())
-    monkeypatch.setattr(command, "_PROGRESS_S", 0.0)
-    assert quantize(tmp_path / "source", tmp_path / "target", "int8") == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "MB/s" in line]
-    assert len(lines) == 12 + 3 + 6 + 48
-    assert all(re.fullmatch(r"[\d.]+ of [\d.]+ GB, \d+ MB/s, \d+ s left", line) for line in lines)
+    told = []
+    quantize(tmp_path / "source", tmp_path / "target", "int8", lambda done, total: told.append((done, total)))
+    assert len(told) == 12 + 3 + 6 + 48
+    assert told == sorted(told)
+    assert told[-1][0] <= told[-1][1]
+
+
+def test_the_command_and_what_others_make_of_its_checkpoint(tmp_path, capsys):
+    source, target = tmp_path / "source", tmp_path / "target"
+    write_checkpoint(source, config_values())
+    assert main(["weights", "quantize", str(source), str(target), "--to", "int4"]) == 0
+    assert "of INT4 in" in capsys.readouterr().out
+    assert main(["weights", "verify", str(target)]) == 0
+    assert "is sound" in capsys.readouterr().out
+    sentences = []
+    for folder in (source, target):
+        assert main(["weights", "show", str(folder)]) == 0
+        sentences.append(capsys.readouterr().out.splitlines()[-1])
+    assert sentences[0] == sentences[1]
+    assert main(["weights", "cast", str(target), str(tmp_path / "cast")]) == 2
+    assert "is in INT4: take the checkpoint that it was made from" in capsys.readouterr().err
+    file = target / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    scales = next(e for n, e in read_headers(target)[0].items() if n.endswith(INT_SCALE_SUFFIX))
+    data[scales.offset : scales.offset + scales.num_bytes] = bytes(scales.num_bytes)
+    file.write_bytes(data)
+    assert main(["weights", "verify", str(target)]) == 1
+    assert "scales that are not positive" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_cannot_be_done_is_one_sentence(tmp_path, capsys):
     write_checkpoint(tmp_path / "source", config_values())
-    assert quantize(tmp_path / "source", tmp_path / "source", "int8") == 1
-    assert "exists already: name a folder that does not" in capsys.readouterr().err
-    assert quantize(tmp_path / "absent", tmp_path / "target", "int8") == 1
-    assert "a checkpoint folder needs its config.json" in capsys.readouterr().err
+    for arguments, words in (
+        (["source", "source", "--to", "int8"], "exists already: name a folder that does not"),
+        (["source", "target", "--to", "int2"], "'int2' is neither int8 nor int4"),
+        (["target", "target", "--to", "int8"], "target"),
+    ):
+        paths = [str(tmp_path / name) for name in arguments[:2]]
+        assert main(["weights", "quantize", *paths, *arguments[2:]]) == 2
+        assert words in capsys.readouterr().err

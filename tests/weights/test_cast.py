@@ -144,7 +144,7 @@ def test_to_bf16(source, finished):
 def sound(folder):
     config = load_config(folder)
     report = verify(
-        folder, tensor_table(config), mtp_table(config), config.fp8_block, lambda done, total: None
+        folder, tensor_table(config), mtp_table(config), config.fp8_block, progress=lambda done, total: None
     )
     return report.faults == []
 

@@ -34,7 +34,7 @@ def check(folder, data=True):
     config = load_config(folder)
     seen = []
     progress = (lambda done, total: seen.append((done, total))) if data else None
-    report = verify(folder, tensor_table(config), mtp_table(config), config.fp8_block, progress)
+    report = verify(folder, tensor_table(config), mtp_table(config), config.fp8_block, progress=progress)
     if data and not report.faults:
         assert seen[-1] == (report.num_bytes, report.num_bytes)
         assert seen == sorted(seen)
@@ -265,7 +265,7 @@ def test_a_file_is_replaced_while_it_is_read(folder):
             shutil.copy(folder / ONE, folder / "copy")
             (folder / "copy").replace(folder / ONE)
 
-    report = verify(folder, tensor_table(config), mtp_table(config), config.fp8_block, progress)
+    report = verify(folder, tensor_table(config), mtp_table(config), config.fp8_block, progress=progress)
     assert report.faults == [f"{ONE} was replaced while it was read; let the download end, and verify again"]
 
 
