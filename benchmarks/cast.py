@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """How fast `r1-cluster weights cast` is, and how much memory it takes.
 
-    python benchmarks/cast.py /scratch/cast > benchmarks/results/cast.md
+    python -m benchmarks.cast /scratch/cast > benchmarks/results/cast.md
 
 Makes a checkpoint of R1's real shapes but for the number of layers and experts (its embedding and head, of
 129280×7168, are the largest tensors that any of the family has), casts it to BF16 and back, and removes it.
@@ -133,7 +132,7 @@ def main() -> None:
         shutil.rmtree(folder)
     print("# What a cast takes\n")
     print(
-        f"`python benchmarks/cast.py FOLDER --layers {options.layers} --experts {options.experts}` on ",
+        f"`python -m benchmarks.cast FOLDER --layers {options.layers} --experts {options.experts}` on ",
         end="",
     )
     threads = os.environ.get("OMP_NUM_THREADS", "all")
