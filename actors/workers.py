@@ -65,6 +65,8 @@ class _Shell:
                 "epoch": max(worker.epoch, worker.office),
                 "kv_era": worker.kv_era,
                 "load_s": worker.load_s,
+                "read_bytes": worker.read_bytes,
+                "read_s": worker.read_s,
                 "num_steps": worker.num_steps,
                 "stale_dropped": worker.stale_dropped,
             }

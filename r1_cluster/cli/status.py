@@ -64,9 +64,18 @@ def _show(engine: dict[str, Any]) -> None:
     if engine["step_ms"] is not None:
         step_ms, overhead_ms = engine["step_ms"], engine["overhead_ms"]
         print(f"  one sequence: {step_ms:.2f} ms a step, {overhead_ms:.2f} ms of it overhead")
-    print(f"  {'worker':12} {'roles':24} {'state':7} {'process':>8}  {'host':16} node")
+    print(f"  {'worker':12} {'roles':24} {'state':7} {'process':>8}  {'loaded':18} {'host':16} node")
     for worker in engine["workers"]:
         print(
             f"  {worker['name']:12} {'+'.join(worker.get('roles', [])):24} {worker['state']:7} "
-            f"{worker.get('pid', ''):>8}  {worker.get('host', ''):16} {worker.get('node', '')[:12]}"
+            f"{worker.get('pid', ''):>8}  {_loaded(worker):18} {worker.get('host', ''):16} "
+            f"{worker.get('node', '')[:12]}"
         )
+
+
+def _loaded(worker: dict[str, Any]) -> str:
+    """How much a worker has read, and how fast it was there."""
+    if not worker.get("read_bytes"):
+        return ""
+    read, seconds = worker["read_bytes"] / 1e9, worker["read_s"]
+    return f"{read:.2f} GB, {read / seconds:.2f} GB/s"

@@ -105,9 +105,13 @@ class Worker:
         self.kv_era = 0
         self.held = HeldSequences()
         started = time.monotonic()
+        self.read_bytes, self.read_s = 0, 0.0
         if self.spec.roles:
             self._load()
         self.load_s = time.monotonic() - started
+        if self.read_bytes:
+            read = self.read_bytes / 1e9
+            logger.info("%s: %.2f GB read in %.1f s, %.2f GB/s", name, read, self.read_s, read / self.read_s)
         self.loaded = True
 
     def _load(self) -> None:
@@ -117,6 +121,7 @@ class Worker:
         shard = Shard(torch.device(boot.device), _DTYPES[boot.dtype], boot.deterministic)
         check_fits(config, shard.ops, shard.dtype, boot.page_size)
         stage: StageModel | None = None
+        began = time.monotonic()
         with Checkpoint(
             boot.checkpoint, tensor_table(config), config.fp8_block, config.int_format
         ) as checkpoint:
@@ -128,6 +133,7 @@ class Worker:
                 self.router = RouterRole(RouterModel(config, loader, layers))
             if spec.stage is not None:
                 stage = StageModel(config, loader, range(*spec.stage))
+            self.read_bytes, self.read_s = checkpoint.num_read, time.monotonic() - began
         if self.router is not None and self.experts is not None and self.layout.shards == (spec,):
             self.router.dispatcher = local_dispatcher(self.experts)
         if boot.limits is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,13 +10,13 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kernels.int_weight import dequantize_groups, group_scaled
 from kernels.ops import for_device
 from r1_cluster.weights.headers import INDEX, SINGLE, Entry, read_header
 from r1_cluster.weights.integers import from_words, stored_shapes
+from r1_cluster.weights.reading import FilesReader, Identity, identity
 from r1_cluster.weights.tensors import (
     INT_SCALE_SUFFIX,
     INT_SHAPE_SUFFIX,
@@ -28,6 +29,8 @@ from r1_cluster.weights.tensors import (
 )
 
 _FLOATS = ("F32", "F16", "BF16")
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+_DTYPES |= {"I32": torch.int32, "I64": torch.int64}
 _INT_DTYPES = {PACKED_SUFFIX: ("I32",), INT_SCALE_SUFFIX: _FLOATS, INT_SHAPE_SUFFIX: ("I64", "I32")}
 _MAX_FAULTS_SHOWN = 20
 
@@ -64,12 +67,15 @@ class Checkpoint:
         self.path = Path(path)
         self.fp8_block = fp8_block or (128, 128)
         self._int_format = int_format
-        self._open_files: dict[str, safe_open] = {}
+        self._reader = FilesReader(self.path)
+        self._identities: dict[str, Identity] = {}
         self._entries: dict[str, Entry] = {}
         faults: list[str] = []
         index = self._read_index(faults)
         found: dict[str, dict[str, Entry]] = {}
         for file in sorted(set(index.values())) if index is not None else [SINGLE]:
+            with contextlib.suppress(OSError):  # which reading its header tells
+                self._identities[file] = identity((self.path / file).stat())
             found[file] = read_header(self.path / file, file, faults)
         self.files = frozenset(found)
         self._merge(index, found, faults)
@@ -318,19 +324,20 @@ class Checkpoint:
         return out[tuple(slice(start - f, None) for f, (start, _) in zip(first, bounds))]
 
     def _read(self, name: str, entry: Entry, slices: tuple[slice, ...] | None) -> Tensor:
+        """Rows are read as they lie in the file, none but those that are asked for; columns are cut then."""
+        rows = slices[0].indices(entry.shape[0])[:2] if slices else (0, *entry.shape)[:2]
+        num_rows = max(rows[1] - rows[0], 0) if entry.shape else 1
+        tensor = torch.empty((num_rows, *entry.shape[1:]) if entry.shape else (), dtype=_DTYPES[entry.dtype])
+        row_bytes = entry.num_bytes // max(entry.shape[0], 1) if entry.shape else entry.num_bytes
         try:
-            file = self._open_files.get(entry.file)
-            if file is None:
-                file = self._open_files[entry.file] = safe_open(self.path / entry.file, framework="pt")
-            view = file.get_slice(name)  # type: ignore[no-untyped-call]
-            if tuple(view.get_shape()) != entry.shape or view.get_dtype() != entry.dtype:
+            if self._reader.identity(entry.file) != self._identities[entry.file]:
                 raise CheckpointError(self.path, [f"{entry.file}: tensor {name} changed since it was opened"])
-            tensor: Tensor = view[slices or tuple(slice(None) for _ in entry.shape)]
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                self.path, [f"{entry.file}: tensor {name} cannot be read ({error})"]
-            ) from error
-        return tensor
+            into = tensor.view(-1).view(torch.uint8).numpy().data
+            self._reader.read_into(entry.file, entry.offset + rows[0] * row_bytes, into)
+        except (OSError, EOFError) as error:
+            fault = f"{entry.file}: tensor {name} cannot be read ({error or 'the file ends before it does'})"
+            raise CheckpointError(self.path, [fault]) from error
+        return tensor[(slice(None), *slices[1:])].contiguous() if slices else tensor
 
     def _entry(self, name: str) -> Entry:
         entry = self._entries.get(name)
@@ -340,7 +347,12 @@ class Checkpoint:
 
     def close(self) -> None:
         """Lets go of the files. Tensors that were read remain."""
-        self._open_files.clear()
+        self._reader.close()
+
+    @property
+    def num_read(self) -> int:
+        """Bytes of data that have been read."""
+        return self._reader.num_bytes
 
     def __enter__(self) -> Checkpoint:
         return self
