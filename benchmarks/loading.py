@@ -141,7 +141,7 @@ def main() -> None:
     print(
         f"`python -m benchmarks.loading FOLDER --layers {arguments.layers} --experts {arguments.experts}`, "
         f"{os.cpu_count()} cores, torch {torch.__version__}, "
-        f"Python {platform.python_version()}: {num_bytes / 1e9:.1f} GB of R1's shapes in FP8, cold page cache, "
+        f"Python {platform.python_version()}: {num_bytes / 1e9:.1f} GB of R1's shapes in FP8, cold cache, "
         f"medians of {arguments.rounds} rounds.\n"
     )
     print("| way | s | GB/s | of dd |\n| --- | ---: | ---: | ---: |")
