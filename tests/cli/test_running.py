@@ -23,10 +23,11 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def process():
-    """Somebody who could be signalled."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"], stdout=subprocess.PIPE
+    """Somebody who could be signalled; where the tests run in the background, SIGINT is ignored unless one asks."""
+    script = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); print(flush=True); time.sleep(60)"
     )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     child.stdout.readline()
     yield child
     child.kill()
