@@ -23,7 +23,6 @@ def test_a_stage_that_dies_changes_no_stream(tmp_path, model_type):
         seed=3,
         model_type=model_type,
         max_position_embeddings=2048,
-        tie_word_embeddings=model_type == "qwen2",
     )
     with closing(Arena(tmp_path, checkpoint, LAYOUTS[model_type])) as arena:
         streams = arena.load().join()
