@@ -26,7 +26,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not ($(ALONE) or $(LATER))"
 	$(BIN)/python -m pytest -m "($(ALONE)) and not ($(LATER))"
 
-# The goal is under 2 minutes.
+# Took 3:12 on two cores with 2,827 tests; the goal is under 2 minutes.
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not (slow or $(ALONE) or $(LATER))"
 
