@@ -353,41 +353,18 @@ CASES = [
         _INT.replace("weight", "*u8'"),
         _INT_SHAPE | _INT4 | {"EVEN": False},
     ),
-    Case(
-        "grouped int8, decode",
-        int_moe_gemm.grouped_int_kernel,
-        _GROUPED_INT.replace("weight", "*i8'"),
-        _INT8 | {"EVEN": True, "ROWS_PER_SOURCE": 8} | {"BLOCK_M": 16, "BLOCK_N": 64, "GROUP_M": 1},
-        4,
-        3,
-        True,
-    ),
-    Case(
-        "grouped int8, prefill",
-        int_moe_gemm.grouped_int_kernel,
-        _GROUPED_INT.replace("weight", "*i8'"),
-        _INT8 | {"EVEN": True, "ROWS_PER_SOURCE": 8} | {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP_M": 8},
-        8,
-        2,
-        True,
-    ),
-    Case(
-        "grouped int4, decode",
-        int_moe_gemm.grouped_int_kernel,
-        _GROUPED_INT.replace("weight", "*u8'"),
-        _INT4 | {"EVEN": True, "ROWS_PER_SOURCE": 8} | {"BLOCK_M": 16, "BLOCK_N": 64, "GROUP_M": 1},
-        4,
-        3,
-        True,
-    ),
-    Case(
-        "grouped int4, prefill",
-        int_moe_gemm.grouped_int_kernel,
-        _GROUPED_INT.replace("weight", "*u8'"),
-        _INT4 | {"EVEN": True, "ROWS_PER_SOURCE": 8} | {"BLOCK_M": 128, "BLOCK_N": 64, "GROUP_M": 8},
-        8,
-        2,
-        True,
+    *(
+        Case(
+            f"grouped int{bits}, {when}",
+            int_moe_gemm.grouped_int_kernel,
+            _GROUPED_INT.replace("weight", pointer),
+            shape | {"EVEN": True, "ROWS_PER_SOURCE": 8, "BLOCK_M": rows, "BLOCK_N": 64, "GROUP_M": group},
+            warps,
+            stages,
+            True,
+        )
+        for bits, pointer, shape in ((8, "*i8'", _INT8), (4, "*u8'", _INT4))
+        for when, rows, group, warps, stages in (("decode", 16, 1, 4, 3), ("prefill", 128, 8, 8, 2))
     ),
     Case(
         "sample, largest",

@@ -10,6 +10,7 @@ of rows at a time, because a library may choose another kernel for another numbe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ from kernels.upload import upload
 # Operations in a file of their own.
 __all__ = ["gqa", "mla_absorbed", "mla_expanded", "plan_attention", "refill_"]
 
+_Unscaled = Tensor | GroupScaled
 KEEPS_FP8 = True
 HAS_MOE = True
 
@@ -210,55 +212,37 @@ def moe(
     # By the number of rows alone, which a captured graph fixes: whatever the routing, one launch shape.
     block = 128 if not tiled and num_rows * top_k >= _MANY_ROWS * num_experts else 16
     order = moe_sort.sort_rows(expert_ids_TK, num_experts, block, num_tokens)
-    if isinstance(gate_up_e2FD, Tensor):
-        assert isinstance(down_eDF, Tensor)
-        y_MD = _plain_experts(x_TD, order, top_k, gate_up_e2FD, down_eDF, tiled)
-    elif isinstance(gate_up_e2FD, GroupScaled):
-        assert isinstance(down_eDF, GroupScaled)
-        y_MD = _int_experts(x_TD, order, top_k, gate_up_e2FD, down_eDF, tiled)
-    else:
+    if isinstance(gate_up_e2FD, BlockScaled):
         assert isinstance(down_eDF, BlockScaled)
         y_MD = _scaled_experts(x_TD, order, top_k, gate_up_e2FD, down_eDF, tiled)
+    else:
+        assert not isinstance(down_eDF, BlockScaled)
+        y_MD = _unscaled_experts(x_TD, order, top_k, gate_up_e2FD, down_eDF, tiled)
     return moe_combine.combine(y_MD, order.slot_of_row, weights_TK)
 
 
-def _plain_experts(
-    x_TD: Tensor, order: SortedRows, top_k: int, gate_up: Tensor, down: Tensor, tiled: bool
+def _unscaled_experts(
+    x_TD: Tensor, order: SortedRows, top_k: int, gate_up: _Unscaled, down: _Unscaled, tiled: bool
 ) -> Tensor:
-    """The experts' outputs in the order of slots."""
-    index, num_slots = order.expert_of_block, order.row_of_slot.numel()
-    gate_up_M2F = moe_gemm_plain.grouped_plain(
-        x_TD,
-        gate_up,
-        index,
-        order.row_of_slot,
-        rows_per_source=top_k,
-        num_slots=num_slots,
-        deterministic=tiled,
-    )
-    hidden = silu.silu_mul(gate_up_M2F)
-    return moe_gemm_plain.grouped_plain(hidden, down, index, num_slots=num_slots, deterministic=tiled)
+    """The experts' outputs in the order of slots, by products of x that is not quantized."""
+    num_slots = order.row_of_slot.numel()
 
+    def product(a: Tensor, weight: _Unscaled, row_of_slot: Tensor | None, rows_per_source: int) -> Tensor:
+        grouped = (
+            partial(moe_gemm_plain.grouped_plain, a, weight)
+            if isinstance(weight, Tensor)
+            else partial(int_moe_gemm.grouped_int, a, weight.values, weight.scale)
+        )
+        return grouped(
+            order.expert_of_block,
+            row_of_slot,
+            rows_per_source=rows_per_source,
+            num_slots=num_slots,
+            deterministic=tiled,
+        )
 
-def _int_experts(
-    x_TD: Tensor, order: SortedRows, top_k: int, gate_up: GroupScaled, down: GroupScaled, tiled: bool
-) -> Tensor:
-    """As `_plain_experts`."""
-    index, num_slots = order.expert_of_block, order.row_of_slot.numel()
-    gate_up_M2F = int_moe_gemm.grouped_int(
-        x_TD,
-        gate_up.values,
-        gate_up.scale,
-        index,
-        order.row_of_slot,
-        rows_per_source=top_k,
-        num_slots=num_slots,
-        deterministic=tiled,
-    )
-    hidden = silu.silu_mul(gate_up_M2F)
-    return int_moe_gemm.grouped_int(
-        hidden, down.values, down.scale, index, num_slots=num_slots, deterministic=tiled
-    )
+    gate_up_M2F = product(x_TD, gate_up, order.row_of_slot, top_k)
+    return product(silu.silu_mul(gate_up_M2F), down, None, 1)
 
 
 def _scaled_experts(
@@ -269,7 +253,7 @@ def _scaled_experts(
     down: BlockScaled,
     tiled: bool,
 ) -> Tensor:
-    """As `_plain_experts`; x is quantized once, not once for each of its experts."""
+    """As `_unscaled_experts`; x is quantized once, not once for each of its experts."""
     q, scale = fp8.quantize(x_TD, gate_up.values.dtype)
     q, scale = moe_combine.spread_rows(q, scale, order.row_of_slot, top_k)
     index = order.expert_of_block

@@ -1,5 +1,6 @@
 """A small network's bits against its own, in other company and other divisions: what every family must hold."""
 
+import contextlib
 import tempfile
 from itertools import pairwise
 
@@ -19,6 +20,27 @@ RELAXED = {
 def chunks_of(tokens, cuts):
     edges = sorted({0, len(tokens), *(cut for cut in cuts if cut < len(tokens))})
     return [tokens[a:b] for a, b in pairwise(edges)]
+
+
+@contextlib.contextmanager
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def decoded(model, prompts, answers, cuts):
+    """Logits [chunks, V] of each prompt, all computed together in chunks, then decoded along its answer."""
+    queues = [chunks_of(p, cuts) + [[token] for token in a] for p, a in zip(prompts, answers)]
+    got = [[] for _ in prompts]
+    while any(queues):
+        chunks = [(i, queue.pop(0)) for i, queue in enumerate(queues) if queue]
+        for (i, _), logits in zip(chunks, model.step(chunks)):
+            got[i].append(logits)
+    return [torch.stack(rows) for rows in got]
 
 
 def check_bits(values, seed, cuts, bounds, num_shards, page_size):

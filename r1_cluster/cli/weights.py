@@ -164,11 +164,8 @@ def cast_command(
     off, even killed, goes on when the same command is given again; config.json comes last, so that nothing
     takes an unfinished folder for a checkpoint.
     """
-    from r1_cluster.models.config import ModelConfigError
     from r1_cluster.models.family import load_config, mtp_table, tensor_table
     from r1_cluster.weights.cast import cast
-    from r1_cluster.weights.checkpoint import CheckpointError
-    from r1_cluster.weights.rewrite import RewriteError
 
     if input_fp8_hf_path is not None or output_bf16_hf_path is not None:
         if source is not None or target is not None or to not in (None, "bf16"):
@@ -177,7 +174,7 @@ def cast_command(
     if source is None or target is None:
         raise ConfigError("both SRC and DST are needed: r1-cluster weights cast SRC DST")
     folder, started = _folder(source), time.monotonic()
-    try:
+    with _rewriting():
         config = _in_floats(source, load_config(folder))
         wanted: To = "fp8" if (to or "").lower() == "fp8" else "bf16"
         if to is None and config.fp8_block is None:
@@ -187,11 +184,6 @@ def cast_command(
         table = [*tensor_table(config), *_present(folder, mtp_table(config))]
         with progress_bar(f"casting to {wanted.upper()}") as progress:
             done = cast(folder, target, wanted, table, fp8_block=config.fp8_block, progress=progress)
-    except (ModelConfigError, CheckpointError, RewriteError) as error:
-        raise ConfigError(str(error)) from None
-    except KeyboardInterrupt:
-        print(_BROKEN_OFF, file=sys.stderr)
-        raise
     print(f"{target} is {source} in {wanted.upper()}: {_words(done, started)}.")
     return 0
 
@@ -208,16 +200,13 @@ def convert_command(
     The flags are those of its convert.py, and so are names, cuts and files (model0-mp16.safetensors, …): the
     MTP module is left out, FP8 stays FP8. Goes on where an earlier run was broken off.
     """
-    from r1_cluster.models.config import ModelConfigError
     from r1_cluster.models.deepseek import ARCHITECTURE
     from r1_cluster.models.deepseek_names import inference_name
     from r1_cluster.models.family import load_config, tensor_table
-    from r1_cluster.weights.checkpoint import CheckpointError
     from r1_cluster.weights.convert import convert
-    from r1_cluster.weights.rewrite import RewriteError
 
     folder, started = _folder(hf_ckpt_path), time.monotonic()
-    try:
+    with _rewriting():
         config = _in_floats(hf_ckpt_path, load_config(folder))
         if config.architecture != ARCHITECTURE or config.moe is None:
             raise ConfigError(f"{hf_ckpt_path} is {config.architecture}; DeepSeek's code runs {ARCHITECTURE}")
@@ -233,11 +222,6 @@ def convert_command(
                 fp8_block=config.fp8_block,
                 progress=progress,
             )
-    except (ModelConfigError, CheckpointError, RewriteError) as error:
-        raise ConfigError(str(error)) from None
-    except KeyboardInterrupt:
-        print(_BROKEN_OFF, file=sys.stderr)
-        raise
     print(f"{save_path} is {hf_ckpt_path} for {model_parallel} ranks: {_words(done, started)}.")
     return 0
 
@@ -268,6 +252,22 @@ def _in_floats(name: str, config: ModelConfig) -> ModelConfig:
             f"{name} is in INT{config.int_format.bits}: take the checkpoint that it was made from"
         )
     return config
+
+
+@contextmanager
+def _rewriting() -> Iterator[None]:
+    """What all rewritings say where they cannot be done, and where they are broken off."""
+    from r1_cluster.models.config import ModelConfigError
+    from r1_cluster.weights.checkpoint import CheckpointError
+    from r1_cluster.weights.rewrite import RewriteError
+
+    try:
+        yield
+    except (ModelConfigError, CheckpointError, RewriteError) as error:
+        raise ConfigError(str(error)) from None
+    except KeyboardInterrupt:
+        print(_BROKEN_OFF, file=sys.stderr)
+        raise
 
 
 def _words(done: Outcome, started: float) -> str:

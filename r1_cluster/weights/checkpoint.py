@@ -234,13 +234,6 @@ class Checkpoint:
         """A tensor's shape, from the header, or from where integers have it. Raises CheckpointError."""
         return self._entry(name).shape if self.int_bits(name) is None else self._int_shape(name)
 
-    def stored(self) -> dict[str, dict[str, str]]:
-        """By file, the dtype of each tensor in it, as the format names them."""
-        files: dict[str, dict[str, str]] = {}
-        for name, entry in self._entries.items():
-            files.setdefault(entry.file, {})[name] = entry.dtype
-        return files
-
     def get(
         self, name: str, dtype: torch.dtype, device: torch.device, slices: tuple[slice, ...] | None = None
     ) -> Tensor:

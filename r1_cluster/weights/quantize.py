@@ -27,6 +27,8 @@ from kernels.int_weight import dequantize_groups, group_scaled, quantize_int
 from r1_cluster.weights.checkpoint import Checkpoint
 from r1_cluster.weights.headers import INDEX, SINGLE
 from r1_cluster.weights.integers import quantization_config, stored_shapes, to_words
+from r1_cluster.weights.rewrite import to_json
+from r1_cluster.weights.stream import PARTIAL, raw, sync_folder, write_whole
 from r1_cluster.weights.tensors import (
     INT_SCALE_SUFFIX,
     INT_SHAPE_SUFFIX,
@@ -147,10 +149,10 @@ def quantize_checkpoint(
             _write_index(unfinished, plans)
             not_quantized = _modules_in_floats(specs, plans)
             config |= {"quantization_config": quantization_config(how, not_quantized)}
-            _write_json(unfinished / "config.json", config)
-            _sync(unfinished)
+            write_whole(unfinished / "config.json", to_json(config))
+            sync_folder(unfinished)
             unfinished.rename(target)
-            _sync(target.parent)
+            sync_folder(target.parent)
         except OSError as error:
             raise QuantizeError(
                 f"{error}; {target} was not made, what was begun is in {unfinished}"
@@ -161,17 +163,16 @@ def quantize_checkpoint(
 def _plan(checkpoint: Checkpoint, specs: dict[str, TensorSpec], how: IntFormat) -> dict[str, list[_Plan]]:
     """By file, in the order of the names."""
     plans: dict[str, list[_Plan]] = {}
-    for file, dtypes in checkpoint.stored().items():
-        for name, dtype in sorted(dtypes.items()):
-            if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in specs:
-                continue  # comes with its weight
-            shape, spec = checkpoint.shape(name), specs.get(name)
-            quantized = spec is not None and is_quantized(spec)
-            if dtype != "F8_E4M3" and dtype not in (_FLOATS if quantized else _DTYPES):
-                raise QuantizeError(
-                    f"{file}: tensor {name} is of dtype {dtype}, which cannot be read as floats"
-                )
-            plans.setdefault(file, []).append(_plan_tensor(name, dtype, shape, how if quantized else None))
+    for name, (file, dtype, shape) in sorted(
+        (name, (entry.file, entry.dtype, entry.shape)) for name, entry in checkpoint.entries.items()
+    ):
+        if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in specs:
+            continue  # comes with its weight
+        spec = specs.get(name)
+        quantized = spec is not None and is_quantized(spec)
+        if dtype != "F8_E4M3" and dtype not in (_FLOATS if quantized else _DTYPES):
+            raise QuantizeError(f"{file}: tensor {name} is of dtype {dtype}, which cannot be read as floats")
+        plans.setdefault(file, []).append(_plan_tensor(name, dtype, shape, how if quantized else None))
     if not any(plan.quantized for file in plans.values() for plan in file):
         raise QuantizeError(f"{checkpoint.path} holds no weights of the model that could be quantized")
     return plans
@@ -213,7 +214,7 @@ def _write_file(
             offset = end
     packed = json.dumps(header, separators=(",", ":")).encode()
     packed += b" " * (-len(packed) % 8)  # the format aligns the data to 8 bytes
-    partial = path.with_name(path.name + ".part")
+    partial = path.with_name(path.name + PARTIAL)
     with partial.open("wb") as file:
         file.write(len(packed).to_bytes(8, "little") + packed)
         for plan in plans:
@@ -236,12 +237,12 @@ def _write_quantized(checkpoint: Checkpoint, file: BinaryIO, plan: _Plan, how: I
                 f"tensor {plan.name} of {checkpoint.path} holds NaN or infinity: nothing to round"
             )
         q, scale = quantize_int(weight, how.bits, how.group_size)
-        file.write(_bytes(to_words(q, how.bits)))
+        file.write(raw(to_words(q, how.bits)))
         scales.append(scale)
         stored = group_scaled(q, scale, 8, _CPU)
         error.add(weight, dequantize_groups(stored.values, stored.scale, stored.width, torch.float32))
-    file.write(_bytes(torch.cat(scales).to(_DTYPES[_SCALE_DTYPE])))
-    file.write(_bytes(torch.tensor(plan.shape)))
+    file.write(raw(torch.cat(scales).to(_DTYPES[_SCALE_DTYPE])))
+    file.write(raw(torch.tensor(plan.shape)))
     return error
 
 
@@ -249,7 +250,7 @@ def _write_copy(checkpoint: Checkpoint, file: BinaryIO, plan: _Plan) -> None:
     ((_, dtype, shape),) = plan.written
     for rows in _runs(shape):
         slices = (rows, *(slice(None) for _ in shape[1:])) if shape else None
-        file.write(_bytes(checkpoint.get(plan.name, _DTYPES[dtype], _CPU, slices)))
+        file.write(raw(checkpoint.get(plan.name, _DTYPES[dtype], _CPU, slices)))
 
 
 def _runs(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -260,10 +261,6 @@ def _runs(shape: tuple[int, ...]) -> Iterator[slice]:
     step = max(128, step // 128 * 128)
     for first in range(0, num_rows, step):
         yield slice(first, min(first + step, num_rows))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -277,7 +274,7 @@ def _write_index(folder: Path, plans: dict[str, list[_Plan]]) -> None:
         name: file for file, tensors in plans.items() for plan in tensors for name, *_ in plan.written
     }
     total = sum(plan.num_bytes for tensors in plans.values() for plan in tensors)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_whole(folder / INDEX, to_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
 
 
 def _modules_in_floats(specs: dict[str, TensorSpec], plans: dict[str, list[_Plan]]) -> list[str]:
@@ -289,21 +286,3 @@ def _modules_in_floats(specs: dict[str, TensorSpec], plans: dict[str, list[_Plan
         if not plan.quantized and len(plan.shape) == 2 and plan.name.endswith(".weight")
         if (spec := specs.get(plan.name)) is None or spec.part != "embedding"
     )
-
-
-def _write_json(path: Path, value: object) -> None:
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
-def _sync(folder: Path) -> None:
-    """Makes the names in a folder last, whatever happens to the machine."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

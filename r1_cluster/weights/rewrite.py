@@ -20,6 +20,7 @@ from typing import Any
 
 from r1_cluster.weights.checkpoint import Checkpoint
 from r1_cluster.weights.headers import Entry
+from r1_cluster.weights.reading import identity
 from r1_cluster.weights.stream import (
     PARTIAL,
     Planned,
@@ -200,8 +201,8 @@ def identities(folder: Path) -> dict[str, tuple[int, int, int]]:
     found = {}
     for path in folder.rglob("*.safetensors"):
         with suppress(OSError):  # a broken link, of which the checkpoint's own check says more
-            status = path.stat()
-            found[str(path.relative_to(folder))] = (status.st_ino, status.st_size, status.st_mtime_ns)
+            # Without the device, whose number may be another one when a rewriting goes on.
+            found[str(path.relative_to(folder))] = identity(path.stat())[1:]
     return found
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from r1_cluster.weights.checkpoint import CheckpointError
 from r1_cluster.weights.headers import ITEM_BYTES, Entry
 from r1_cluster.weights.inventory import Stored
+from r1_cluster.weights.reading import FilesReader
 from r1_cluster.weights.tensors import SCALE_SUFFIX
 
 CHUNK_ITEMS = 4 << 20
@@ -83,24 +84,16 @@ class Reader:
     def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
         self.folder = folder
         self.entries = entries
-        self._stack = ExitStack()
-        self._open: dict[str, int] = {}
+        self._files = FilesReader(folder)
 
     def read(self, name: str, start: int, num_bytes: int) -> bytearray:
         """At most `num_bytes` of a tensor's data, from byte `start` on."""
         entry = self.entries[name]
         data = bytearray(min(num_bytes, entry.num_bytes - start))
-        view, filled = memoryview(data), 0
         try:
-            file = self._open.get(entry.file)
-            if file is None:
-                file = self._open[entry.file] = os.open(self.folder / entry.file, os.O_RDONLY)
-                self._stack.callback(os.close, file)
-            while filled < len(data):
-                count = os.preadv(file, [view[filled:]], entry.offset + start + filled)
-                if not count:
-                    raise CheckpointError(self.folder, [f"{entry.file} is cut off in tensor {name}"])
-                filled += count
+            self._files.read_into(entry.file, entry.offset + start, memoryview(data))
+        except EOFError:
+            raise CheckpointError(self.folder, [f"{entry.file} is cut off in tensor {name}"]) from None
         except OSError as error:
             fault = f"{entry.file}: tensor {name} cannot be read ({error.strerror})"
             raise CheckpointError(self.folder, [fault]) from error
@@ -130,12 +123,12 @@ class Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._files.close()
 
 
 def raw(tensor: Tensor) -> memoryview:
     """A tensor's bytes, as files have them."""
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError
 from r1_cluster.weights.headers import ITEM_BYTES, Entry, read_header
 from r1_cluster.weights.hub import Published, published
 from r1_cluster.weights.inventory import FP8
+from r1_cluster.weights.reading import identity
 from r1_cluster.weights.tensors import INT_SCALE_SUFFIX, SCALE_SUFFIX, IntFormat, TensorSpec
 
 _CHUNK_BYTES = 4 << 20
@@ -162,7 +163,7 @@ def _read_file(path: Path, want: Published | None, more: Callable[[int], None]) 
         while digest is not None and read(_CHUNK_BYTES):  # a damaged file is read for its hash alone
             pass
         after = os.stat(path)
-        if _identity(after) != _identity(before):
+        if identity(after) != identity(before):
             return [f"{path.name} was replaced while it was read; let the download end, and verify again"]
     if want is not None and digest is not None and digest.hexdigest() != want.value:
         found.append(
@@ -203,7 +204,3 @@ def _wrong(bits: np.ndarray, dtype: str, is_scale: bool) -> np.ndarray | None:
     mask: np.ndarray = (bits & exponent) == exponent
     # The bits of a positive number are a positive integer.
     return mask | (bits <= 0) if is_scale else mask
-
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
-from network_checks import DIVISIONS, RELAXED, check_bits, chunks_of
+from network_checks import DIVISIONS, RELAXED, check_bits, chunks_of, decoded, two_threads
 from safetensors.torch import load_file, save_file
 from small_model import LLAMA3, SmallModel, dense_values, to_fp8, write_checkpoint
 
@@ -62,19 +62,14 @@ def both(folder, rng, cuts, **options):
     vocab = model.config.vocab_size
     prompts = [rng.integers(0, vocab, length) for length in (110, 3, 37)]
     answers = rng.integers(0, vocab, (len(prompts), 4))
-    queues = [chunks_of(p, cuts) + [[token] for token in a] for p, a in zip(prompts, answers)]
-    got = [[] for _ in prompts]
-    while any(queues):
-        chunks = [(i, queue.pop(0)) for i, queue in enumerate(queues) if queue]
-        for (i, _), logits in zip(chunks, model.step(chunks)):
-            got[i].append(logits)
+    got = decoded(model, prompts, answers, cuts)
     oracle = oracle_of(folder)
     expected = []
     for prompt, answer in zip(prompts, answers):
         with torch.no_grad():
             logits = oracle(torch.from_numpy(np.concatenate((prompt, answer)))[None]).logits[0]
         expected.append(logits[np.cumsum([len(c) for c in chunks_of(prompt, cuts)] + [1] * 4) - 1])
-    return torch.cat([torch.stack(rows) for rows in got]), torch.cat(expected)
+    return torch.cat(got), torch.cat(expected)
 
 
 @settings(max_examples=12, **RELAXED)
@@ -104,12 +99,8 @@ def test_deterministic_logits_are_bit_identical(**layout):
 @settings(max_examples=3, **RELAXED)
 @given(values=dense_configs(), **DIVISIONS)
 def test_deterministic_logits_are_bit_identical_on_two_threads(**layout):
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with two_threads():
         check_bits(**layout)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_the_magnitude_of_r1_0528_qwen3_8b_is_one(tmp_path):

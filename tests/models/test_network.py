@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
-from network_checks import DIVISIONS, RELAXED, check_bits, chunks_of
+from network_checks import DIVISIONS, RELAXED, check_bits, chunks_of, decoded, two_threads
 from small_model import YARN, SmallModel, config_values, write_checkpoint
 
 
@@ -61,18 +61,13 @@ def test_logits_are_those_of_transformers(values, seed, bounds, cuts, determinis
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         model = SmallModel(folder, deterministic=deterministic, bounds=sorted(bounds))
         prompts = [rng.integers(0, config.vocab_size, length) for length in (110, 3, 37)]
-        got = [[] for _ in prompts]
         answers = rng.integers(0, config.vocab_size, (len(prompts), 4))
-        queues = [chunks_of(p, cuts) + [[token] for token in a] for p, a in zip(prompts, answers)]
-        while any(queues):
-            chunks = [(i, queue.pop(0)) for i, queue in enumerate(queues) if queue]
-            for (i, _), logits in zip(chunks, model.step(chunks)):
-                got[i].append(logits)
+        got = decoded(model, prompts, answers, cuts)
         for i, (prompt, answer) in enumerate(zip(prompts, answers)):
             with torch.no_grad():
                 expected = oracle(torch.from_numpy(np.concatenate((prompt, answer)))[None]).logits[0]
             lengths = np.cumsum([len(c) for c in chunks_of(prompt, cuts)] + [1] * 4)
-            torch.testing.assert_close(torch.stack(got[i]), expected[lengths - 1], atol=1e-4, rtol=0)
+            torch.testing.assert_close(got[i], expected[lengths - 1], atol=1e-4, rtol=0)
 
 
 def test_absorbed_and_expanded_attention_agree(tmp_path):
@@ -97,12 +92,8 @@ def test_deterministic_logits_are_bit_identical(**layout):
 @settings(max_examples=3, **RELAXED)
 @given(values=small_configs(), **DIVISIONS)
 def test_deterministic_logits_are_bit_identical_on_two_threads(**layout):
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with two_threads():
         check_bits(**layout)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

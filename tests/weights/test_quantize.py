@@ -19,6 +19,7 @@ from r1_cluster.models.family import load_config, mtp_table, parse_config, tenso
 from r1_cluster.weights import quantize as quantize_module
 from r1_cluster.weights.checkpoint import INDEX, SINGLE, Checkpoint, CheckpointError
 from r1_cluster.weights.quantize import QuantizeError, is_quantized, quantize_checkpoint
+from r1_cluster.weights.stream import PARTIAL
 from r1_cluster.weights.tensors import INT4, INT8
 
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ def test_linear_layers_are_rounded_and_all_else_is_as_it_was(source, tmp_path, h
     specs = {spec.name: spec for spec in (*tensor_table(CONFIG), *mtp_table(CONFIG))}
     assert set(errors) == {name for name, spec in specs.items() if is_quantized(spec)}
     assert (target / "tokenizer.json").read_text() == "{}"
-    assert not list(target.glob("*.part"))
+    assert not list(target.glob(f"*{PARTIAL}"))
     with opened(source) as before, opened(target) as after:
         for name, spec in specs.items():
             weight, got = (x.get(name, torch.float32, CPU) for x in (before, after))
@@ -122,9 +123,7 @@ def test_from_fp8(tmp_path, how):
     quantize(tmp_path / "fp8", tmp_path / "int", how)
     assert load_config(tmp_path / "int").fp8_block is None
     with opened(tmp_path / "fp8") as before, opened(tmp_path / "int") as after:
-        assert not [
-            name for names in after.stored().values() for name in names if name.endswith("_scale_inv")
-        ]
+        assert not [name for name in after.entries if name.endswith("_scale_inv")]
         kept = "model.layers.0.self_attn.kv_b_proj.weight"
         assert torch.equal(after.get(kept, torch.bfloat16, CPU), before.get(kept, torch.bfloat16, CPU))
         weight, got = (x.get(WEIGHT, torch.float32, CPU) for x in (before, after))
