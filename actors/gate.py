@@ -27,7 +27,7 @@ from ray.serve._private.constants import (
 from starlette.middleware import Middleware
 
 from r1_cluster.api.errors import ApiError, overloaded
-from r1_cluster.edge.app import PLACES
+from r1_cluster.edge.app import MAX_BODY_BYTES, PLACES
 
 Message = MutableMapping[str, Any]
 Headers = Sequence[tuple[bytes, bytes]]
@@ -36,7 +36,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 MAX_ID_LENGTH = 128
 LINGER_S = 5.0
-_PLACES = PLACES.encode()
+_TOLD = _PLACES, _MAX_BODY_BYTES = PLACES.encode(), MAX_BODY_BYTES.encode()
 _SERVES_OWN = {
     name.replace("_", "-").encode()
     for name in (
@@ -56,12 +56,13 @@ def middlewares() -> list[Middleware]:
 
 class Gate:
     """An ASGI app in front of another. It keeps Serve's own headers from it, but for a sane request id, which
-    Serve gives back; puts Serve's own errors into the API's form; and refuses by itself what would find no
-    place on any engine, since Serve needs some ms to bring a request to where that is known."""
+    Serve gives back; puts Serve's own errors into the API's form; refuses by itself what would find no place
+    on any engine, since Serve needs some ms to bring a request to where that is known; and stops reading a
+    body once it is too long, since Serve would queue whatever comes until the refusal does."""
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
-        self._places: dict[str, int] = {}
+        self._told: dict[str, dict[bytes, int]] = {}  # by an ingress, of each path
         self._in_flight: Counter[str] = Counter()
         self._turn = asyncio.Lock()
 
@@ -73,9 +74,9 @@ class Gate:
         path, request_id = scope["path"], _replace_headers(scope)
         if path.startswith("/-/"):  # Serve's own probes keep its words
             await self._app(scope, receive, send)
-        elif path not in self._places:
+        elif _PLACES not in (told := self._told.get(path, {})):
             await self._pass(scope, receive, send)
-        elif self._in_flight[path] >= self._places[path]:
+        elif self._in_flight[path] >= told[_PLACES]:
             for message in _refusal(request_id):
                 await send(message)
         else:
@@ -93,7 +94,9 @@ class Gate:
             await exchange.linger()
 
     def _exchange(self, scope: Message, receive: Receive, send: Send) -> _Exchange:
-        return _Exchange(receive, send, partial(self._places.__setitem__, scope["path"]))
+        path = scope["path"]
+        max_body_bytes = self._told.get(path, {}).get(_MAX_BODY_BYTES)
+        return _Exchange(receive, send, partial(self._told.__setitem__, path), max_body_bytes)
 
     async def _pass(self, scope: Message, receive: Receive, send: Send) -> None:
         exchange = self._exchange(scope, receive, send)
@@ -102,30 +105,39 @@ class Gate:
 
 
 class _Exchange:
-    """A request and its answer on their way through the gate. `learn` gets the number of places, where the
-    ingress tells it."""
+    """A request and its answer on their way through the gate. `learn` gets what the ingress tells."""
 
-    def __init__(self, receive: Receive, send: Send, learn: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        receive: Receive,
+        send: Send,
+        learn: Callable[[dict[bytes, int]], None],
+        max_body_bytes: int | None,
+    ) -> None:
         self._learn = learn
         self._receive = receive
         self._send = send
+        self._max_body_bytes = max_body_bytes
+        self._received_bytes = 0
         self._body_ended = False
         self._failed: Message | None = None
         self._lingers = False
 
     async def receive(self) -> Message:
-        """See ASGI."""
-        message = await self._receive()
-        self._body_ended = self._body_ended or not message.get("more_body", False)
-        return message
+        """See ASGI. Of a body that is too long, nothing beyond its first bytes too many: who asks waits until
+        it is cancelled."""
+        if self._max_body_bytes is not None and self._received_bytes > self._max_body_bytes:
+            await asyncio.Event().wait()
+        return await self._receive_any()
 
     async def send(self, message: Message) -> None:
         """Turns errors in plain text, which are Serve's, into the API's; and keeps back the end of an answer
         that came before the end of its request."""
         if message["type"] == "http.response.start":
-            for value in (value for name, value in message["headers"] if name == _PLACES):
-                self._learn(int(value))
-            headers = [header for header in message["headers"] if header[0] != _PLACES]
+            told = {name: int(value) for name, value in message["headers"] if name in _TOLD}
+            if told:
+                self._learn(told)
+            headers = [header for header in message["headers"] if header[0] not in told]
             if message["status"] >= 400:
                 self._lingers = not self._body_ended and not _has(headers, b"connection", b"close")
                 headers += [(b"connection", b"close")] * self._lingers
@@ -151,8 +163,14 @@ class _Exchange:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_S):
                 while not self._body_ended:
-                    await self.receive()
+                    await self._receive_any()
         await self._send({"type": "http.response.body", "body": b""})
+
+    async def _receive_any(self) -> Message:
+        message = await self._receive()
+        self._received_bytes += len(message.get("body", b""))
+        self._body_ended = self._body_ended or not message.get("more_body", False)
+        return message
 
 
 def _replace_headers(scope: Message) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
@@ -22,6 +23,8 @@ Answer = dict[str, object] | AsyncGenerator[bytes, None]
 """A whole answer, or the frames of a streamed one."""
 PLACES = "x-r1-places"
 """By this header the proxies learn beyond how many requests none need come here."""
+MAX_BODY_BYTES = "x-r1-max-body-bytes"
+"""By this one, beyond how many bytes of a body none need."""
 SHOWN_CHARACTERS = 100
 """Of a path or method, in an error's message."""
 
@@ -68,11 +71,14 @@ def build_edge(backend: Backend, reader: BodyReader, *, cors_origins: Sequence[s
 
     @edge.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        reader.check(request.scope["headers"])
-        backend.enter()
-        # Not by `request.body()`, which has no bound and keeps what it read until the answer has ended.
-        answer = await backend.chat(await reader.read(request.receive))
-        headers = {PLACES: str(backend.places)}
+        headers = {PLACES: str(backend.places), MAX_BODY_BYTES: str(reader.max_bytes)}
+        try:
+            reader.check(request.scope["headers"])
+            backend.enter()
+            # Not by `request.body()`, which has no bound and keeps what it read until the answer has ended.
+            answer = await backend.chat(await reader.read(request.receive))
+        except ApiError as error:
+            return _error_response(error, headers)
         if isinstance(answer, dict):
             return JSONResponse(answer, headers=headers)
         return await _streamed(answer, headers | HEADERS, request.scope["http_version"])
@@ -100,8 +106,8 @@ async def _streamed(
     return StreamingResponse(answer, 200, headers, "text/event-stream")
 
 
-def _error_response(error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status, headers=error.headers)
+def _error_response(error: ApiError, headers: Mapping[str, str] = MappingProxyType({})) -> Response:
+    return JSONResponse(error.body(), error.status, headers={**error.headers, **headers})
 
 
 async def _api_error(_: Request, error: Exception) -> Response:

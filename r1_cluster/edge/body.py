@@ -27,7 +27,7 @@ class BodyReader:
     """Reads the JSON bodies of one process. Each is bounded in bytes and time, all together in bytes."""
 
     def __init__(self, max_bytes: int, timeout_s: float, *, max_held_bytes: int = MAX_HELD_BYTES) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._max_held_bytes = max(max_held_bytes, max_bytes)
         self._held = 0
@@ -43,8 +43,8 @@ class BodyReader:
             if not (length.isascii() and length.isdigit()):
                 raise invalid_request(None, "Content-Length is no number")
             # A number of many digits is not even read.
-            if len(length) > 18 or int(length) > self._max_bytes:
-                raise body_too_large(self._max_bytes)
+            if len(length) > 18 or int(length) > self.max_bytes:
+                raise body_too_large(self.max_bytes)
 
     async def read(self, receive: Receive) -> bytes:
         """The whole body; raises ApiError: 413 at the first byte too many, 408 when it takes too long, 429
@@ -62,8 +62,8 @@ class BodyReader:
                     more = message.get("more_body", False)
                     size += len(chunk)
                     self._held += len(chunk)
-                    if size > self._max_bytes:
-                        raise body_too_large(self._max_bytes)
+                    if size > self.max_bytes:
+                        raise body_too_large(self.max_bytes)
                     if self._held > self._max_held_bytes:
                         raise overloaded(retry_after_s=1)
                     chunks.append(chunk)

@@ -1,6 +1,7 @@
 """What stands before Serve: its part of the stack that Serve's proxies run, without Ray."""
 
 import asyncio
+import contextlib
 
 import msgspec
 import pytest
@@ -192,6 +193,46 @@ def test_one_that_was_too_slow_is_not_waited_for():
     sent, left = refused_amid_its_body(408, (b"connection", b"close"), chunks=[b"x"] * 5)
     assert (len(sent), left) == (3, 4)
     assert not sent[1].get("more_body", False)
+
+
+def test_serve_hears_no_more_of_a_body_than_its_first_bytes_too_many():
+    """It queues all that it hears until the refusal comes."""
+    limits = [(b"x-r1-places", b"3"), (b"x-r1-max-body-bytes", b"1000")]
+    heard = []
+
+    async def app(scope, receive, send):
+        async def hear():
+            while True:
+                heard.append(len((await receive())["body"]))
+
+        hearing = asyncio.create_task(hear())
+        await asyncio.sleep(0.01)
+        hearing.cancel()
+        headers = [(b"content-type", b"application/json"), *limits]
+        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def scenario():
+        gate, sent = Gate(app), []
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+        for count in (3, 100):  # the first answer tells how long a body may be
+            left = [b"x" * 300] * count
+
+            async def receive(left=left):
+                await asyncio.sleep(0)
+                return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+
+            async def send(message):
+                sent.append(message)
+
+            heard.clear()
+            with contextlib.suppress(IndexError):
+                await gate(dict(scope), receive, send)
+            assert left == []  # what lingers was read to its end
+        assert heard == [300] * 4
+        assert not {b"x-r1-places", b"x-r1-max-body-bytes"} & {name for name, _ in sent[0]["headers"]}
+
+    asyncio.run(scenario())
 
 
 def test_who_lingers_holds_no_place():
