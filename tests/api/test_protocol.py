@@ -291,6 +291,7 @@ def test_a_key_that_stands_there_twice_among_150_000_costs_no_more_than_reading_
     assert error.message.endswith("the key k149999 stands there twice")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "data",
     [

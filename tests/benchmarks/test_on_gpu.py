@@ -117,6 +117,7 @@ sys.exit(pytest.main(["--collect-only", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_its_tests_need_nothing_but_the_package_without_ray(run):
     """They are collected, warnings being errors, with the options that the script gives them."""
     listed, _, _ = run("", "--list", limit="")

@@ -42,6 +42,7 @@ def sentence(result):
     return line
 
 
+@pytest.mark.slow
 def test_one_question(server):
     result = chat(server, "What", "is", "it?", "--seed", "1", "--temperature", "0.5")
     assert result.stdout.decode() == f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}\n"
@@ -53,6 +54,7 @@ def test_one_question(server):
     )
 
 
+@pytest.mark.slow
 def test_a_conversation(server):
     result = chat(server, stdin="Hi 世界\nmore\n\n".encode())
     assert result.returncode == 0
@@ -60,6 +62,7 @@ def test_a_conversation(server):
     assert [message["content"] for message in server.bodies[-1]["messages"]] == ["Hi 世界", ANSWER, "more"]
 
 
+@pytest.mark.slow
 def test_a_message_of_bytes_that_are_no_text(server):
     for message in (b"a\xff", b"\xed\xa0\x80", b"\xe4\xb8"):
         assert "is not valid UTF-8" in sentence(chat(server, message))
@@ -90,6 +93,7 @@ def test_arguments_that_are_no_text(arguments, capsys):
     assert len(line) < 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8:strict", "ascii"])
 def test_lines_that_are_no_text_are_asked_for_again(server, encoding):
     result = chat(server, stdin=b"a\xff\nHi\n\n", PYTHONIOENCODING=encoding)

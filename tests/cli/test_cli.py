@@ -46,6 +46,7 @@ def fails_with(result, *words):
         assert word in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [(), ("serve",), ("chat",), ("status",), ("drain",), ("stop",)])
 def test_help_teaches(command):
     result = run(*command, "--help")
@@ -88,6 +89,7 @@ def test_a_missing_file_and_an_unknown_key(write):
     fails_with(run("serve", str(write(layout={"stagess": 2}))), "layout.stagess: is not a known key")
 
 
+@pytest.mark.slow
 def test_a_layout_that_does_not_fit_the_model(write):
     layout = {"kind": "disaggregated", "stages": 9}
     fails_with(run("serve", str(write(layout=layout))), "layout.stages: 9 parts", "only 4 layers")
@@ -95,6 +97,7 @@ def test_a_layout_that_does_not_fit_the_model(write):
     fails_with(run("serve", str(write(layout=layout))), "cover 4 experts, but the model has 16")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_there_or_not_supported(write, tmp_path):
     fails_with(run("serve", str(write(model={"path": "/nowhere"}))), "model.path: /nowhere is no checkpoint")
     (tmp_path / "gpt").mkdir()
@@ -102,6 +105,7 @@ def test_a_checkpoint_that_is_not_there_or_not_supported(write, tmp_path):
     fails_with(run("serve", str(write(model={"path": "gpt"}))), "GPT2LMHeadModel", "DeepseekV3ForCausalLM")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_a_device_that_is_not_there(write):
     fails_with(run("serve", str(write(layout={"device": "cuda"}))), "layout.device: cuda is asked for, but")
@@ -112,6 +116,7 @@ def test_float32_is_refused_on_cuda(write):
     fails_with(run("serve", str(file)), "model.dtype: float32 is the CPU's")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint(write, tmp_path):
     make_checkpoint(tmp_path / "broken", size="nano")
     (file,) = (tmp_path / "broken").glob("*.safetensors")
@@ -119,6 +124,7 @@ def test_a_damaged_checkpoint(write, tmp_path):
     fails_with(run("serve", str(write(model={"path": "broken"}))), "model.path", file.name)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_tokenizer_or_template_cannot_be_used(write, tmp_path):
     folder = make_checkpoint(tmp_path / "other", size="nano")
     service = str(write(model={"path": "other"}))
@@ -128,6 +134,7 @@ def test_a_checkpoint_whose_tokenizer_or_template_cannot_be_used(write, tmp_path
     fails_with(run("serve", service), "model.path", "tokenizer.json cannot be read")
 
 
+@pytest.mark.slow
 def test_a_port_in_use(write):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

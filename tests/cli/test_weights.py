@@ -8,6 +8,7 @@ from r1_cluster.config import ASSETS
 from r1_cluster.models.family import ARCHITECTURES
 
 
+@pytest.mark.slow
 def test_show_of_a_published_model(capsys):
     assert main(["weights", "show", "deepseek-ai/deepseek-r1"]) == 0
     out = capsys.readouterr().out

@@ -29,6 +29,7 @@ def check(message, name):
         assert message.additional_kwargs["reasoning_content"] == THOUGHT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_its_own_message_comes_back(model, server, streamed):
     llm = model()

@@ -26,6 +26,7 @@ def complete(request, server, litellm):
     return ask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_its_own_message_comes_back(complete, server, streamed):
     messages = [{"role": "user", "content": "Hi"}]

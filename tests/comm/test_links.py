@@ -194,6 +194,7 @@ def test_a_dead_peer_is_noticed_at_once(start_peer):
             receiving.result(NOTICED_S)
 
 
+@pytest.mark.slow
 def test_a_peer_that_dies_in_mid_message_is_noticed_at_once(start_peer):
     process, link = start_peer("link.send(Header(1), [torch.zeros(1 << 28, dtype=torch.uint8)])")
     with ThreadPoolExecutor(1) as pool:

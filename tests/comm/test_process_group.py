@@ -97,6 +97,7 @@ def join(groups, transport, start_peer) -> Iterator[Join]:
         link.close()
 
 
+@pytest.mark.slow
 def test_messages_arrive_as_sent(join):
     _, link = join(ECHO)
     tensors = [
@@ -134,6 +135,7 @@ def test_messages_arrive_as_sent(join):
     assert link.recv(5).header == header
 
 
+@pytest.mark.slow
 def test_dispatch_over_process_groups_equals_local(join):
     _, first = join(EXPERTS)
     _, second = join(EXPERTS)
@@ -148,6 +150,7 @@ def test_dispatch_over_process_groups_equals_local(join):
     assert dispatcher.lost == []
 
 
+@pytest.mark.slow
 def test_a_killed_peer_is_noticed_by_whoever_waits_and_the_others_go_on(join):
     victim, lost = join(ECHO)
     _, other = join(ECHO)
@@ -163,6 +166,7 @@ def test_a_killed_peer_is_noticed_by_whoever_waits_and_the_others_go_on(join):
     assert other.recv(5).tensors[0].tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_killed_peer_is_noticed_though_nobody_waits(join):
     victim, link = join(ECHO)
     die(victim)
@@ -172,6 +176,7 @@ def test_a_killed_peer_is_noticed_though_nobody_waits(join):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_peer_that_dies_before_its_payload_is_noticed(join):
     """The header is here, the payload never comes: gloo's own error, or the watch, ends the wait."""
     victim, link = join(
@@ -188,6 +193,7 @@ def test_a_peer_that_dies_before_its_payload_is_noticed(join):
     assert link.closed
 
 
+@pytest.mark.slow
 def test_a_lost_peer_joins_again_in_a_new_group(join):
     victim, lost = join(ECHO)
     victim.kill()
@@ -200,6 +206,7 @@ def test_a_lost_peer_joins_again_in_a_new_group(join):
     assert time.monotonic() - start < 30
 
 
+@pytest.mark.slow
 def test_close_wakes_whoever_is_blocked(join):
     _, link = join(ECHO)
     with ThreadPoolExecutor(1) as pool:
@@ -217,6 +224,7 @@ def test_a_peer_that_joins_no_group_is_an_error(groups, pair):
     assert left.closed
 
 
+@pytest.mark.slow
 def test_a_plain_message_on_a_group_link_ends_it(join):
     _, link = join(JOIN + "link._header_link.send(Header(1), [torch.zeros(1)]); time.sleep(60)")
     with pytest.raises(WireError, match="announcement"):
@@ -224,6 +232,7 @@ def test_a_plain_message_on_a_group_link_ends_it(join):
     assert link.closed
 
 
+@pytest.mark.slow
 def test_a_peer_that_dies_while_it_is_sent_to(join):
     """More than any buffer takes, to somebody who does not read."""
     victim, link = join(JOIN + "time.sleep(60)")
@@ -257,6 +266,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_links_that_ended(groups, transport, listener, start_peer):
     """On either side. The first two links are not counted: libraries open what they keep with them."""
     _, header_link = start_peer(REJOIN, transport)

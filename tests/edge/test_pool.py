@@ -58,6 +58,7 @@ def test_errors_come_back_whole(pool):
     assert error.body()["error"]["code"] == "context_length_exceeded"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "status"),
     [

@@ -72,6 +72,7 @@ def both(folder, rng, cuts, **options):
     return torch.cat(got), torch.cat(expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, **RELAXED)
 @given(
     values=dense_configs(),
@@ -89,6 +90,7 @@ def test_logits_are_those_of_transformers(values, seed, bounds, cuts, determinis
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, **RELAXED)
 @given(values=dense_configs(), **DIVISIONS)
 def test_deterministic_logits_are_bit_identical(**layout):
@@ -103,6 +105,7 @@ def test_deterministic_logits_are_bit_identical_on_two_threads(**layout):
         check_bits(**layout)
 
 
+@pytest.mark.slow
 def test_the_magnitude_of_r1_0528_qwen3_8b_is_one(tmp_path):
     """Its `attn_factor` undoes YaRN's own magnitude; transformers reads `attention_factor` alone."""
     scaling = DENSE_YARN | {"attn_factor": 1 / (0.1 * math.log(4) + 1)}

@@ -82,6 +82,7 @@ def test_absorbed_and_expanded_attention_agree(tmp_path):
     assert not absorbed.batches([(1, tokens)])[0].attention.has_expanded
 
 
+@pytest.mark.slow
 @settings(max_examples=20, **RELAXED)
 @given(values=small_configs(), **DIVISIONS)
 def test_deterministic_logits_are_bit_identical(**layout):

@@ -31,6 +31,7 @@ def test_there_are_ten():
     assert sorted(presets()) == sorted([*DEEPSEEK, *DENSE])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEEPSEEK)
 def test_r1(name):
     """As published: 671B, of which 37B active, and an MTP module of 14B (arXiv:2412.19437; the model card);

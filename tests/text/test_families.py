@@ -77,6 +77,7 @@ def normal(reference, value):
     return value if reference.normalizer is None else reference.normalizer.normalize_str(value)
 
 
+@pytest.mark.slow
 @given(text)
 def test_what_a_user_writes_is_text_and_nothing_else(tokenizer, reference, plain, value):
     ids = tokenizer.encode(value)
@@ -85,12 +86,14 @@ def test_what_a_user_writes_is_text_and_nothing_else(tokenizer, reference, plain
     assert tokenizer.decode(ids) == normal(reference, value)
 
 
+@pytest.mark.slow
 @given(text)
 def test_what_the_template_writes_is_encoded_as_the_library_does(tokenizer, reference, value):
     expected = reference.encode(value, add_special_tokens=False).ids
     assert tokenizer.encode_pieces([Piece(value, True)]) == expected
 
 
+@pytest.mark.slow
 @given(text, text)
 def test_a_prompt_has_the_control_tokens_of_its_template_alone(tokenizer, first, second):
     pieces = [
@@ -187,6 +190,7 @@ def test_the_same_arguments_give_the_same_files(family, folder, tmp_path):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_smallest_vocabulary_of_each_family(tmp_path, family, capsys):
     size = min_vocab(family)
     assert main([str(tmp_path), "--family", family, "--vocab-size", str(size), "--template", "r1"]) == 0

@@ -93,6 +93,7 @@ texts = st.lists(
 ).map("".join)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [R1_CHAT_TEMPLATE, R1_0528_CHAT_TEMPLATE], ids=["r1", "0528"])
 @given(
     st.lists(

@@ -46,6 +46,7 @@ def test_form_is_r1s() -> None:
     assert tokenizer_config["chat_template"] == CHAT_TEMPLATE
 
 
+@pytest.mark.slow
 def test_held_out_set_is_the_generators(held_out: list[HeldOut]) -> None:
     assert held_out == draw_held_out(seed=0)
 
@@ -56,6 +57,7 @@ def test_transformers_reads_it(encoder: ChatEncoder, held_out: list[HeldOut]) ->
     assert transformers_error(ASSETS, prompts, torch.float64).largest <= 1e-4
 
 
+@pytest.mark.slow
 def test_it_reasons(model: NanoR1, encoder: ChatEncoder, held_out: list[HeldOut]) -> None:
     questions = [q for q in held_out if q.wording == "known"][::10]
     prompts = [encoder.prompt(q.prompt) for q in questions]

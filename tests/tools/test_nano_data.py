@@ -28,6 +28,7 @@ def test_training_is_seeded() -> None:
     assert first == second
 
 
+@pytest.mark.slow
 def test_training_and_held_out_share_no_item_and_no_unseen_wording(training: list[Example]) -> None:
     items = {(e.task, e.operands) for e in training if e.task != "talk"}
     wordings = {(e.task, e.wording) for e in training}

@@ -64,6 +64,7 @@ def gradients(model: NanoR1) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_shares_of_the_gradient_add_up(encoder: ChatEncoder) -> None:
     torch.manual_seed(0)
     model = NanoR1(SMALL)
@@ -96,6 +97,7 @@ def test_worker_processes_give_the_same_gradient(encoder: ChatEncoder) -> None:
     assert loads.shape == (4, SMALL.n_routed_experts)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_exactly(encoder: ChatEncoder, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(train_nano_r1, "NanoConfig", lambda: SMALL)
     config = TrainingConfig(num_tokens=500)

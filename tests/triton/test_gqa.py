@@ -37,6 +37,7 @@ def assert_attended(out, arguments):
     assert ((out.double() - expected).abs() <= BF16 * scale + BF16 * expected.abs()).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("context_lens", "query_lens", "num_heads", "num_key_heads"),
     [([1, 37], [1, 1], 12, 2), ([63, 129, 5], [63, 65, 2], 7, 1), ([80, 20], [4, 1], 8, 8)],
@@ -68,6 +69,7 @@ def test_splits_are_merged(draw, monkeypatch):
     assert_attended(gqa.paged_attention(*arguments, 0.2, max_query_len=4), arguments)
 
 
+@pytest.mark.slow
 def test_deterministic_output_depends_neither_on_batch_nor_on_chunking(draw, monkeypatch):
     monkeypatch.setattr(gqa, "DETERMINISTIC_SPLIT", 64)
     arguments = paged(draw, [150, 40], [30, 2], 4, 2)

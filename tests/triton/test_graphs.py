@@ -217,6 +217,7 @@ ALLOWED = {
 SAMPLER = {f"{step}_kernel" for step in ("largest", "weigh", "coarse", "refine", "fine", "keep", "locate")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fp8", [False, True], ids=["bfloat16", "fp8"])
 def test_a_decode_step_is_our_kernels_and_the_products_of_a_library(folder, recordings, fp8):
     _, record = recordings
@@ -245,6 +246,7 @@ def test_a_decode_step_is_our_kernels_and_the_products_of_a_library(folder, reco
     assert products == 2 * layers + 2 + (0 if fp8 else 3 * layers + 2 + 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 def test_a_dense_decode_step_is_our_kernels_and_the_products_of_a_library(folder, recordings, architecture):
     _, record = recordings
@@ -269,6 +271,7 @@ def test_a_dense_decode_step_is_our_kernels_and_the_products_of_a_library(folder
     assert recording.operations.count("add_") == 1
 
 
+@pytest.mark.slow
 def test_shares_of_shards_add_up_to_the_mixture(folder):
     config = load_config(folder)
     shard = Shard(torch.device("cpu"), torch.float32, deterministic=False)

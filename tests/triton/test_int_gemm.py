@@ -46,6 +46,7 @@ def test_no_weight_is_off_by_more_than_half_a_scale(draw, bits, group, width):
     assert (scale.double().amax(1) <= least * (1 + 2**-7))[normal].all()
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 96, 256), (63, 64, 1152), (129, 72, 100), (17, 40, 330)])
 def test_gemm(draw, bits, group, m, n, k):
@@ -62,6 +63,7 @@ def test_gemm(draw, bits, group, m, n, k):
     assert torch.equal(out[m // 2], alone[0])
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("num_tokens", "num_experts", "n", "k"), [(1, 6, 72, 100), (40, 3, 128, 256)])

@@ -101,6 +101,7 @@ def test_a_batch_without_queries_for_one_sequence(draw):
     assert_attended(paged.run(), paged.expected())
 
 
+@pytest.mark.slow
 def test_deterministic_output_depends_neither_on_batch_nor_on_chunking(draw, monkeypatch):
     """One query at a time, as decode computes it, equals the same queries in one chunk, bit by bit."""
     monkeypatch.setattr(mla_decode, "DETERMINISTIC_SPLIT", 64)

@@ -53,6 +53,7 @@ def test_deterministic_prefill_does_not_depend_on_the_batch(draw):
     assert torch.equal(run(slice(7, None), slice(20, None), [33], [70]), together[7:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fp8", [False, True])
 def test_write_and_gather(draw, fp8):
     num_latent, num_rotated, page_size, num_pages = 64, 16, 16, 5

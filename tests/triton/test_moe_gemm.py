@@ -48,6 +48,7 @@ def assert_gate_up(q, scale, a, a_scale, b, b_scale, index, fp8_sums):
     assert ((back - expected).abs() <= bound)[used].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_tokens", "num_experts", "block"), [(1, 8, 16), (63, 5, 16), (129, 3, 64)])
 def test_contiguous(draw, fp8_sums, num_tokens, num_experts, block):
     ids = draw.integers(0, num_experts - 1, num_tokens, 2)  # the last expert has no token

@@ -8,6 +8,7 @@ from kernels import moe_combine, moe_gate, moe_sort, reference
 BF16 = 2**-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "num_groups", "top_groups", "top_k", "normalize"),
     [(1, 256, 8, 4, 8, True), (63, 256, 8, 4, 8, True), (129, 24, 3, 2, 5, False), (3, 8, 1, 1, 2, True)],
@@ -44,6 +45,7 @@ def test_gate_breaks_ties_towards_the_lower_id(draw):
     assert ids.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "num_experts", "block"),
     [(1, 8, 256, 16), (63, 3, 20, 4), (129, 8, 32, 128), (300, 8, 8, 16), (7, 2, 5, 1)],
@@ -88,6 +90,7 @@ def test_rows_are_spread_as_if_packed_and_unpacked(draw):
         assert torch.equal(mine.float(), theirs.float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_tokens", "width"), [(1, 128), (63, 1152)])
 def test_dispatch_and_return(draw, num_tokens, width):
     """Pack, unpack into blocks, gather back: every row arrives at its expert and returns to its place."""

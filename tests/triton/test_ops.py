@@ -165,6 +165,7 @@ def test_fp8_weights_stay_fp8(monkeypatch, fp8_folder, deterministic):
     assert errors[-1] < 0.1, errors
 
 
+@pytest.mark.slow
 def test_fp8_weights_beside_bfloat16_are_as_near_to_float32_as_plain_torch_is(monkeypatch, fp8_folder):
     """What is served on a device. BF16 rounds by 2^-9 before FP8 rounds by 2^-4: so about one value in 32 falls to
     the other neighbour, which hides what a unit's accumulators cut (2^-13). Truth is plain torch in float32 with
@@ -267,6 +268,7 @@ def test_dense_deterministic_logits_do_not_depend_on_the_batch(triton_ops, tmp_p
     deterministic_logits_do_not_depend_on_the_batch(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [pytest.param(None, id="bf16"), pytest.param(INT4, id="int4", marks=pytest.mark.system)]
 )
@@ -292,6 +294,7 @@ def deterministic_logits_do_not_depend_on_the_batch(tmp_path):
     assert torch.equal(got[2], expected)
 
 
+@pytest.mark.slow
 def test_the_sampler_draws_as_plain_torch_does(triton_ops):
     """Same seeds, same tokens; a draw within rounding of a boundary may fall on its neighbour."""
     generator = torch.Generator().manual_seed(3)

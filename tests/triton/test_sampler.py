@@ -51,6 +51,7 @@ def columns(draws, device, min_p=None):
     return [temperature, top_k, top_p, least, seeds, positions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 13, 300])
 def test_every_float_gives_the_cpus_token_or_a_failed_row(draw, width, monkeypatch):
     monkeypatch.setattr(sampler, "_BLOCK", 128)  # 300 are three blocks, the last one of 44
@@ -63,6 +64,7 @@ def test_every_float_gives_the_cpus_token_or_a_failed_row(draw, width, monkeypat
         assert token == FAILED or row[token] > float("-inf")
 
 
+@pytest.mark.slow
 def test_min_p_and_any_float_of_it(draw):
     logits = hostile_rows.logits(draw.generator, 16, 20)
     draws = hostile_rows.draws(draw.generator, 16, 20)
@@ -81,6 +83,7 @@ def kinds(count):
     return Draws(temperatures, top_ks, top_ps, list(range(count)), list(range(7, 7 + count)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ordinary_rows_draw_as_the_cpu_does(draw, dtype):
     """BF16 logits have many ties. The interpreter takes a hundredth of a second for a program."""
@@ -99,6 +102,7 @@ def test_a_vocabulary_as_large_as_r1s(draw, monkeypatch):
     assert triton_ops.sample(logits, draws) == cpu_sampler.sample(logits.cpu(), draws)
 
 
+@pytest.mark.slow
 def test_splits_batches_and_strides_change_nothing(draw, monkeypatch):
     wide = draw.normal(5, 1301) * 4
     draws = kinds(5)
@@ -112,6 +116,7 @@ def test_splits_batches_and_strides_change_nothing(draw, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_a_failed_row_leaves_its_neighbours_alone(draw):
     logits = draw.normal(9, 500) * 4
     draws = kinds(9)

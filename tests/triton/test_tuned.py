@@ -184,6 +184,7 @@ for tuner in tuners:
 """
 
 
+@pytest.mark.slow
 def test_triton_keeps_the_results_of_every_kernel_that_is_tuned(monkeypatch):
     """Outside of the interpreter. Triton keeps none of configurations that have a hook."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

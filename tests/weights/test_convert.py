@@ -83,6 +83,7 @@ def convert(source, target, ranks, experts=4):
     return main(["weights", "convert", *(word for k, v in flags.items() for word in (f"--{k}", str(v)))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fp8", "ranks", "shape"),
     [

@@ -54,6 +54,7 @@ def opened(folder):
     return Checkpoint(folder, tensor_table(config), config.fp8_block, config.int_format)
 
 
+@pytest.mark.slow
 @FORMATS
 def test_linear_layers_are_rounded_and_all_else_is_as_it_was(source, tmp_path, how):
     target = tmp_path / "target"

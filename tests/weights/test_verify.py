@@ -75,6 +75,7 @@ def test_without_its_prediction_module_it_is_sound_too(folder, published):
     assert report.notes == ["The MTP module is not there; only speculation needs it."]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [MTP, "model.layers.3.eh_proj.weight", "model.layers.3.shared_head.norm.weight"]
 )
@@ -216,6 +217,7 @@ def test_scales_are_missing_or_too_few(folder, rewrite):
     only_fault(folder, f"tensor {SCALE} is F32 [2, 2], expected one float per 128×128 block, [3, 2]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.0, -0.0, -1.0, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scales_that_are_not_positive_and_finite(folder, rewrite, published, value, dtype):
@@ -229,6 +231,7 @@ def test_scales_that_are_not_positive_and_finite(folder, rewrite, published, val
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [WEIGHT, "model.norm.weight", "model.layers.1.mlp.gate.e_score_correction_bias"]
 )
