@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from r1_cluster.engine.pipeline import Deposed, EngineFailed, Member, Pipeline, WorkerLost
-from r1_cluster.engine.scheduler import Scheduler, Sequence
+from r1_cluster.engine.scheduler import Scheduler
 from r1_cluster.records import Request, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -123,10 +123,9 @@ class Recovery:
         # Whoever is no member any more was lost before.
         lost = [name for name in dict.fromkeys(names) if name in self._pipeline.members]
         needed = [name for name in lost if name in self._roles]
-        guilty: list[Sequence] = []
+        guilty: list[Request] = []
         if needed and not self._spoiled:
-            guilty = self._scheduler.suspect()
-            self._excused_since = min((sequence.suspected_at for sequence in guilty), default=math.inf)
+            guilty, self._excused_since = self._scheduler.suspect()
             self._excused_until = math.inf
         for name in lost:
             self._pipeline.drop(name)
@@ -144,7 +143,7 @@ class Recovery:
             self._replace(name, self._take_spare(name), 0.0)
         if guilty:  # what is lost from now on, while all is put right, is not their doing
             self._excused_until = time.monotonic()
-        return [sequence.request for sequence in guilty]
+        return guilty
 
     def _is_excused(self, at: float) -> bool:
         return self._excused_since <= at <= self._excused_until
