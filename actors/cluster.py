@@ -149,10 +149,10 @@ def check_capacity(service: Service, layout: Layout) -> None:
         _check_amount(service, layout, resource, amount, available.get(resource, 0))
     if service.layout.spread:
         nodes = sum(1 for node in ray.nodes() if node["Alive"])
-        widest = max(len(layout.stages), len(layout.shards))
+        widest = max(sum(map(len, layout.stages)), len(layout.shards))
         if nodes < widest:
             raise ConfigError(
-                f"layout.spread: {widest} nodes are needed, one for each stage or expert shard, "
+                f"layout.spread: {widest} nodes are needed, one for each worker of a stage or expert shard, "
                 f"the cluster has {nodes}"
             )
 
@@ -172,7 +172,8 @@ def _check_amount(service: Service, layout: Layout, resource: str, amount: float
         raise ConfigError(
             f"the Ray cluster is too small: {len(layout.workers) * service.engine.replicas} workers, the "
             f"engines and the ingress need {amount:g} {resource}s, the cluster has {available:g}; "
-            "add nodes, or lower layout.cpus_per_worker, layout.stages or layout.expert_shards"
+            "add nodes, or lower layout.cpus_per_worker, layout.stages, layout.tensor_parallel or "
+            "layout.expert_shards"
         )
 
 

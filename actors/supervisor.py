@@ -76,7 +76,11 @@ class Supervisor:
         pipeline = Pipeline(self.layout, members, epoch, self._service.engine.step_timeout_s)
         while True:
             # KV is of use only if every stage still has its part of the same.
-            eras = {infos[s.name]["kv_era"] if s.name in members else 0 for s in self.layout.stages}
+            eras = {
+                infos[rank.name]["kv_era"] if rank.name in members else 0
+                for stage in self.layout.stages
+                for rank in stage
+            }
             whole = len(eras) == 1 and 0 not in eras
             pipeline.kv_era = min(eras) if whole else epoch
             try:

@@ -32,7 +32,7 @@ from r1_cluster.models.loader import Loader, Shard
 from r1_cluster.models.moe import ExpertModel, RouterModel
 from r1_cluster.models.network import StageModel
 from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
-from r1_cluster.weights.tensors import Part, TensorSpec
+from r1_cluster.weights.tensors import Part, Slices, TensorSpec
 
 PAGE = 64
 STEPS = 20
@@ -49,6 +49,7 @@ class RandomSource:
         self._shapes = {spec.name: spec.shape for spec in tensor_table(config)}
         self._device = device
         self.fp8_block = (128, 128)
+        self.int_group = None
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
@@ -56,7 +57,10 @@ class RandomSource:
     def is_fp8(self, name: str) -> bool:
         return "_proj" in name
 
-    def get(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def get(
+        self, name: str, dtype: torch.dtype, device: torch.device, slices: Slices | None = None
+    ) -> torch.Tensor:
+        assert slices is None, "there is one rank"
         shape = self.shape(name)
         if len(shape) == 1:
             return torch.ones(shape, dtype=dtype, device=device)
@@ -65,10 +69,10 @@ class RandomSource:
     def int_bits(self, name: str) -> int | None:
         return None
 
-    def get_int(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def get_int(self, name: str, slices: Slices | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         raise AssertionError(f"{name} is no integer tensor")
 
-    def get_scaled(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def get_scaled(self, name: str, slices: Slices | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         rows, columns = self.shape(name)
         values = torch.randn(rows, columns, device=self._device, dtype=torch.bfloat16)
         blocks = (-(-rows // 128), -(-columns // 128))

@@ -145,22 +145,27 @@ def sum_rows(y_ND: Tensor, order: RowOrder, weights_TK: Tensor, num_tokens: int)
 
 
 class LocalDispatcher:
-    """The experts of all layers in this process, behind one function, whose errors are the caller's."""
+    """The experts of all layers in this process, behind one function, whose errors are the caller's. Or the
+    experts `own` of them: combined are these alone, and other ranks add theirs."""
 
-    def __init__(self, experts: ExpertsForward, num_experts: int) -> None:
+    def __init__(self, experts: ExpertsForward, num_experts: int, own: range | None = None) -> None:
         self.device: Device = "cpu"
         self.lost: list[str] = []
         self.idle_s = 0.0
         self._experts = experts
-        self._owner_E = np.zeros(num_experts, dtype=np.int64)
+        self._own = own or range(num_experts)
+        self._owner_E = np.full(num_experts, -1, dtype=np.int64)
+        self._owner_E[self._own] = 0
         self._running: tuple[Tensor, RowOrder, Tensor, int] | None = None
 
     def dispatch(
         self, tag: StepTag, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, num_tokens: int
     ) -> None:
         order = sort_rows(expert_ids_TK, num_tokens, self._owner_E)
-        x_ND = x_TD[order.tokens_N]
-        y_ND = self._experts(tag.layer, x_ND, order.counts_E.tolist()) if num_tokens else x_ND
+        x_ND = x_TD[order.tokens_N[order.num_orphans :]]
+        counts = order.counts_E[self._own].tolist()
+        y_ND = self._experts(tag.layer, x_ND, counts) if len(x_ND) else x_ND
+        y_ND = F.pad(y_ND, (0, 0, order.num_orphans, 0)) if order.num_orphans else y_ND
         self._running = (y_ND, order, weights_TK, num_tokens)
 
     def combine(self) -> Tensor:

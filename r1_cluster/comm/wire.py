@@ -106,6 +106,7 @@ class Kind(IntEnum):
     ASSIGN = 12
     DEPOSED = 13
     BROADCAST = 14
+    REDUCE = 15
 
 
 class Flags:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from r1_cluster.comm.wire import MAX_BODY_BYTES
 from r1_cluster.records import HeldSequence, StepPlan
@@ -10,6 +11,23 @@ from r1_cluster.records import HeldSequence, StepPlan
 logger = logging.getLogger(__name__)
 
 _WORDS_BYTES = 128  # of a sequence beside its tokens and pages
+
+
+def common(of_ranks: Sequence[dict[str, HeldSequence]]) -> dict[str, HeldSequence]:
+    """What all ranks of the first stage hold. One may have had plans that another had not, and what those
+    closed, or computed anew, is no longer there as the other still knows it."""
+    if len(of_ranks) == 1:
+        return of_ranks[0]
+    held = {}
+    for seq_id in set.intersection(*map(set, of_ranks)) if of_ranks else ():
+        known = [sequences[seq_id] for sequences in of_ranks]
+        least = min(known, key=lambda sequence: (sequence.committed, len(sequence.tokens)))
+        fewest = min(known, key=lambda sequence: len(sequence.pages)).pages
+        tokens = least.tokens[: 4 * least.committed]
+        same = all(s.pages.startswith(fewest) and s.tokens.startswith(tokens) for s in known)
+        if same:
+            held[seq_id] = HeldSequence(least.tokens, max((s.pages for s in known), key=len), least.committed)
+    return held
 
 
 class HeldSequences:

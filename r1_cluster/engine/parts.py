@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from r1_cluster.models.loader import Loader, Shard
 from r1_cluster.models.moe import ExpertModel, RouterModel
 from r1_cluster.models.network import StageModel
 from r1_cluster.planning.layout import Layout, WorkerSpec
+from r1_cluster.weights.tensors import Slices
 
 
 class Parts(NamedTuple):
@@ -44,12 +46,15 @@ def worker_tensors(config: ModelConfig, layout: Layout) -> dict[str, list[str]]:
     the last, routed experts with every copy of their shard. Needs no checkpoint: what loads is run over
     tensors without data.
     """
-    shapes = {spec.name: spec.shape for spec in tensor_table(config)}
+    table = tensor_table(config)
+    shapes = {spec.name: spec.shape for spec in table}
     shard = Shard(torch.device("meta"), torch.float32, deterministic=False)
     found = {}
     for worker in layout.workers:
         source = _Shapes(shapes)
-        load_parts(config, Loader(source, shard), worker)
+        load_parts(
+            config, Loader.of(source, replace(shard, rank=worker.rank, ranks=worker.ranks), table), worker
+        )
         found[worker.name] = [*source.asked]
     return found
 
@@ -59,6 +64,7 @@ class _Shapes:
     for by the same names in the same order. `asked` are those that were."""
 
     fp8_block = (128, 128)
+    int_group: int | None = None
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
@@ -67,9 +73,12 @@ class _Shapes:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
-    def get(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def get(
+        self, name: str, dtype: torch.dtype, device: torch.device, slices: Slices | None = None
+    ) -> Tensor:
         self.asked[name] = None
-        return torch.empty(self._shapes[name], dtype=dtype, device=device)
+        whole = torch.empty(self._shapes[name], dtype=dtype, device=device)
+        return whole if slices is None else whole[slices]
 
     def is_fp8(self, name: str) -> bool:
         return False
@@ -77,7 +86,7 @@ class _Shapes:
     def int_bits(self, name: str) -> int | None:
         return None
 
-    def get_scaled(self, name: str) -> tuple[Tensor, Tensor]:
+    def get_scaled(self, name: str, slices: Slices | None = None) -> tuple[Tensor, Tensor]:
         raise TypeError(f"{name} is in floats here")
 
     get_int = get_scaled

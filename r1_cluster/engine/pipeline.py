@@ -11,6 +11,7 @@ from r1_cluster.comm.links import TcpLink, wait_any
 from r1_cluster.comm.listener import Endpoint
 from r1_cluster.comm.wire import Flags, Header, Kind, LinkError, Message, Unsendable, WireError, pack, unpack
 from r1_cluster.engine.boot import Ready, Topology
+from r1_cluster.engine.held import common
 from r1_cluster.planning.layout import Layout
 from r1_cluster.records import HeldSequence, StepPlan, StepResult
 
@@ -67,7 +68,7 @@ class Pipeline:
         self.assigned: set[str] = set()  # spares that are loading what a lost worker hosted
         self.answer_timeout_s = step_timeout_s + LINK_SLACK_S
         self._unanswered: dict[str, int] = {}
-        self._first = layout.stages[0].name
+        self._first = [rank.name for rank in layout.stages[0]]
 
     @property
     def spares(self) -> list[str]:
@@ -91,8 +92,9 @@ class Pipeline:
             self.kv_era,
             read_back,
         )
-        held: dict[str, HeldSequence] = {}
-        stages = [[stage.name] for stage in reversed(self.layout.stages)]
+        held: list[dict[str, HeldSequence]] = []
+        # Of ranks the last comes first, for the same reason.
+        stages = [[rank.name] for stage in reversed(self.layout.stages) for rank in reversed(stage)]
         others = [
             [w.name for w in self.layout.workers if w.roles[0] == role] for role in ("router", "experts")
         ]
@@ -105,12 +107,15 @@ class Pipeline:
                 if ready.unreachable:
                     peers = ", ".join(ready.unreachable)
                     raise WorkerLost(ready.unreachable, f"{name} cannot reach {peers}", accused=True)
-                held |= ready.held
-        return held
+                if name in self._first:
+                    held.append(ready.held)
+        return common(held)
 
     def send(self, plan: StepPlan) -> None:
-        """Sends a plan to the first stage; raises WorkerLost, EngineFailed."""
-        self._send(self._first, Header(Kind.PLAN, plan.epoch, plan.step, -1, plan.micro_batch), pack(plan))
+        """Sends a plan to all ranks of the first stage; raises WorkerLost, EngineFailed."""
+        header, body = Header(Kind.PLAN, plan.epoch, plan.step, -1, plan.micro_batch), pack(plan)
+        for name in self._first:
+            self._send(name, header, body)
 
     def heartbeat(self) -> None:
         """Renews every worker's lease; raises WorkerLost."""

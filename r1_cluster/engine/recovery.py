@@ -59,7 +59,7 @@ class Recovery:
         self._wake = wake
         self._on_recovery = on_recovery
         self._roles = frozenset(worker.name for worker in pipeline.layout.workers)
-        self._stages = frozenset(stage.name for stage in pipeline.layout.stages)
+        self._stages = frozenset(rank.name for stage in pipeline.layout.stages for rank in stage)
         self._linked = self._present()
         self._arrivals: deque[tuple[str, Member | Exception]] = deque()
         self._spoiled = False

@@ -15,6 +15,7 @@ import torch
 from r1_cluster.comm.device_dispatch import DeviceDispatcher
 from r1_cluster.comm.dispatch import Dispatcher, LocalDispatcher, StepTag
 from r1_cluster.comm.links import Link, recv_epoch
+from r1_cluster.comm.ranks import RankGroup
 from r1_cluster.comm.wire import (
     Flags,
     Header,
@@ -104,10 +105,25 @@ def settle(device: torch.device) -> None:
 
 
 def local_dispatcher(experts: ExpertModel) -> Dispatcher:
-    """For a router whose experts are all in its process: on the device where it can, else by the host."""
+    """For a router whose experts are all in its process, or whose rank adds these alone: on the device where
+    it can, else by the host."""
     if experts.on_device:
-        return DeviceDispatcher(experts.mixture, experts.shard.device)
-    return LocalDispatcher(experts.forward, len(experts.experts))
+        return DeviceDispatcher(experts.share_of_mixture, experts.shard.device)
+    return LocalDispatcher(experts.forward, experts.num_experts, experts.experts)
+
+
+class OtherRanksRouter:
+    """In place of a router where the first rank of the stage asks it for all: what this rank adds is nothing."""
+
+    idle_s = 0.0
+
+    def forward(self, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """See `Router.forward`; zeros."""
+        return torch.zeros_like(x_TD)
+
+    def take_lost(self) -> list[str]:
+        """See `Router.take_lost`."""
+        return []
 
 
 class RemoteRouter:
@@ -164,19 +180,33 @@ class RemoteRouter:
 class StageRole:
     """Some layers of the network with their KV pages; the first embeds, the last samples."""
 
-    def __init__(self, model: StageModel, moe: Router | None, *, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self,
+        model: StageModel,
+        moe: Router | None,
+        ranks: RankGroup | None = None,
+        *,
+        num_pages: int,
+        page_size: int,
+    ) -> None:
+        """`ranks`: who divides the stage, where several do."""
         self.model = model
         self.moe = moe
+        self.ranks = ranks
         self.page_size = page_size
         self.caches = model.new_cache(num_pages, page_size)
         self.graphs: DecodeGraphs | None = None
         self.compute_s = 0.0
+        model.ranks = ranks
 
     def forward(self, plan: StepPlan, x_TD: torch.Tensor | None) -> tuple[torch.Tensor, list[int] | None]:
         """Runs this stage's layers of a step: `x_TD` are the hidden states of the stage before, None on
         the first. Returns the hidden states and, on the last stage, one token per `plan.samples`. By then
         the device has done its work, and `compute_s` is how long the model's operators took, in whatever
-        process. Raises Unsendable."""
+        process. Of several ranks the first has the tokens, the others an empty list. Raises Unsendable,
+        RanksLost."""
+        if self.ranks is not None:
+            self.ranks.begin(plan.epoch, plan.step, plan.micro_batch)
         batch = AttentionBatch.from_plan(plan, self.page_size, self.model.shard)
         began, idle_s = time.perf_counter(), self._idle_s
         result = self._run(plan, batch, x_TD)
@@ -185,7 +215,7 @@ class StageRole:
 
     @property
     def _idle_s(self) -> float:
-        return self.moe.idle_s if self.moe is not None else 0.0
+        return sum(part.idle_s for part in (self.moe, self.ranks) if part is not None)
 
     def _run(
         self, plan: StepPlan, batch: AttentionBatch, x_TD: torch.Tensor | None
@@ -210,6 +240,11 @@ class StageRole:
             logits_SV = out_TD.index_select(0, batch.sample_rows)
         else:
             logits_SV = self.model.logits(out_TD, batch.sample_rows)
+        if self.ranks is not None:
+            columns = self.ranks.gather(logits_SV)
+            if not columns:
+                return out_TD, []
+            logits_SV = torch.cat(columns, 1)
         return out_TD, sample(self.model.ops, logits_SV, plan.samples)
 
     def prepare(self, limits: StepLimits, record: Recorder | None = None) -> None:
@@ -219,6 +254,8 @@ class StageRole:
         dispatcher = router.dispatcher if router is not None else None
         local = dispatcher if isinstance(dispatcher, DeviceDispatcher) else None
         moe = self._moe_of(dummy_plan([1], [1], self.page_size)) if local is not None else None
+        # Ranks are not linked yet. Their steps are not recorded: a graph holds no sum over links.
+        self.model.ranks = None
         reach = min(limits.max_context_len, self.model.config.max_position_embeddings)
         for num_tokens in buckets(limits.max_batch_tokens):
             # More tokens than one context holds come in several sequences.
@@ -228,6 +265,9 @@ class StageRole:
             batch = AttentionBatch.from_plan(plan, self.page_size, self.model.shard)
             x_TD = self.model.hidden(batch.num_rows)
             self.model.forward(x_TD, batch, self.caches, moe or _no_experts)
+        if self.ranks is not None:
+            self.model.ranks = self.ranks
+            return
         self.graphs = DecodeGraphs(
             self.model,
             self.caches,

@@ -23,6 +23,7 @@ from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.links import Link, LocalLink, Pollable, TcpLink, wait_any
 from r1_cluster.comm.listener import Listener, connect
 from r1_cluster.comm.process_group import ProcessGroups
+from r1_cluster.comm.ranks import RankGroup, RanksLost
 from r1_cluster.comm.transports import backend_for
 from r1_cluster.comm.wakeup import Wakeup
 from r1_cluster.comm.wire import (
@@ -40,7 +41,14 @@ from r1_cluster.comm.wire import (
 from r1_cluster.engine.boot import Ready, StepLimits, Topology, WorkerBoot
 from r1_cluster.engine.held import HeldSequences
 from r1_cluster.engine.parts import load_parts
-from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole, local_dispatcher
+from r1_cluster.engine.roles import (
+    OtherRanksRouter,
+    RemoteRouter,
+    Router,
+    RouterRole,
+    StageRole,
+    local_dispatcher,
+)
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.family import load_config, tensor_table
 from r1_cluster.models.fitting import check_fits
@@ -102,6 +110,7 @@ class Worker:
         self.router: RouterRole | None = None
         self.stage: StageRole | None = None
         self._remote: RemoteRouter | None = None
+        self._ranks: RankGroup | None = None
         self.kv_era = 0
         self.held = HeldSequences()
         started = time.monotonic()
@@ -118,18 +127,19 @@ class Worker:
         boot, spec = self.boot, self.spec
         config = load_config(boot.checkpoint)
         self.layout = Layout(boot.workers, config.num_hidden_layers)
-        shard = Shard(torch.device(boot.device), _DTYPES[boot.dtype], boot.deterministic)
+        shard = Shard(
+            torch.device(boot.device), _DTYPES[boot.dtype], boot.deterministic, spec.rank, spec.ranks
+        )
         check_fits(config, shard.ops, shard.dtype, boot.page_size)
         began = time.monotonic()
-        with Checkpoint(
-            boot.checkpoint, tensor_table(config), config.fp8_block, config.int_format
-        ) as checkpoint:
-            loader = Loader(checkpoint, shard)
+        table = tensor_table(config)
+        with Checkpoint(boot.checkpoint, table, config.fp8_block, config.int_format) as checkpoint:
+            loader = Loader.of(checkpoint, shard, table)
             self.experts, router, stage = load_parts(config, loader, spec)
             self.read_bytes, self.read_s = checkpoint.num_read, time.monotonic() - began
         if router is not None:
             self.router = RouterRole(router)
-        if self.router is not None and self.experts is not None and self.layout.shards == (spec,):
+        if self.router is not None and self.experts is not None and self.layout.has_its_experts(spec):
             self.router.dispatcher = local_dispatcher(self.experts)
         if boot.limits is not None:
             self._check_memory(config, boot.limits)
@@ -138,8 +148,15 @@ class Worker:
             if serving is not None and serving is not spec:
                 # Longer than the router waits for its experts, so that each blames the one that is silent.
                 self._remote = RemoteRouter(serving.name, boot.step_timeout_s + 0.5)
-            moe = self._remote or self.router
-            self.stage = StageRole(stage, moe, num_pages=boot.num_pages, page_size=boot.page_size)
+            moe: Router | None = self._remote or self.router
+            if spec.ranks > 1:
+                names = [rank.name for rank in self.layout.ranks_of(spec)]
+                # Longer than the first rank waits for its router, so that each blames the one that is silent.
+                self._ranks = RankGroup(names, spec.rank, self._links, boot.step_timeout_s + 1.0)
+                moe = moe or OtherRanksRouter()
+            self.stage = StageRole(
+                stage, moe, self._ranks, num_pages=boot.num_pages, page_size=boot.page_size
+            )
         if shard.device.type == "cuda" and boot.limits is not None:
             self._prepare(boot.limits, config)
 
@@ -232,7 +249,7 @@ class Worker:
             self._groups.close()
         # Their memory and descriptors go now, not when the circle of a worker and its links is collected.
         self._links.clear()
-        self._groups = self._remote = self.stage = self.router = self.experts = None
+        self._groups = self._remote = self._ranks = self.stage = self.router = self.experts = None
 
     def _accept(self) -> None:
         hello, link = self.listener.accept(0)
@@ -301,6 +318,8 @@ class Worker:
         elif kind in (Kind.DISPATCH, Kind.BROADCAST) and self.experts is not None:
             reply = self._answer_experts(message)
             self._reply(link, reply.header, list(reply.tensors), reply.body)
+        elif kind == Kind.REDUCE and self._ranks is not None:
+            self._ranks.deliver(link.peer, message)
         elif kind == Kind.ASSIGN:
             self.assign(unpack(message.body, str))
             self._reply(link, message.header, [], b"")
@@ -355,7 +374,7 @@ class Worker:
                 self._keep(peer, topology.incarnations[peer], self._grouped(link, 0))
             except LinkError:
                 unreachable.append(peer)
-        if self.router is not None and self.layout.shards != (self.spec,) and not unreachable:
+        if self.router is not None and not self.layout.has_its_experts(self.spec) and not unreachable:
             self._link_experts()
         return unreachable
 
@@ -368,6 +387,9 @@ class Worker:
             x_TD, tokens = self.stage.forward(plan, x_TD)
             compute_s += self.stage.compute_s
             self._pass_on(plan, x_TD, tokens, compute_s, before)
+        except RanksLost as error:
+            if lost := [*error.names, *self.stage.take_lost()]:
+                self._give_result(plan, [], lost, compute_s)
         except Unsendable as error:
             self.stage.take_lost()
             if self._control is not None:
@@ -391,7 +413,8 @@ class Worker:
         self.num_steps += 1
         # A spoiled step ends here: its other stages might only wait for the same lost peer.
         if tokens is None and not lost:
-            following = self._following()
+            following = self.layout.following(self.spec)
+            assert following is not None
             header = Header(Kind.HIDDEN, plan.epoch, plan.step, -1, plan.micro_batch, len(x_TD))
             try:
                 link = self._links[following]
@@ -401,11 +424,11 @@ class Worker:
                 raise
             except (LinkError, KeyError):
                 lost = [following]
-        result = StepResult(plan.epoch, plan.step, tokens or [], lost, compute_s)
+        if lost or not self.spec.rank:  # the first rank has the tokens, and speaks for all
+            self._give_result(plan, tokens or [], lost, compute_s)
+
+    def _give_result(self, plan: StepPlan, tokens: list[int], lost: list[str], compute_s: float) -> None:
+        result = StepResult(plan.epoch, plan.step, tokens, lost, compute_s)
         if self._control is not None:
             header = Header(Kind.RESULT, plan.epoch, plan.step, -1, plan.micro_batch)
             self._reply(self._control, header, [], pack(result))
-
-    def _following(self) -> str:
-        stages = self.layout.stages
-        return stages[stages.index(self.spec) + 1].name

@@ -93,19 +93,20 @@ def _shape(config: ModelConfig) -> MlaShape:
 def _attention_tensors(name: str, shape: MlaShape, width: int) -> Iterator[TensorSpec]:
     heads, rank = shape.num_attention_heads, shape.q_lora_rank
     if rank is None:
-        yield TensorSpec(f"{name}.q_proj.weight", (heads * shape.qk_head_dim, width), "attention", 0)
+        rows = (heads * shape.qk_head_dim, width)
+        yield TensorSpec(f"{name}.q_proj.weight", rows, "attention", 0, units=heads)
     else:
         yield TensorSpec(f"{name}.q_a_proj.weight", (rank, width), "attention")
         yield TensorSpec(f"{name}.q_a_layernorm.weight", (rank,), "norm")
-        yield TensorSpec(f"{name}.q_b_proj.weight", (heads * shape.qk_head_dim, rank), "attention", 0)
+        rows = (heads * shape.qk_head_dim, rank)
+        yield TensorSpec(f"{name}.q_b_proj.weight", rows, "attention", 0, units=heads)
     yield TensorSpec(f"{name}.kv_a_proj_with_mqa.weight", (shape.cache_width, width), "attention")
     yield TensorSpec(f"{name}.kv_a_layernorm.weight", (shape.kv_lora_rank,), "norm")
-    kv_rows = heads * (shape.qk_nope_head_dim + shape.v_head_dim)
+    rows = (heads * (shape.qk_nope_head_dim + shape.v_head_dim), shape.kv_lora_rank)
     # Absorbed, it meets queries and attended latents head by head: see `mla`.
-    yield TensorSpec(
-        f"{name}.kv_b_proj.weight", (kv_rows, shape.kv_lora_rank), "attention", 0, stays_float=True
-    )
-    yield TensorSpec(f"{name}.o_proj.weight", (width, heads * shape.v_head_dim), "attention", 1)
+    yield TensorSpec(f"{name}.kv_b_proj.weight", rows, "attention", 0, stays_float=True, units=heads)
+    attended = (width, heads * shape.v_head_dim)
+    yield TensorSpec(f"{name}.o_proj.weight", attended, "attention", 1, units=heads)
 
 
 def _moe_tensors(name: str, moe: MoeShape, width: int) -> Iterator[TensorSpec]:

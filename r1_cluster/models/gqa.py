@@ -14,7 +14,8 @@ _PARTS = ("q_proj", "k_proj", "v_proj")
 
 
 class Gqa:
-    """One layer's attention, from the normed hidden states to the output projection."""
+    """One layer's attention, from the normed hidden states to the output projection; or a rank's heads, whose
+    outputs add up to it. Ranks beyond the keys' heads share those."""
 
     def __init__(self, loader: Loader, shape: GqaShape, eps: float) -> None:
         """`eps` is that of the norms of queries and keys, where there are any."""
@@ -23,7 +24,9 @@ class Gqa:
         self._tiled = loader.shard.deterministic
         self._eps = eps
         self._width = shape.head_dim
-        self._heads = [shape.num_attention_heads, shape.num_key_value_heads, shape.num_key_value_heads]
+        ranks = loader.shard.ranks
+        kv_heads = max(shape.num_key_value_heads // ranks, 1)
+        self._heads = [shape.num_attention_heads // ranks, kv_heads, kv_heads]
         self._qkv = loader.weight(*(f"{part}.weight" for part in _PARTS))
         self._bias: Tensor | None = None
         if shape.qkv_bias:

@@ -21,8 +21,16 @@ class Attention(Protocol):
         """Normed hidden states [T, D] → [T, D]; writes what is kept of the new tokens to their slots."""
 
 
+class Ranks(Protocol):
+    """The ranks that divide a stage among them, as one of them sees them."""
+
+    def add(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' `x`, the same bits on each of them."""
+
+
 class Mlp:
-    """down(silu(gate x) · up x), gate and up in one product."""
+    """down(silu(gate x) · up x), gate and up in one product; or a rank's part of the hidden units, whose
+    outputs add up to it."""
 
     def __init__(self, loader: Loader) -> None:
         self._ops = loader.shard.ops

@@ -68,20 +68,24 @@ PARSERS: dict[str, Callable[[Values], ModelConfig]] = {
 def layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
     """A layer's."""
     name, width, shape = layer_name(layer), config.hidden_size, _shape(config)
-    rows = {
-        "q_proj": shape.num_attention_heads * shape.head_dim,
-        "k_proj": shape.num_key_value_heads * shape.head_dim,
-        "v_proj": shape.num_key_value_heads * shape.head_dim,
+    heads = {
+        "q_proj": shape.num_attention_heads,
+        "k_proj": shape.num_key_value_heads,
+        "v_proj": shape.num_key_value_heads,
     }
     yield TensorSpec(f"{name}.input_layernorm.weight", (width,), "norm")
-    for projection, num_rows in rows.items():
-        yield TensorSpec(f"{name}.self_attn.{projection}.weight", (num_rows, width), "attention", 0)
+    for projection, units in heads.items():
+        num_rows, tensor = units * shape.head_dim, f"{name}.self_attn.{projection}"
+        yield TensorSpec(f"{tensor}.weight", (num_rows, width), "attention", 0, units=units)
         if shape.qkv_bias:
-            yield TensorSpec(f"{name}.self_attn.{projection}.bias", (num_rows,), "attention", 0)
+            yield TensorSpec(f"{tensor}.bias", (num_rows,), "attention", 0, units=units)
     if shape.qk_norm:
         yield TensorSpec(f"{name}.self_attn.q_norm.weight", (shape.head_dim,), "norm")
         yield TensorSpec(f"{name}.self_attn.k_norm.weight", (shape.head_dim,), "norm")
-    yield TensorSpec(f"{name}.self_attn.o_proj.weight", (width, rows["q_proj"]), "attention", 1)
+    attended = (width, shape.num_attention_heads * shape.head_dim)
+    yield TensorSpec(
+        f"{name}.self_attn.o_proj.weight", attended, "attention", 1, units=shape.num_attention_heads
+    )
     yield TensorSpec(f"{name}.post_attention_layernorm.weight", (width,), "norm")
     yield from mlp_tensors(f"{name}.mlp", "mlp", width, config.intermediate_size)
 

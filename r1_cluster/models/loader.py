@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -11,16 +11,19 @@ from torch import Tensor
 
 from kernels.int_weight import group_scaled
 from kernels.ops import Ops, ScaledWeight, Weight, for_device
-from r1_cluster.weights.tensors import TensorSource, layer_name
+from r1_cluster.weights.tensors import Slices, TensorSource, TensorSpec, layer_name, rank_slices
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Where and how a process computes its part of a model."""
+    """Where and how a process computes its part of a model; `rank` of `ranks` of a stage where tensor
+    parallelism divides that."""
 
     device: torch.device
     dtype: torch.dtype
     deterministic: bool
+    rank: int = 0
+    ranks: int = 1
 
     @cached_property
     def ops(self) -> Ops:
@@ -34,12 +37,19 @@ class Shard:
 
 @dataclass(frozen=True)
 class Loader:
-    """Reads tensors for a shard. Whoever is given one names its own tensors alone: `under` and `layer` give
-    loaders of what lies below a name. All methods raise CheckpointError."""
+    """Reads tensors for a shard: a rank's parts of those that `table` says are divided. Whoever is given one
+    names its own tensors alone: `under` and `layer` give loaders of what lies below a name. All methods raise
+    CheckpointError."""
 
     source: TensorSource
     shard: Shard
+    table: Mapping[str, TensorSpec] = field(default_factory=dict)
     prefix: str = ""
+
+    @classmethod
+    def of(cls, source: TensorSource, shard: Shard, table: Iterable[TensorSpec]) -> Loader:
+        """For a shard that may be one of several ranks. Experts are divided as a whole, not each of them."""
+        return cls(source, shard, {spec.name: spec for spec in table if spec.part != "experts"})
 
     def under(self, name: str) -> Loader:
         """For the module called `name`."""
@@ -50,23 +60,34 @@ class Loader:
         return self.under(layer_name(layer))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
-        return self.source.shape(self.prefix + name)
+        """A tensor's shape, or that of the rank's part, without reading it."""
+        shape = self.source.shape(self.prefix + name)
+        slices = self._slices(self.prefix + name)
+        return shape if slices is None else _sizes(slices, shape)
 
     def get(self, name: str) -> Tensor:
         """One tensor in the compute dtype."""
-        return self.source.get(self.prefix + name, self.shard.dtype, self.shard.device)
+        return self._get(name, self.shard.dtype)
 
     def get_float32(self, name: str) -> Tensor:
         """One tensor in float32, whatever the compute dtype."""
-        return self.source.get(self.prefix + name, torch.float32, self.shard.device)
+        return self._get(name, torch.float32)
+
+    def first_row(self, name: str) -> int:
+        """Where the rank's rows of a tensor begin."""
+        slices = self._slices(self.prefix + name)
+        return 0 if slices is None else slices[0].start or 0
 
     def stays_scaled(self, *names: str) -> bool:
-        """Whether all of them are stored in the same integers, or in FP8 that the device keeps."""
-        if self.shard.ops.KEEPS_FP8 and all(self.source.is_fp8(self.prefix + name) for name in names):
-            return True
-        bits = {self.source.int_bits(self.prefix + name) for name in names}
-        return len(bits) == 1 and None not in bits
+        """Whether all of them are stored in the same integers, or in FP8 that the device keeps; and no rank's
+        part begins or ends within what shares a scale."""
+        full = [self.prefix + name for name in names]
+        if self.shard.ops.KEEPS_FP8 and all(map(self.source.is_fp8, full)):
+            return all(self._cut_at(name, *self.source.fp8_block) for name in full)
+        bits = {self.source.int_bits(name) for name in full}
+        if len(bits) > 1 or None in bits:
+            return False
+        return all(self._cut_at(name, 1, self.source.int_group or 1) for name in full)
 
     def weight(self, *names: str) -> Weight:
         """Matrices of the same width, one below the other: as they are stored where they stay so, else in
@@ -92,8 +113,29 @@ class Loader:
         return replace(parts[0], values=values, scale=torch.cat([part.scale for part in parts]))
 
     def _as_stored(self, name: str) -> ScaledWeight:
-        bits = self.source.int_bits(name)
+        bits, slices = self.source.int_bits(name), self._slices(name)
         if bits is not None:
-            return group_scaled(*self.source.get_int(name), bits, self.shard.device)
-        values, scale = self.source.get_scaled(name)
+            return group_scaled(*self.source.get_int(name, slices), bits, self.shard.device)
+        values, scale = self.source.get_scaled(name, slices)
         return self.shard.ops.block_scaled(values, scale, self.source.fp8_block, self.shard.device)
+
+    def _get(self, name: str, dtype: torch.dtype) -> Tensor:
+        full = self.prefix + name
+        return self.source.get(full, dtype, self.shard.device, self._slices(full))
+
+    def _slices(self, full: str) -> Slices | None:
+        spec = self.table.get(full)
+        return None if spec is None else rank_slices(spec, self.shard.rank, self.shard.ranks)
+
+    def _cut_at(self, full: str, *blocks: int) -> bool:
+        """Whether a rank's part of a matrix is one of whole blocks, but for those at the matrix's end."""
+        shape = self.source.shape(full)
+        bounds = [part.indices(size)[:2] for part, size in zip(self._slices(full) or (), shape)]
+        return all(
+            not first % block and (not last % block or last == size)
+            for (first, last), size, block in zip(bounds, shape, blocks)
+        )
+
+
+def _sizes(slices: Slices, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(len(range(*part.indices(size))) for part, size in zip(slices, shape))

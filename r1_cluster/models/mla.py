@@ -16,7 +16,8 @@ from r1_cluster.models.loader import Loader
 
 
 class Mla:
-    """One layer's attention, from the normed hidden states to the output projection."""
+    """One layer's attention, from the normed hidden states to the output projection; or a rank's heads, whose
+    outputs add up to it. Each rank keeps all latents."""
 
     def __init__(self, loader: Loader, shape: MlaShape, scale: float) -> None:
         """`scale` is what scores are multiplied by."""
@@ -25,7 +26,7 @@ class Mla:
         self._tiled = loader.shard.deterministic
         self._eps = 1e-6  # of both inner norms, whatever rms_norm_eps says: DeepSeek-V3 inference/model.py
         self._scale = scale
-        self._num_heads = shape.num_attention_heads
+        self._num_heads = shape.num_attention_heads // loader.shard.ranks
         self._num_latent = shape.kv_lora_rank
         self._num_nope = shape.qk_nope_head_dim
         self._cache_width = shape.cache_width

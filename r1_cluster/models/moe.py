@@ -71,6 +71,7 @@ class ExpertModel:
         if not 0 <= experts.start < experts.stop <= num_experts or experts.step != 1:
             raise ValueError(f"{experts} is no range of the {num_experts} routed experts")
         self.experts = experts
+        self.num_experts = num_experts  # of the model
         self.shard = loader.shard
         self._width = config.hidden_size
         self._ops = loader.shard.ops
@@ -137,6 +138,19 @@ class ExpertModel:
     def on_device(self) -> bool:
         """Whether `mixture` and `share` may be called."""
         return self._ops.HAS_MOE
+
+    def share_of_mixture(
+        self,
+        layer: int,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        expert_ids_TK: Tensor,
+        num_tokens: Tensor | None = None,
+    ) -> Tensor:
+        """`mixture` with the model's own numbers of experts."""
+        first = self.experts.start
+        own_TK = expert_ids_TK - first if first else expert_ids_TK
+        return self.mixture(layer, x_TD, weights_TK, own_TK, num_tokens)
 
     @torch.inference_mode()
     def mixture(

@@ -12,7 +12,7 @@ from kernels import ROW_TILE
 from r1_cluster.models.batch import AttentionBatch
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.family import ARCHITECTURES, EMBEDDING, FINAL_NORM, HEAD
-from r1_cluster.models.layers import Mlp
+from r1_cluster.models.layers import Mlp, Ranks
 from r1_cluster.models.loader import Loader
 from r1_cluster.models.rope import rope_table
 
@@ -45,6 +45,9 @@ class StageModel:
         self.is_last = layers.stop == config.num_hidden_layers
         # A tied head is the embedding itself, which a first stage that is the last as well has once.
         self._embedding = loader.get(EMBEDDING) if self.is_first else None
+        self._first_token = loader.first_row(EMBEDDING) if self.is_first else 0
+        # Where ranks divide the stage: who adds up their parts. Set before the first step.
+        self.ranks: Ranks | None = None
         self._layers = [_Layer(config, loader.layer(layer), layer) for layer in layers]
         self._final_norm = loader.get(FINAL_NORM) if self.is_last else None
         self._head: Tensor | None = None
@@ -71,7 +74,12 @@ class StageModel:
         """Token ids → [T, D]. On the first stage alone."""
         if self._embedding is None:
             raise ValueError("only the first stage embeds")
-        return self._embedding.index_select(0, token_ids_T)
+        if self.shard.ranks == 1:
+            return self._embedding.index_select(0, token_ids_T)
+        own_T = token_ids_T - self._first_token
+        elsewhere_T = (own_T < 0) | (own_T >= len(self._embedding))
+        x_TD = self._embedding.index_select(0, own_T.masked_fill_(elsewhere_T, 0))
+        return self._add_up(x_TD.masked_fill_(elsewhere_T[:, None], 0))
 
     @torch.inference_mode()
     def forward(self, x_TD: Tensor, batch: AttentionBatch, caches: Sequence[Tensor], moe: MoeCall) -> Tensor:
@@ -104,17 +112,18 @@ class StageModel:
         delta_TD: Tensor | None = None  # what is still to be added to the hidden states
         for layer, cache in zip(self._layers, caches):
             normed, x_TD = self.ops.add_rms_norm(x_TD, delta_TD, layer.attention_norm, eps)
-            delta_TD = layer.attention.forward(normed, batch, rotation, cache)
+            delta_TD = self._add_up(layer.attention.forward(normed, batch, rotation, cache))
             normed, x_TD = self.ops.add_rms_norm(x_TD, delta_TD, layer.mlp_norm, eps)
             if layer.mlp is None:
-                delta_TD = yield layer.index, normed
+                delta_TD = self._add_up((yield layer.index, normed))
             else:
-                delta_TD = layer.mlp.forward(normed)
+                delta_TD = self._add_up(layer.mlp.forward(normed))
         return x_TD.add_(delta_TD) if delta_TD is not None else x_TD
 
     @torch.inference_mode()
     def logits(self, x_TD: Tensor, rows: Tensor) -> Tensor:
-        """Hidden states of the last layer → float32 logits [len(rows), V]. On the last stage alone."""
+        """Hidden states of the last layer → float32 logits [len(rows), V], or a rank's columns of them. On the
+        last stage alone."""
         if self._final_norm is None or self._head is None:
             raise ValueError("only the last stage has a head")
         x_SD = x_TD.index_select(0, rows)
@@ -122,3 +131,7 @@ class StageModel:
             x_SD = F.pad(x_SD, (0, 0, 0, ROW_TILE - len(rows) % ROW_TILE))
         normed = self.ops.rms_norm(x_SD, self._final_norm, self.config.rms_norm_eps)
         return self.ops.linear(normed, self._head, tiled=self.shard.deterministic)[: len(rows)].float()
+
+    def _add_up(self, part_TD: Tensor) -> Tensor:
+        """A rank's part of what is added to the hidden states → all of it."""
+        return part_TD if self.ranks is None else self.ranks.add(part_TD)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from r1_cluster.config import ConfigError, LayoutConfig
+from r1_cluster.models.config import GqaShape
 
 if TYPE_CHECKING:
     from r1_cluster.models.config import ModelConfig
@@ -25,12 +26,15 @@ Span = tuple[int, int]
 
 class WorkerSpec(msgspec.Struct, frozen=True):
     """One worker process. `stage` and `router` are layer spans, `experts` a span of routed experts; a spare
-    has none of them."""
+    has none of them. It is the `rank` of so many `ranks` that divide its stage, and what else is there with the
+    stage, by tensor parallelism."""
 
     name: str
     stage: Span | None = None
     router: Span | None = None
     experts: Span | None = None
+    rank: int = 0
+    ranks: int = 1
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -39,15 +43,27 @@ class WorkerSpec(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Layout:
-    """All workers of one engine, stages first, in pipeline order."""
+    """All workers of one engine, stages first, in pipeline order, each one's ranks one after the other."""
 
     workers: tuple[WorkerSpec, ...]
     num_layers: int
     spares: tuple[WorkerSpec, ...] = ()
 
     @property
-    def stages(self) -> tuple[WorkerSpec, ...]:
-        return tuple(worker for worker in self.workers if worker.stage is not None)
+    def stages(self) -> tuple[tuple[WorkerSpec, ...], ...]:
+        """The ranks of each stage."""
+        of_stages = [worker for worker in self.workers if worker.stage is not None]
+        return tuple(tuple(ranks) for _, ranks in itertools.groupby(of_stages, lambda w: w.stage))
+
+    def ranks_of(self, worker: WorkerSpec) -> tuple[WorkerSpec, ...]:
+        """All ranks of a worker's stage, it among them."""
+        return next(ranks for ranks in self.stages if worker in ranks)
+
+    def has_its_experts(self, worker: WorkerSpec) -> bool:
+        """Whether all experts that a worker's router asks are in the same process; with ranks, those that it
+        adds to the mixture."""
+        both = worker.router is not None and worker.experts is not None
+        return both and (worker.ranks > 1 or self.shards == (worker,))
 
     @property
     def shards(self) -> tuple[WorkerSpec, ...]:
@@ -60,28 +76,40 @@ class Layout:
         return all(worker.roles == ("experts",) and worker.experts in spans for worker in lost)
 
     def router_of(self, stage: WorkerSpec) -> WorkerSpec | None:
-        """The worker whose router serves `stage`; None where the stage has dense layers only."""
+        """The worker whose router serves `stage`: itself, where it has one. None where the stage has dense
+        layers only, and where another rank asks for all."""
+        if stage.router is not None:
+            return stage
+        if stage.rank:
+            return None
         return next((w for w in self.workers if w.router is not None and w.router == stage.stage), None)
 
     def connects_to(self, worker: WorkerSpec) -> tuple[str, ...]:
         """Names of the workers to which `worker` opens a link (a link has one opener)."""
         targets: list[str] = []
         if worker.stage is not None:
-            stages = self.stages
-            index = stages.index(worker)
-            if index + 1 < len(stages):
-                targets.append(stages[index + 1].name)
+            ranks = self.ranks_of(worker)
+            targets.extend(other.name for other in ranks[worker.rank + 1 :])
+            if following := self.following(worker):
+                targets.append(following)
             router = self.router_of(worker)
             if router is not None and router != worker:
                 targets.append(router.name)
-        if worker.router is not None:
+        if worker.router is not None and not self.has_its_experts(worker):
             targets.extend(shard.name for shard in self.shards if shard != worker)
         return tuple(targets)
+
+    def following(self, worker: WorkerSpec) -> str | None:
+        """Whom a stage's worker gives its hidden states: the same rank of the next stage; None for the last."""
+        stages = self.stages
+        index = stages.index(self.ranks_of(worker))
+        return stages[index + 1][worker.rank].name if index + 1 < len(stages) else None
 
 
 def build_layout(config: LayoutConfig, model: ModelConfig) -> Layout:
     """The layout of a service on a model; raises ConfigError with the numbers where it cannot be."""
     num_layers, moe_layers = model.num_hidden_layers, model.moe_layers
+    _check_ranks(config.tensor_parallel, model)
     stages = _spans(config.stages, num_layers, "layout.stages", "layers")
     shards: list[Span] = []
     if model.moe is None:
@@ -96,20 +124,56 @@ def build_layout(config: LayoutConfig, model: ModelConfig) -> Layout:
                 f"layout.kind: colocated puts everything in one worker, but {len(stages)} stages and "
                 f"{len(shards)} expert shards are asked for: use kind: disaggregated, or leave both out"
             )
-        only = WorkerSpec("stage-0", stages[0])
+        num_ranks = config.tensor_parallel
+        only = _ranks("stage-0", stages[0], num_ranks)
         if moe_layers:
-            only = WorkerSpec("stage-0", stages[0], stages[0], shards[0])
+            own = _spans(num_ranks, shards[0][1], "layout.tensor_parallel", "experts")
+            only = [
+                msgspec.structs.replace(rank, router=stages[0], experts=span) for rank, span in zip(only, own)
+            ]
         if config.redundant_experts:
             raise ConfigError(
                 "layout.redundant_experts: expert shards have further hosts in kind: disaggregated alone"
             )
-        return Layout((only,), num_layers, spares)
-    workers = [WorkerSpec(f"stage-{i}", stage=span) for i, span in enumerate(stages)]
+        return Layout(tuple(only), num_layers, spares)
+    workers = [
+        rank for i, span in enumerate(stages) for rank in _ranks(f"stage-{i}", span, config.tensor_parallel)
+    ]
     workers += [WorkerSpec(f"router-{i}", router=s) for i, s in enumerate(stages) if s[1] > moe_layers.start]
     workers += [WorkerSpec(f"experts-{i}", experts=span) for i, span in enumerate(shards)]
     for copy in range(1, config.redundant_experts + 1):
         workers += [WorkerSpec(f"experts-{i}-copy-{copy}", experts=span) for i, span in enumerate(shards)]
     return Layout(tuple(workers), num_layers, spares)
+
+
+def _ranks(stage: str, span: Span, num_ranks: int) -> list[WorkerSpec]:
+    if num_ranks == 1:
+        return [WorkerSpec(stage, span)]
+    return [WorkerSpec(f"{stage}-rank-{r}", span, rank=r, ranks=num_ranks) for r in range(num_ranks)]
+
+
+def _check_ranks(num_ranks: int, model: ModelConfig) -> None:
+    """Raises ConfigError for a number of ranks that cannot divide a model, with the nearest that can."""
+    if num_ranks == 1:
+        return
+    shape = model.attention
+    heads = shape.num_attention_heads
+    kv_heads = shape.num_key_value_heads if isinstance(shape, GqaShape) else heads
+    inner = [model.intermediate_size]
+    if model.moe is not None:
+        inner.append(model.moe.shared_intermediate_size)
+
+    def fits(ranks: int) -> bool:
+        shared = kv_heads % ranks == 0 or ranks % kv_heads == 0
+        return heads % ranks == 0 and shared and ranks <= min(*inner, model.vocab_size)
+
+    if not fits(num_ranks):
+        nearest = max(ranks for ranks in range(1, num_ranks) if fits(ranks))
+        keys = f" and {kv_heads} heads of keys" if kv_heads != heads else ""
+        raise ConfigError(
+            f"layout.tensor_parallel: {num_ranks} ranks cannot divide {heads} attention heads{keys}, with "
+            f"{' and '.join(map(str, inner))} hidden units; the next smaller number that can is {nearest}"
+        )
 
 
 def _refuse_experts(config: LayoutConfig) -> None:

@@ -42,7 +42,7 @@ def check_messages(service: Service, model: ModelConfig) -> None:
             f"in pages of {engine.page_size} takes {plan_bytes} bytes, a message at most "
             f"{wire.MAX_BODY_BYTES}; lower it or engine.max_model_len, or raise engine.page_size"
         )
-    if service.layout.kind == "colocated":
+    if service.layout.kind == "colocated" and service.layout.tensor_parallel == 1:
         return  # hidden states stay in the process
     row_bytes = model.hidden_size * _ITEM_BYTES[service.dtype]
     hidden_bytes = -(-num_rows // ROW_TILE) * ROW_TILE * row_bytes

@@ -23,6 +23,7 @@ from r1_cluster.weights.tensors import (
     PACKED_SUFFIX,
     SCALE_SUFFIX,
     IntFormat,
+    Slices,
     TensorSpec,
     layer_of,
     listed_name,
@@ -67,6 +68,7 @@ class Checkpoint:
         self.path = Path(path)
         self.fp8_block = fp8_block or (128, 128)
         self._int_format = int_format
+        self.int_group = None if int_format is None else int_format.group_size
         self._reader = FilesReader(self.path)
         self._identities: dict[str, Identity] = {}
         self._entries: dict[str, Entry] = {}
@@ -235,7 +237,7 @@ class Checkpoint:
         return self._entry(name).shape if self.int_bits(name) is None else self._int_shape(name)
 
     def get(
-        self, name: str, dtype: torch.dtype, device: torch.device, slices: tuple[slice, ...] | None = None
+        self, name: str, dtype: torch.dtype, device: torch.device, slices: Slices | None = None
     ) -> Tensor:
         """Reads one tensor, or a slice of it, from disk, and nothing else; converts to `dtype`.
 
@@ -245,7 +247,7 @@ class Checkpoint:
         """
         if self.int_bits(name) is not None:
             rows, columns = slices or (slice(None), slice(None))
-            stored = group_scaled(*self.get_int(name, rows), 8, torch.device("cpu"))
+            stored = group_scaled(*self.get_int(name, (rows, slice(None))), 8, torch.device("cpu"))
             whole = dequantize_groups(stored.values, stored.scale, stored.width, dtype)
             return whole[:, columns].to(device)
         entry = self._entry(name)
@@ -262,15 +264,20 @@ class Checkpoint:
         stored = name not in self._entries and name + PACKED_SUFFIX in self._entries
         return self._int_format.bits if stored and self._int_format is not None else None
 
-    def get_int(self, name: str, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """See `TensorSource.get_int`; of these rows alone. Raises CheckpointError as `get`."""
+    def get_int(self, name: str, slices: Slices | None = None) -> tuple[Tensor, Tensor]:
+        """See `TensorSource.get_int`. Raises CheckpointError as `get`."""
         how, (_, width) = self._int_format, self._int_shape(name)
         assert how is not None
+        rows, columns = slices or (slice(None), slice(None))
         words, scale = (
             self._read(name + suffix, self._entry(name + suffix), (rows, slice(None)))
             for suffix in (PACKED_SUFFIX, INT_SCALE_SUFFIX)
         )
-        return from_words(words, how.bits, width), self._sound(name + INT_SCALE_SUFFIX, scale.float())
+        scale = self._sound(name + INT_SCALE_SUFFIX, scale.float())
+        if how.group_size is not None:
+            first, last, _ = columns.indices(width)
+            scale = scale[:, first // how.group_size : -(-last // how.group_size)]
+        return from_words(words, how.bits, width)[:, columns], scale
 
     def _int_shape(self, name: str) -> tuple[int, ...]:
         """As it is stored, checked against the words and scales, and the table if that lists it."""
@@ -282,10 +289,15 @@ class Checkpoint:
             raise CheckpointError(self.path, [fault])
         return shape
 
-    def get_scaled(self, name: str) -> tuple[Tensor, Tensor]:
-        """An FP8 matrix as it is stored, and its float32 block scales. Raises CheckpointError as `get`."""
+    def get_scaled(self, name: str, slices: Slices | None = None) -> tuple[Tensor, Tensor]:
+        """See `TensorSource.get_scaled`. Raises CheckpointError as `get`."""
         entry = self._entry(name)
-        return self._read(name, entry, None), self._scales(name, entry)
+        scale = self._scales(name, entry)
+        if slices is not None:
+            bounds = [part.indices(size)[:2] for part, size in zip(slices, entry.shape)]
+            blocks = [slice(first // b, -(-last // b)) for (first, last), b in zip(bounds, self.fp8_block)]
+            scale = scale[blocks[0], blocks[1]]
+        return self._read(name, entry, slices), scale
 
     def _scales(self, name: str, entry: Entry) -> Tensor:
         if len(entry.shape) != 2:
@@ -303,9 +315,7 @@ class Checkpoint:
             )
         return scale
 
-    def _get_fp8(
-        self, name: str, entry: Entry, dtype: torch.dtype, slices: tuple[slice, ...] | None
-    ) -> Tensor:
+    def _get_fp8(self, name: str, entry: Entry, dtype: torch.dtype, slices: Slices | None) -> Tensor:
         scale = self._scales(name, entry)
         wanted = slices or (slice(None), slice(None))
         bounds = [part.indices(size)[:2] for part, size in zip(wanted, entry.shape)]
@@ -316,7 +326,7 @@ class Checkpoint:
         out = for_device(torch.device("cpu")).dequantize(weight, scale[blocks], self.fp8_block, dtype)
         return out[tuple(slice(start - f, None) for f, (start, _) in zip(first, bounds))]
 
-    def _read(self, name: str, entry: Entry, slices: tuple[slice, ...] | None) -> Tensor:
+    def _read(self, name: str, entry: Entry, slices: Slices | None) -> Tensor:
         """Rows are read as they lie in the file, none but those that are asked for; columns are cut then."""
         rows = slices[0].indices(entry.shape[0])[:2] if slices else (0, *entry.shape)[:2]
         num_rows = max(rows[1] - rows[0], 0) if entry.shape else 1

@@ -22,6 +22,7 @@ PACKED_SUFFIX, INT_SCALE_SUFFIX, INT_SHAPE_SUFFIX = "_packed", "_scale", "_shape
 SUFFIXES = (SCALE_SUFFIX, PACKED_SUFFIX, INT_SCALE_SUFFIX, INT_SHAPE_SUFFIX)
 
 _LAYERS = "model.layers."
+_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,16 @@ Part = Literal["embedding", "norm", "attention", "mlp", "gate", "shared_experts"
 
 class TensorSpec(NamedTuple):
     """One tensor. `split_dim` is the dimension that ranks of tensor parallelism divide among them, None where
-    each of them has the whole. `stays_float` is a matrix that is not used as a weight of one product, and is
-    left alone where the others of its part are quantized."""
+    each of them has the whole; `units` says into how many equal parts it may be cut (heads), 0 anywhere.
+    `stays_float` is a matrix that is not used as a weight of one product, and is left alone where the others
+    of its part are quantized."""
 
     name: str
     shape: tuple[int, ...]
     part: Part
     split_dim: int | None = None
     stays_float: bool = False
+    units: int = 0
 
     @property
     def layer(self) -> int | None:
@@ -56,29 +59,53 @@ class TensorSpec(NamedTuple):
         return layer_of(self.name)
 
 
+Slices = tuple[slice, ...]
+"""One per dimension, of step 1."""
+
+
+def rank_slices(spec: TensorSpec, rank: int, ranks: int) -> Slices | None:
+    """A rank's part of a tensor; None for all of it. Whole blocks of 128 where they are enough for all; ranks
+    beyond the units share them."""
+    dim = spec.split_dim
+    if ranks == 1 or dim is None:
+        return None
+    size = spec.shape[dim]
+    units = spec.units or (size // _BLOCK if not size % _BLOCK and size // _BLOCK >= ranks else size)
+    first = rank * units // ranks
+    last = max((rank + 1) * units // ranks, first + 1)
+    part = slice(first * size // units, last * size // units)
+    return tuple(part if i == dim else slice(None) for i in range(len(spec.shape)))
+
+
 class TensorSource(Protocol):
     """Where tensors come from: `Checkpoint` is one. All methods raise CheckpointError."""
 
     fp8_block: tuple[int, int]
     """The (rows, columns) that share one scale of an FP8 matrix."""
+    int_group: int | None
+    """The columns that share one scale of a row of an integer matrix, None where all do."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
 
-    def get(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """One tensor in `dtype`, whatever it is stored in."""
+    def get(
+        self, name: str, dtype: torch.dtype, device: torch.device, slices: Slices | None = None
+    ) -> Tensor:
+        """One tensor, or a slice of it, in `dtype`, whatever it is stored in."""
 
     def is_fp8(self, name: str) -> bool:
         """Whether a tensor is stored in FP8, with block scales beside it."""
 
-    def get_scaled(self, name: str) -> tuple[Tensor, Tensor]:
-        """An FP8 matrix as it is stored, and its float32 block scales."""
+    def get_scaled(self, name: str, slices: Slices | None = None) -> tuple[Tensor, Tensor]:
+        """An FP8 matrix as it is stored, and its float32 block scales; or a slice that begins and, unless the
+        matrix ends there, ends with a block."""
 
     def int_bits(self, name: str) -> int | None:
         """8 or 4 for a matrix that is stored in integers with scales beside it, None for others."""
 
-    def get_int(self, name: str) -> tuple[Tensor, Tensor]:
-        """An integer matrix [N, K] in int8, and its float32 scales [N, groups]."""
+    def get_int(self, name: str, slices: Slices | None = None) -> tuple[Tensor, Tensor]:
+        """An integer matrix [N, K] in int8, and its float32 scales [N, groups]; or a slice whose columns do so
+        with a group."""
 
 
 def listed_name(name: str) -> str:
