@@ -42,9 +42,9 @@ class LayoutConfig(_Section):
 
     `stages` and `expert_shards` are a count (split evenly) or a list of inclusive ranges such as
     ["0-1", "2-3"]. `redundant_experts` is how many further workers hold each expert shard; `spares` how many
-    loaded-but-idle workers stand by for whoever dies. `tensor_parallel` is how many workers, its ranks, divide
-    each stage's weights and heads among them. `spread` puts every worker of a stage, and every expert shard, on
-    a node of its own.
+    loaded-but-idle workers stand by for whoever dies. `tensor_parallel` is how many workers, its ranks, share
+    each stage's weights and heads. `spread` puts every worker of a stage, and every expert shard, on a node
+    of its own.
     """
 
     kind: Literal["colocated", "disaggregated"] = "colocated"

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 AT_ONCE_BYTES = 1 << 16
 """A message of so many bytes fits what sockets buffer: all send, and only then receive. With longer ones each
-two ranks take turns, the lower one sends first, pair after pair in the order of ranks: nobody waits in a circle."""
+two ranks take turns, the lower one sends first, pair after pair in the order of ranks: nobody waits in a
+circle."""
 
 
 class RanksLost(Exception):
@@ -37,9 +38,9 @@ class RanksLost(Exception):
 
 
 class RankGroup:
-    """The ranks `names` of a stage as the one at `rank` sees them; `links` are those to its peers, by name, of
-    which it may hold others as well. `timeout_s` is how long a rank may keep the others waiting. `idle_s` grows
-    by the time that is spent here."""
+    """The ranks `names` of a stage as the one at `rank` sees them; among `links` are those to its peers, by
+    name. `timeout_s` is how long a rank may keep the others waiting. `idle_s` grows by the time that is spent
+    here."""
 
     def __init__(self, names: Sequence[str], rank: int, links: Mapping[str, Link], timeout_s: float) -> None:
         self.rank = rank
@@ -66,16 +67,16 @@ class RankGroup:
         """The sum of all ranks' `x`, in its dtype. Raises RanksLost, Unsendable."""
         began = time.perf_counter()
         parts = {self._names[self.rank]: x} | self._exchange(x)
-        first, *others = (parts[name] for name in self._names)
-        total = first.float() if first is not x else first.clone().float()
+        first, second, *others = (parts[name] for name in self._names)
+        total = first.float() + second.float()
         for part in others:
             total += part
         self.idle_s += time.perf_counter() - began
         return total.to(x.dtype)
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """All ranks' `x`, in the order of ranks, on the first of them; nothing on the others. Raises RanksLost,
-        Unsendable."""
+        """All ranks' `x`, in the order of ranks, on the first of them; nothing on the others. Raises
+        RanksLost, Unsendable."""
         began = time.perf_counter()
         header = self._next(x)
         parts: list[Tensor] = []

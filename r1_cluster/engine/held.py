@@ -26,7 +26,7 @@ def common(of_ranks: Sequence[dict[str, HeldSequence]]) -> dict[str, HeldSequenc
         tokens = least.tokens[: 4 * least.committed]
         same = all(s.pages.startswith(fewest) and s.tokens.startswith(tokens) for s in known)
         if same:
-            held[seq_id] = HeldSequence(least.tokens, max((s.pages for s in known), key=len), least.committed)
+            held[seq_id] = HeldSequence(tokens, max((s.pages for s in known), key=len), least.committed)
     return held
 
 

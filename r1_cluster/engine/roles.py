@@ -113,7 +113,7 @@ def local_dispatcher(experts: ExpertModel) -> Dispatcher:
 
 
 class OtherRanksRouter:
-    """In place of a router where the first rank of the stage asks it for all: what this rank adds is nothing."""
+    """In place of a router where the first rank of the stage asks it for all: this one adds nothing."""
 
     idle_s = 0.0
 

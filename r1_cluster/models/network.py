@@ -122,8 +122,8 @@ class StageModel:
 
     @torch.inference_mode()
     def logits(self, x_TD: Tensor, rows: Tensor) -> Tensor:
-        """Hidden states of the last layer → float32 logits [len(rows), V], or a rank's columns of them. On the
-        last stage alone."""
+        """Hidden states of the last layer → float32 logits [len(rows), V], or a rank's columns of them. On
+        the last stage alone."""
         if self._final_norm is None or self._head is None:
             raise ValueError("only the last stage has a head")
         x_SD = x_TD.index_select(0, rows)

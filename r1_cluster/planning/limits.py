@@ -52,3 +52,13 @@ def check_messages(service: Service, model: ModelConfig) -> None:
             f"engine.max_batch_tokens: the hidden states of {num_rows} tokens take {hidden_bytes} bytes, a "
             f"message between workers at most {wire.MAX_PAYLOAD_BYTES}, which is {most} tokens of this model"
         )
+    ranks = service.layout.tensor_parallel
+    if ranks == 1:
+        return
+    row_bytes = 4 * -(-model.vocab_size // ranks)
+    if (most := wire.MAX_PAYLOAD_BYTES // row_bytes) < engine.max_num_seqs:
+        raise ConfigError(
+            f"engine.max_num_seqs: a rank's logits of {engine.max_num_seqs} sequences take "
+            f"{engine.max_num_seqs * row_bytes} bytes, a message between workers at most "
+            f"{wire.MAX_PAYLOAD_BYTES}, which is {most} sequences of this model"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from r1_cluster.comm.wire import MAX_PAYLOAD_BYTES
@@ -37,19 +38,25 @@ def worker_bytes(
 ) -> dict[str, int]:
     """Bytes by part for what a worker hosts, in BF16 (`item_bytes`): only what its own roles need."""
     num_tokens = max(max_batch_tokens, max_num_seqs)
+    attention = _heads_of_rank(config.attention, worker.ranks)
+    inner = -(-config.intermediate_size // worker.ranks)
     parts: dict[str, int] = {}
     if worker.stage is not None:
         first, last = worker.stage
         pages = (last - first) * num_pages * page_size
-        parts["pages"] = pages * config.attention.cache_width * item_bytes
-        if expanded := _expanded(config.attention, max_context_len):
+        parts["pages"] = pages * attention.cache_width * item_bytes
+        if expanded := _expanded(attention, max_context_len):
             parts["expanded keys and values"] = expanded * item_bytes
-        parts["a stage's rows"] = num_tokens * _stage_row(config) * item_bytes
+        row = 6 * config.hidden_size + _attention_row(attention) + 3 * inner
+        parts["a stage's rows"] = num_tokens * row * item_bytes
+        if worker.ranks > 1:
+            # What this rank adds, every other one's part of it, and their sum in float32.
+            parts["sums of ranks"] = num_tokens * config.hidden_size * (worker.ranks * item_bytes + 4)
         parts["attention parts and graphs"] = _DECODE_PARTS_BYTES + _GRAPHS_BYTES
         if last == layout.num_layers:
             parts["logits"] = 2 * max_num_seqs * config.vocab_size * 4
     if config.moe is not None:
-        here = worker.router is not None and layout.shards == (worker,)
+        here = layout.has_its_experts(worker)
         parts |= _moe_bytes(
             config.moe, config.hidden_size, worker, here=here, num_tokens=num_tokens, item_bytes=item_bytes
         )
@@ -93,15 +100,21 @@ def _expanded(attention: MlaShape | GqaShape, max_context_len: int) -> int:
     return max(_EXPANDED_KEYS, max_context_len) * widths
 
 
-def _stage_row(config: ModelConfig) -> int:
-    """Elements of a token's row in attention and a dense MLP."""
-    attention = config.attention
+def _attention_row(attention: MlaShape | GqaShape) -> int:
+    """Elements of a token's row within attention."""
     if isinstance(attention, GqaShape):
         # Queries as they come, normed, and those of a part of the step; what is attended, and its part.
-        inner = 5 * attention.num_attention_heads * attention.head_dim + 2 * attention.cache_width
-    else:
-        inner = attention.num_attention_heads * (2 * attention.kv_lora_rank + 3 * attention.qk_nope_head_dim)
-    return 6 * config.hidden_size + inner + 3 * config.intermediate_size
+        return 5 * attention.num_attention_heads * attention.head_dim + 2 * attention.cache_width
+    return attention.num_attention_heads * (2 * attention.kv_lora_rank + 3 * attention.qk_nope_head_dim)
+
+
+def _heads_of_rank(attention: MlaShape | GqaShape, ranks: int) -> MlaShape | GqaShape:
+    """A rank's part: of latents, and of keys that are fewer than ranks, each has the whole, or one."""
+    heads = attention.num_attention_heads // ranks
+    if isinstance(attention, GqaShape):
+        kv_heads = max(attention.num_key_value_heads // ranks, 1)
+        return replace(attention, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    return replace(attention, num_attention_heads=heads)
 
 
 def _num_links(layout: Layout, worker: WorkerSpec) -> int:

@@ -104,8 +104,8 @@ class TensorSource(Protocol):
         """8 or 4 for a matrix that is stored in integers with scales beside it, None for others."""
 
     def get_int(self, name: str, slices: Slices | None = None) -> tuple[Tensor, Tensor]:
-        """An integer matrix [N, K] in int8, and its float32 scales [N, groups]; or a slice whose columns do so
-        with a group."""
+        """An integer matrix [N, K] in int8, and its float32 scales [N, groups]; or a slice whose columns do
+        so with a group."""
 
 
 def listed_name(name: str) -> str:

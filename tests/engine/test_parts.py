@@ -78,9 +78,9 @@ class Noting(Checkpoint):
         self.asked[name] = None
         return super().get(name, *arguments)
 
-    def get_scaled(self, name):
+    def get_scaled(self, name, *arguments):
         self.asked[name] = None
-        return super().get_scaled(name)
+        return super().get_scaled(name, *arguments)
 
     def get_int(self, name, *arguments):
         self.asked[name] = None

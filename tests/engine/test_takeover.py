@@ -1,6 +1,7 @@
 """Engines that come, go and are deposed: what their workers do, and what the next engine reads back."""
 
 import time
+from array import array
 
 import msgspec
 import pytest
@@ -10,9 +11,11 @@ from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.listener import connect
 from r1_cluster.comm.wire import LinkError
 from r1_cluster.engine.boot import ENGINE
+from r1_cluster.engine.held import common
 from r1_cluster.engine.pages import PageAllocator
 from r1_cluster.engine.pipeline import Pipeline
 from r1_cluster.engine.scheduler import Limits, Scheduler
+from r1_cluster.records import HeldSequence
 
 
 def test_an_engine_of_an_old_epoch_is_refused(cluster):
@@ -102,3 +105,33 @@ def test_what_was_held_before_a_stage_lost_its_kv_is_offered_to_nobody(checkpoin
         pipeline.close()
     finally:
         cluster.close()
+
+
+def held(tokens, pages, committed):
+    return HeldSequence(array("i", tokens).tobytes(), array("i", pages).tobytes(), committed)
+
+
+def test_ranks_hold_together_what_all_of_them_hold():
+    """One has had plans that another had not: there a sequence went on, ended, or lost its pages."""
+    one = {
+        "same": held([1, 2, 3], [4], 3),
+        "goes on": held([1, 2, 3], [5], 2),
+        "ended": held([1, 2], [6], 2),
+        "anew": held([1, 2, 3], [7], 3),
+        "anew, elsewhere": held([1, 2, 3], [8], 3),
+    }
+    other = {
+        "same": held([1, 2, 3], [4], 3),
+        "goes on": held([1, 2, 3, 9], [5, 6], 3),
+        "anew": held([1, 2], [7], 0),
+        "anew, elsewhere": held([1, 2], [9], 0),
+    }
+    expected = {
+        "same": held([1, 2, 3], [4], 3),
+        "goes on": held([1, 2], [5, 6], 2),
+        "anew": held([], [7], 0),
+    }
+    assert common([one, other]) == common([other, one]) == expected
+    assert common([one]) == one
+    assert common([]) == {}
+    assert common([one, {}]) == {}

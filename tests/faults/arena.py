@@ -26,6 +26,7 @@ LAYOUTS = {
     "disaggregated": DISAGGREGATED,
     "guarded": DISAGGREGATED | {"spares": 1},
     "copies": DISAGGREGATED | {"redundant_experts": 1},
+    "ranks": {"kind": "colocated", "tensor_parallel": 2, "cpus_per_worker": 0.25},
 }
 ENGINES = {"guarded": {"standby": True}, "watched": {"standby": True}}
 # Chunks so small that 16 prompts take many steps; a deadline that a slow machine keeps; a queue that tests can fill.
@@ -47,10 +48,11 @@ class Kill:
     how: str
     when: str
 
-    @property
-    def first(self):
-        """Who dies before, where the death is to fall into a recovery."""
-        return "stage-0" if self.part != "stage-0" else "engine"
+    def first(self, names):
+        """Which of the parts dies before, where the death is to fall into a recovery."""
+        if self.part.startswith("stage-0"):
+            return "engine"
+        return min(name for name in names if name.startswith("stage-0"))
 
 
 def injecting(folder, poison=()):
@@ -235,7 +237,7 @@ def undergo(arena, kill):
         in_time = load.wait(lambda: load.decoding)
     since = time.monotonic()
     if kill.when == "recovery":
-        arena.inflict(targets, kill.first, "kill")
+        arena.inflict(targets, kill.first(targets.pids), "kill")
         load.wait(lambda: load.quiet_for(0.2), timeout_s=5.0)
     at = arena.inflict(targets, kill.part, kill.how)
     in_time &= load.mostly_open

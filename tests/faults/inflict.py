@@ -106,6 +106,8 @@ class Targets:
         "router-0": [("stage-0", "router-0"), ("router-0", "experts-0")],
         "experts-1": [("router-0", "experts-1")],
         "engine": [("engine", "ingress")],
+        "stage-0-rank-0": [("stage-0-rank-0", "stage-0-rank-1")],
+        "stage-0-rank-1": [("stage-0-rank-0", "stage-0-rank-1")],
     }
 
     def __init__(self, pids, folder):

@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 PARTS = {
     "disaggregated": ["experts-1", "router-0", "stage-0", "stage-1", "engine"],
     "colocated": ["stage-0", "engine"],
+    "ranks": ["stage-0-rank-0", "stage-0-rank-1", "engine"],
 }
 TIMES = ("prefill", "decode", "recovery")
 HOWS = ("kill", "stop", "cut", "exception")
@@ -29,6 +30,7 @@ FAST = {
     "guarded": set(),
     "copies": set(),
     "colocated": {("stage-0", "kill", "decode")},
+    "ranks": {("stage-0-rank-1", "kill", "decode")},
 }
 # What `make test-system` runs; no more is run of the layouts with spares, a standby and copies.
 SLOWER = {
@@ -41,6 +43,7 @@ SLOWER = {
         ("engine", "stop", "decode"),
     },
     "copies": {("experts-1", "kill", "decode"), ("experts-1", "stop", "decode")},
+    "ranks": {("stage-0-rank-0", "stop", "decode"), ("stage-0-rank-1", "cut", "prefill")},
 }
 
 

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from r1_cluster.config import ConfigError, LayoutConfig
+from r1_cluster.models.config import GqaShape
 from r1_cluster.planning.layout import build_layout
 
 MODEL = SimpleNamespace(num_hidden_layers=4, moe_layers=range(1, 4), moe=SimpleNamespace(n_routed_experts=8))
@@ -38,7 +39,7 @@ def test_disaggregated_links():
 def test_a_stage_of_dense_layers_has_no_router():
     layout = build(kind="disaggregated", stages=["0-0", "1-3"])
     assert [w.name for w in layout.workers if w.router] == ["router-1"]
-    assert layout.router_of(layout.stages[0]) is None
+    assert layout.router_of(layout.stages[0][0]) is None
 
 
 @pytest.mark.parametrize(
@@ -88,4 +89,58 @@ def test_a_dense_model_has_stages_alone():
 def test_experts_of_a_dense_model_are_refused_by_name(kind, more, words):
     with pytest.raises(ConfigError) as caught:
         build(DENSE, kind=kind, **more)
+    assert words in str(caught.value)
+
+
+def dense(heads=12, kv_heads=2, inner=8960):
+    shape = GqaShape(heads, kv_heads, head_dim=128, qkv_bias=True, qk_norm=False)
+    return SimpleNamespace(
+        num_hidden_layers=4, moe_layers=range(4, 4), moe=None, attention=shape, intermediate_size=inner,
+        vocab_size=1000,
+    )  # fmt: skip
+
+
+def test_ranks_of_stages_are_linked_with_each_other_and_their_successors():
+    layout = build(dense(), kind="disaggregated", stages=2, tensor_parallel=2)
+    assert [[rank.name for rank in stage] for stage in layout.stages] == [
+        ["stage-0-rank-0", "stage-0-rank-1"],
+        ["stage-1-rank-0", "stage-1-rank-1"],
+    ]
+    assert [(w.stage, w.rank, w.ranks) for w in layout.workers] == [
+        ((0, 2), 0, 2), ((0, 2), 1, 2), ((2, 4), 0, 2), ((2, 4), 1, 2),
+    ]  # fmt: skip
+    links = [layout.connects_to(worker) for worker in layout.workers]
+    assert links == [("stage-0-rank-1", "stage-1-rank-0"), ("stage-1-rank-1",), ("stage-1-rank-1",), ()]
+    assert not layout.can_do_without(["stage-0-rank-1"])
+
+
+def test_colocated_ranks_divide_the_experts():
+    moe = SimpleNamespace(n_routed_experts=7, shared_intermediate_size=64)
+    model = SimpleNamespace(**vars(dense()) | {"moe": moe, "moe_layers": range(1, 4)})
+    layout = build(model, kind="colocated", tensor_parallel=2)
+    assert [(w.experts, w.router) for w in layout.workers] == [((0, 3), (0, 4)), ((3, 7), (0, 4))]
+    assert [layout.connects_to(worker) for worker in layout.workers] == [("stage-0-rank-1",), ()]
+    assert all(map(layout.has_its_experts, layout.workers))
+    apart = build(model, kind="disaggregated", tensor_parallel=2, expert_shards=2)
+    by_name = {worker.name: worker for worker in apart.workers}
+    # The first rank asks the router for all of them.
+    assert apart.connects_to(by_name["stage-0-rank-0"]) == ("stage-0-rank-1", "router-0")
+    assert apart.connects_to(by_name["stage-0-rank-1"]) == ()
+    assert apart.connects_to(by_name["router-0"]) == ("experts-0", "experts-1")
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "words"),
+    [
+        (dense(), 5, "5 ranks cannot divide 12 attention heads and 2 heads of keys, with 8960 hidden units; the"
+         " next smaller number that can is 4"),
+        (dense(heads=12, kv_heads=4), 6, "that can is 4"),
+        (dense(heads=7, kv_heads=7), 6, "6 ranks cannot divide 7 attention heads, with 8960 hidden units; the next"
+         " smaller number that can is 1"),
+        (dense(heads=64, kv_heads=8, inner=20), 32, "that can is 16"),
+    ],
+)  # fmt: skip
+def test_ranks_that_cannot_divide_a_model_are_refused_with_the_nearest_that_can(model, ranks, words):
+    with pytest.raises(ConfigError) as caught:
+        build(model, tensor_parallel=ranks)
     assert words in str(caught.value)

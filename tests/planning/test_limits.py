@@ -5,15 +5,15 @@ import pytest
 from r1_cluster.config import ConfigError, Service
 from r1_cluster.planning.limits import check_messages, max_model_len
 
-R1 = SimpleNamespace(hidden_size=7168, max_position_embeddings=163840)
+R1 = SimpleNamespace(hidden_size=7168, max_position_embeddings=163840, vocab_size=129280)
 
 
-def service(kind="disaggregated", dtype="bfloat16", **engine):
+def service(kind="disaggregated", dtype="bfloat16", ranks=1, **engine):
     return Service.model_validate(
         {
             "name": "limits",
             "model": {"path": "none", "dtype": dtype},
-            "layout": {"kind": kind},
+            "layout": {"kind": kind, "tensor_parallel": ranks},
             "engine": {"num_pages": 32768, "page_size": 64, **engine},
         }
     )
@@ -31,6 +31,15 @@ def test_hidden_states_must_fit_a_message(dtype, most):
     with pytest.raises(ConfigError, match=f"engine.max_batch_tokens: .* {most + 1} tokens .* {most} tokens"):
         check_messages(service(dtype=dtype, max_batch_tokens=most + 1), R1)
     check_messages(service("colocated", dtype=dtype, max_batch_tokens=most + 1), R1)
+
+
+def test_what_ranks_send_each_other_must_fit_a_message():
+    check_messages(service("colocated", ranks=2, max_batch_tokens=74896), R1)
+    with pytest.raises(ConfigError, match=r"engine.max_batch_tokens: .* 74896 tokens"):
+        check_messages(service("colocated", ranks=2, max_batch_tokens=74897), R1)
+    check_messages(service("colocated", ranks=2, max_num_seqs=4152), R1)
+    with pytest.raises(ConfigError, match=r"engine.max_num_seqs: a rank's logits of 4153 .* 4152 sequences"):
+        check_messages(service("colocated", ranks=2, max_num_seqs=4153), R1)
 
 
 def test_rows_for_experts_need_not_fit_one():

@@ -25,7 +25,7 @@ def parts_of(name, layout=APART, config=CONFIG, **limits):
 
 
 def test_pages_are_what_the_caches_take():
-    (first, last) = APART.stages[0].stage
+    (first, last) = APART.stages[0][0].stage
     assert parts_of("stage-0")["pages"] == (last - first) * 10 * 16 * (16 + 8) * 2
     assert parts_of("stage-0", COLOCATED)["pages"] == CONFIG.num_hidden_layers * 10 * 16 * (16 + 8) * 2
 
@@ -52,6 +52,21 @@ def test_a_dense_stage_needs_pages_for_keys_and_values_and_nothing_to_expand():
     assert parts_of("stage-1", layout, dense).keys() == parts.keys() | {"logits"}
 
 
+def test_ranks_divide_what_is_divided():
+    """Latents are each rank's own; of keys' heads a rank has at least one."""
+    dense = parse_config(dense_values(num_attention_heads=4, num_key_value_heads=2, head_dim=16))
+    for config, kept in ((CONFIG, 1), (dense, 0.5)):
+        one = parts_of("stage-0", build_layout(LayoutConfig(), config), config)
+        two, four = (
+            parts_of("stage-0-rank-1", build_layout(LayoutConfig(tensor_parallel=ranks), config), config)
+            for ranks in (2, 4)
+        )
+        assert two["pages"] == four["pages"] == kept * one["pages"]
+        assert one["a stage's rows"] > two["a stage's rows"] > four["a stage's rows"]
+        assert (two["sums of ranks"], four["sums of ranks"]) == (64 * 48 * 8, 64 * 48 * 12)
+        assert four["links"] == 3 * two["links"] > 0
+
+
 @pytest.mark.parametrize(
     ("name", "grows_with"),
     [
@@ -70,7 +85,7 @@ def test_links_are_counted_at_both_ends():
     links = {worker.name: parts_of(worker.name).get("links", 0) for worker in APART.workers}
     routers = [worker for worker in APART.workers if worker.router is not None]
     each = links["experts-0"] // len(routers)
-    assert links["stage-0"] == each * (1 + (APART.router_of(APART.stages[0]) is not None))
+    assert links["stage-0"] == each * (1 + (APART.router_of(APART.stages[0][0]) is not None))
     assert links["stage-1"] == each * 2  # the first stage, and its router
     assert links["router-1"] == each * 3  # its stage, and both shards
 

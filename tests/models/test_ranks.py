@@ -1,0 +1,163 @@
+"""Each architecture's stages divided among ranks: logits are those of one process."""
+
+import pytest
+import torch
+from ranks import close, in_ranks, link_ranks, names_of
+from small_model import (
+    CPU,
+    DENSE_FP8_SHAPE,
+    FP8_SHAPE,
+    SmallModel,
+    config_values,
+    dense_values,
+    quantize,
+    to_fp8,
+    write_checkpoint,
+)
+
+from r1_cluster.comm.ranks import RankGroup
+from r1_cluster.config import LayoutConfig
+from r1_cluster.engine.parts import load_parts
+from r1_cluster.engine.roles import RouterRole, StageRole, local_dispatcher
+from r1_cluster.models.family import load_config, tensor_table
+from r1_cluster.models.loader import Loader, Shard
+from r1_cluster.planning.layout import build_layout
+from r1_cluster.weights.checkpoint import Checkpoint
+from r1_cluster.weights.tensors import INT4, INT8, TensorSpec, rank_slices
+
+PROMPT = [5, 9, 2, 77, 31, 8, 8, 64, 3, 90, 17]
+# For FP8: hidden units and heads of whole blocks for two ranks, and of parts of blocks for four.
+WIDE = {
+    "intermediate_size": 256,
+    "moe_intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+MODELS = {
+    "deepseek": config_values(),
+    "deepseek without low-rank queries": config_values(q_lora_rank=None),
+    "llama": dense_values(),
+    "qwen2 tied": dense_values("Qwen2ForCausalLM", tie_word_embeddings=True, vocab_size=97),
+    "qwen3": dense_values("Qwen3ForCausalLM"),
+    "deepseek fp8": config_values(**FP8_SHAPE | WIDE),
+    "qwen3 fp8": dense_values("Qwen3ForCausalLM", **DENSE_FP8_SHAPE | {"intermediate_size": 256}),
+    "deepseek int8": config_values(),
+    "llama int8": dense_values(),
+    "deepseek int4": config_values(**{"moe_intermediate_size": 160}),
+    "llama int4": dense_values(intermediate_size=384, head_dim=64),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = {}
+
+    def make(name):
+        if name not in made:
+            path = tmp_path_factory.mktemp("model")
+            write_checkpoint(path / "a", MODELS[name])
+            made[name] = path / "a"
+            if "fp8" in name:
+                to_fp8(path / "a")
+            if "int" in name:
+                made[name] = path / "b"
+                quantize(path / "a", path / "b", INT8 if "int8" in name else INT4)
+        return made[name]
+
+    return make
+
+
+def logits_in_ranks(folder, count, dtype):
+    """Each rank's hidden states and, of the first, the logits of a prompt's last token, in two chunks."""
+    config = load_config(folder)
+    layout = build_layout(LayoutConfig(tensor_parallel=count), config)
+    links, table = link_ranks(count), tensor_table(config)
+    plans = SmallModel(folder, deterministic=True, dtype=dtype)
+
+    def work(rank):
+        shard = Shard(CPU, dtype, True, rank, count)
+        with Checkpoint(folder, table, config.fp8_block, config.int_format) as checkpoint:
+            parts = load_parts(config, Loader.of(checkpoint, shard, table), layout.workers[rank])
+        router = None
+        if parts.router is not None:
+            router = RouterRole(parts.router)
+            router.dispatcher = local_dispatcher(parts.experts)
+        group = RankGroup(names_of(count), rank, links[rank], 60.0)
+        role = StageRole(parts.stage, router, group, num_pages=24, page_size=16)
+        batch = plans.batches([(0, PROMPT)])[0]
+        with torch.inference_mode():
+            group.begin(1, 1, 0)
+            x = parts.stage.embed(batch.token_ids_T)
+            hidden = parts.stage.forward(x, batch, role.caches, role._moe_of(PLAN))
+            columns = group.gather(parts.stage.logits(hidden, batch.sample_rows))
+        return hidden, torch.cat(columns, 1) if columns else None
+
+    plans.pages = plans.pages % 24
+    try:
+        return in_ranks(count, work)
+    finally:
+        close(links)
+
+
+class PLAN:
+    epoch, step, micro_batch = 1, 1, 0
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_one_process(folder, name, count):
+    plain = SmallModel(folder(name), deterministic=True).step([(0, PROMPT)])
+    ranks = logits_in_ranks(folder(name), count, torch.float32)
+    assert all(torch.equal(hidden, ranks[0][0]) for hidden, _ in ranks)
+    assert ranks[0][1].shape == plain.shape
+    assert (ranks[0][1] - plain).abs().max() <= 1e-4 * max(1.0, float(plain.abs().max()))
+    again = logits_in_ranks(folder(name), count, torch.float32)
+    assert torch.equal(again[0][1], ranks[0][1])
+
+
+@pytest.mark.parametrize("name", ["deepseek", "qwen3"])
+def test_bfloat16_is_as_near_to_float32_as_one_process_is(folder, name):
+    exact = SmallModel(folder(name), deterministic=True).step([(0, PROMPT)])
+    plain = SmallModel(folder(name), deterministic=True, dtype=torch.bfloat16).step([(0, PROMPT)])
+    ranks = logits_in_ranks(folder(name), 2, torch.bfloat16)[0][1]
+    assert (ranks - exact).norm() <= 1.5 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize(
+    ("spec", "ranks", "expected"),
+    [
+        (TensorSpec("w", (6, 4), "attention", 0, units=3), 3, [(0, 2), (2, 4), (4, 6)]),
+        (TensorSpec("w", (6, 4), "attention", 0, units=2), 4, [(0, 3), (0, 3), (3, 6), (3, 6)]),
+        (TensorSpec("w", (8, 96), "mlp", 1), 4, [(0, 24), (24, 48), (48, 72), (72, 96)]),
+        # Whole blocks of 128 where there are enough of them, of which some ranks then have one more.
+        (TensorSpec("w", (8, 640), "mlp", 1), 2, [(0, 256), (256, 640)]),
+        (TensorSpec("w", (8, 128), "mlp", 1), 2, [(0, 64), (64, 128)]),
+        (TensorSpec("w", (7, 4), "head", 0), 2, [(0, 3), (3, 7)]),
+    ],
+)
+def test_ranks_parts(spec, ranks, expected):
+    found = [rank_slices(spec, rank, ranks)[spec.split_dim] for rank in range(ranks)]
+    assert [(part.start, part.stop) for part in found] == expected
+    other = rank_slices(spec, 0, ranks)[1 - spec.split_dim]
+    assert other == slice(None)
+
+
+def test_what_is_not_divided_is_whole():
+    assert rank_slices(TensorSpec("w", (8,), "norm"), 1, 2) is None
+    assert rank_slices(TensorSpec("w", (8, 8), "mlp", 0), 0, 1) is None
+
+
+def test_a_rank_keeps_scaled_what_is_cut_at_blocks(folder):
+    """And what is not, in the compute dtype."""
+    config = load_config(folder("deepseek fp8"))
+    table = tensor_table(config)
+    down = "model.layers.0.mlp.down_proj.weight"
+    with Checkpoint(folder("deepseek fp8"), table, config.fp8_block) as checkpoint:
+        two = Loader.of(checkpoint, Shard(CPU, torch.float32, True, 1, 2), table)
+        four = Loader.of(checkpoint, Shard(CPU, torch.float32, True, 1, 4), table)
+        whole = Loader.of(checkpoint, Shard(CPU, torch.float32, True), table).get(down)
+        assert two.stays_scaled(down)
+        assert not four.stays_scaled(down)
+        assert torch.equal(two.get(down), whole[:, 128:])
+        assert torch.equal(four.weight(down), whole[:, 64:128])
+        assert two.weight(down).values.shape == (128, 128)
