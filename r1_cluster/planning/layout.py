@@ -26,8 +26,8 @@ Span = tuple[int, int]
 
 class WorkerSpec(msgspec.Struct, frozen=True):
     """One worker process. `stage` and `router` are layer spans, `experts` a span of routed experts; a spare
-    has none of them. By tensor parallelism it is the `rank` of so many `ranks` that divide its stage, and what
-    else is there with that."""
+    has none of them. By tensor parallelism it is the `rank` of so many `ranks` that divide its stage and
+    what else is there with that."""
 
     name: str
     stage: Span | None = None
@@ -100,7 +100,7 @@ class Layout:
         return tuple(targets)
 
     def following(self, worker: WorkerSpec) -> str | None:
-        """Whom a stage's worker gives its hidden states: the same rank of the next stage; None of the last."""
+        """Whom a stage's worker gives hidden states: the same rank of the next stage. None of the last."""
         stages = self.stages
         index = stages.index(self.ranks_of(worker))
         return stages[index + 1][worker.rank].name if index + 1 < len(stages) else None
