@@ -8,7 +8,10 @@ here is another name of this one. It answers ranges, and notes all that it is as
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -31,7 +34,8 @@ class HubServer:
 
     What can be asked of it: `damaged` files come with another last byte, `short` ones without their last, `stalls`
     after so many bytes of a file, `refuses` with a status and the hub's error code, `whole` whatever range is
-    asked for, `in_xet` is said of these files, `token` must be shown.
+    asked for, `in_xet` is said of these files, `token` must be shown; `resets` is how often a file's
+    connection is reset in its middle, `unwell` how often 503 is the answer for a file.
     """
 
     def __init__(self, name="someone/tiny"):
@@ -40,6 +44,7 @@ class HubServer:
         self.asked = []
         self.damaged, self.short, self.in_xet = set(), set(), set()
         self.stalls, self.stalled = {}, threading.Event()
+        self.resets, self.unwell = {}, {}
         self.refuses, self.whole, self.token = None, False, None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -137,7 +142,9 @@ def _handler(hub):
             return entry
 
         def _resolve(self, commit, file):
-            data = hub.commits[commit][file]
+            data = hub.commits[commit].get(file)
+            if data is None:
+                return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
             head = {"X-Repo-Commit": commit, "ETag": f'"{git_hash(data)}"'}
             if not file.endswith(".safetensors"):
                 self._note(file)
@@ -155,15 +162,29 @@ def _handler(hub):
                 data = data[:-1] + bytes([data[-1] ^ 1])
             if file in hub.short:
                 data = data[:-1]
+            if self._again(hub.unwell, file):
+                return self._send(503, b"{}")
             first, status, head = 0, 200, dict(head)
             asked = self.headers.get("Range")
             if asked is not None and not hub.whole:
                 first, status = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]), 206
                 head["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+            if self._again(hub.resets, file):
+                half = len(data) // 2
+                self._send(status, data[first:half], head, len(data) - first)
+                time.sleep(0.3)  # what is on its way arrives
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.close_connection = True
+                return self.connection.close()
             if file in hub.stalls and self.command == "GET":
                 self._send(status, data[first : hub.stalls[file]], head, len(data) - first)
                 return hub.wait_over()
             return self._send(status, data[first:], head)
+
+        def _again(self, counts, file):
+            left = counts.get(file, 0) if self.command == "GET" else 0
+            counts[file] = left - 1
+            return left > 0
 
         def _send(self, status, body, head=None, length=None):
             self.send_response(status)

@@ -73,8 +73,8 @@ def files_of(index: Mapping[str, str], needed: Set[str] | None) -> set[str]:
 
 
 def tensors_here(folder: Path) -> set[str] | None:
-    """What the index lists in files that are there, as the table names it, with all that belongs to it (scales
-    may lie in another file); None where no file is missing, or where there is no index. Raises
+    """What the index lists in files that are there, as the table names it, with all that belongs to it
+    (scales may lie in another file); None where no file is missing, or where there is no index. Raises
     CheckpointError."""
     index = weight_map(folder) or {}
     missing = {file for file in set(index.values()) if not (folder / file).exists()}

@@ -64,6 +64,7 @@ BESIDE = (
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_ONCE = 8  # files, as huggingface_hub has it
 _CHUNK_BYTES = 4 << 20
+_MAX_FAILURES, _PAUSE_S = 5, 1.0
 _PATIENCE_S = 5.0  # how long the other files' threads are waited for once one has failed
 _KEPT = "what is finished is kept, and the same command goes on from there"
 
@@ -104,7 +105,7 @@ def open_repo(name: str, revision: str | None) -> Repo:
         commit = api.resolve_revision(name, revision=revision).resolved
         files = {}
         for entry in api.list_repo_tree(name, revision=commit):
-            if isinstance(entry, RepoFile) and Path(entry.path).name == entry.path:
+            if isinstance(entry, RepoFile) and "/" not in entry.path and entry.path.isprintable():
                 etag = entry.blob_id if entry.lfs is None else entry.lfs.sha256
                 hash_ = from_etag(etag)
                 if hash_ is None:
@@ -178,7 +179,8 @@ class Download:
             return False
         if self._blobs is not None:
             return True
-        return metadata_of(path).stat().st_mtime_ns >= path.stat().st_mtime_ns
+        # The time of the last change, which a file's being moved to this name sets as well.
+        return metadata_of(path).stat().st_ctime_ns >= path.stat().st_ctime_ns
 
     def _has_size(self, name: str) -> bool:
         path = self.folder / name
@@ -190,6 +192,8 @@ class Download:
         remote = self.repo.files[name]
         partial = self._partials / f"{name}.{remote.published.value}.partial"
         for other in self._partials.glob(f"{glob.escape(name)}.*.partial"):
+            if other.name.count(".") != partial.name.count("."):
+                continue  # of a file whose name begins so
             goes_on = other == partial and other.stat().st_size <= remote.num_bytes
             if not goes_on or _over_xet(remote):
                 other.unlink()
@@ -313,7 +317,9 @@ def _over_xet(remote: Remote) -> bool:
 
 
 def _over_http(url: str, headers: dict[str, str], partial: Path, remote: Remote, counter: _Counter) -> None:
-    """Fetches what a partial file lacks. A connection that breaks is opened again as long as more comes."""
+    """Fetches what a partial file lacks. `http_get` opens a connection again that was closed or is silent;
+    here it is opened again after a reset, and after an error of the server's."""
+    failures = 0  # without anything new between them
     with partial.open("ab") as file:
         while True:
             had = file.tell()
@@ -328,9 +334,13 @@ def _over_http(url: str, headers: dict[str, str], partial: Path, remote: Remote,
                     tqdm_class=counter.bar(),
                 )
                 return
-            except httpx2.NetworkError:
-                if file.tell() == had:
+            except (httpx2.ReadError, HfHubHTTPError) as error:
+                if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                     raise
+                failures = failures + 1 if file.tell() == had else 0
+                if failures == _MAX_FAILURES:
+                    raise
+                time.sleep(_PAUSE_S)
 
 
 def _in_threads(names: Iterable[str], fetch: Callable[[str], None], stopped: threading.Event) -> None:
@@ -353,8 +363,8 @@ def _in_threads(names: Iterable[str], fetch: Callable[[str], None], stopped: thr
     for thread in threads:
         thread.start()
     try:
-        while not stopped.is_set() and any(thread.is_alive() for thread in threads):
-            stopped.wait(0.05)
+        while not stopped.is_set() and (alive := [thread for thread in threads if thread.is_alive()]):
+            alive[0].join(0.05)
     except KeyboardInterrupt:
         stopped.set()
         raise

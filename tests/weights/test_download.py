@@ -76,6 +76,12 @@ def test_huggingface_hub_takes_what_was_downloaded_for_its_own(hub, where):
     folder = huggingface_hub.snapshot_download(hub.name, local_dir=where, allow_patterns=NAMES)
     assert Path(folder) == download.folder.resolve()
     assert hub.fetched() == {}
+    if where is None:
+        cache = huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE)
+        assert cache.warnings == []
+        (repo,) = cache.repos
+        (revision,) = repo.revisions
+        assert (repo.repo_id, revision.refs, revision.nb_files) == (hub.name, {"main"}, len(NAMES))
 
 
 def test_what_huggingface_hub_has_downloaded_is_taken_over(hub, where):
@@ -97,8 +103,9 @@ def test_files_that_lie_there_already_are_known_by_their_hash(hub, tmp_path):
     download = Download(open_repo(hub.name, None), folder)
     assert download.fetch(NAMES) == 1000
     assert hub.fetched() == {ONE: [None]}
-    (folder / TWO).write_bytes(b"9" * 2000)  # and one that is changed once it was known
-    os.utime(folder / TWO, (4e9, 4e9))
+    (tmp_path / "other").write_bytes(b"9" * 2000)
+    os.utime(tmp_path / "other", (1, 1))
+    (tmp_path / "other").rename(folder / TWO)  # an old one, put there once all were known
     assert download.fetch(NAMES) == 2000
     assert contents(folder) == {name: FILES[name] for name in NAMES}
 
@@ -186,6 +193,40 @@ def test_a_file_that_ends_too_early_is_kept_and_goes_on(hub, where):
     download.fetch([ONE, TWO])
     assert hub.fetched()[TWO] == ["bytes=1999-"]
     assert (download.folder / TWO).read_bytes() == FILES[TWO]
+
+
+def test_connections_that_are_reset_and_a_hub_that_is_unwell_for_a_while(hub, where, monkeypatch):
+    monkeypatch.setattr(module, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)
+    hub.resets[TWO], hub.unwell[ONE] = 1, 4
+    download = Download(open_repo(hub.name, None), where)
+    assert download.fetch([ONE, TWO]) == 3000
+    assert hub.fetched() == {ONE: [None] * 5, TWO: [None, "bytes=1000-"]}
+    assert {name: FILES[name] for name in (ONE, TWO)} == contents(download.folder)
+
+
+def test_a_hub_that_stays_unwell_or_refuses_a_file(hub, where, monkeypatch):
+    monkeypatch.setattr(module, "_PAUSE_S", 0.01)
+    hub.unwell[TWO] = 5
+    download = Download(open_repo(hub.name, None), where)
+    with pytest.raises(
+        DownloadError, match="answers 503 for someone/tiny: try again later; what is finished is"
+    ):
+        download.fetch([TWO])
+    hub.commits[download.repo.commit] = {}
+    with pytest.raises(DownloadError, match="answers 404 for someone/tiny"):
+        download.fetch([TWO])
+
+
+def test_files_whose_names_begin_alike(hub, where):
+    """What is left of the index is not taken for what is left of the file."""
+    hub.commit(FILES | {SINGLE: b"6" * 50})
+    download = Download(open_repo(hub.name, None), where)
+    download._partials.mkdir(parents=True)
+    download._partial(INDEX).write_bytes(FILES[INDEX][:1])
+    hub.asked.clear()
+    assert download.fetch([SINGLE, INDEX]) == 51
+    assert hub.fetched() == {SINGLE: [None], INDEX: ["bytes=1-"]}
 
 
 def test_a_token_is_shown_to_the_hub_and_to_nobody_else(hub, where, monkeypatch):
@@ -401,6 +442,55 @@ def test_a_download_that_is_killed_asks_for_what_is_missing_alone(hub, where, tm
     (whole,) = root.rglob(TWO)
     assert whole.read_bytes() == large
     assert partials() == []
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.slow
+def test_killed_before_any_of_its_steps_it_goes_on(hub, where, monkeypatch):
+    """From one state of the repository to the next: what has a file's name is the one or the other, whole."""
+    steps = ("replace", "rename", "unlink", "symlink", "fsync")
+    before, after = FILES, FILES | {ONE: b"4" * 900, "config.json": b'{"b": 2}'}
+    hub.commit(before)
+    Download(open_repo(hub.name, None), where).fetch(NAMES)
+    left, count = 0, 0
+
+    def counted(function):
+        def call(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    died = True
+    while died:
+        count += 1
+        if where is None:
+            shutil.rmtree(Path(constants.HF_HUB_CACHE))
+        hub.commit(before)
+        Download(open_repo(hub.name, None), where).fetch(NAMES)
+        hub.commit(after)
+        download, died = Download(open_repo(hub.name, None), where), False
+        with monkeypatch.context() as patch:
+            left = count
+            for name in steps:
+                patch.setattr(os, name, counted(getattr(os, name)))
+            try:
+                download.fetch(NAMES)
+            except Killed:
+                died = True
+        for name, data in contents(download.folder).items():
+            assert data in (before[name], after[name])
+        download.fetch(NAMES)
+        assert contents(download.folder) == {name: after[name] for name in NAMES}
+        for name in NAMES:
+            assert published(download.folder / name) == download.repo.files[name].published
+    assert count > 10
 
 
 def test_the_metadata_of_a_folder_is_huggingface_hubs(hub, tmp_path):
