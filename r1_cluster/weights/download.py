@@ -146,7 +146,20 @@ class Download:
             for needed in (self.folder, self._partials, *([self._blobs] if self._blobs else [])):
                 needed.mkdir(parents=True, exist_ok=True)
             with locked(self._root):
+                self._remove_former()
                 return self._fetch_missing([*names], _Counter(progress))
+
+    def _remove_former(self) -> None:
+        """Weights of another state of the repository go from a folder before anything of this one comes: half
+        of each would look like a checkpoint."""
+        if self._blobs is not None:
+            return  # each state has a folder of its own there
+        for name, remote in self.repo.files.items():
+            path = self.folder / name
+            if name.endswith(".safetensors") and published(path) not in (None, remote.published):
+                path.unlink(missing_ok=True)
+                metadata_of(path).unlink(missing_ok=True)
+        sync_folder(self.folder)
 
     def _fetch_missing(self, names: list[str], counter: _Counter) -> int:
         files = self.repo.files
@@ -177,10 +190,10 @@ class Download:
             self._link(name)  # another commit may have brought it
         if not self._has_size(name) or published(path) != remote.published:
             return False
-        if self._blobs is not None:
-            return True
-        # The time of the last change, which a file's being moved to this name sets as well.
-        return metadata_of(path).stat().st_ctime_ns >= path.stat().st_ctime_ns
+        with suppress(FileNotFoundError):
+            # The time of the last change, which a file's being moved to this name sets as well.
+            return metadata_of(path).stat().st_ctime_ns >= path.stat().st_ctime_ns
+        return True  # a link to a blob, which has its hash for a name
 
     def _has_size(self, name: str) -> bool:
         path = self.folder / name
