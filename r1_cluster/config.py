@@ -149,15 +149,15 @@ class Service(_Section):
 
 
 def load_service(path: Path) -> Service:
-    """Reads and validates a service file, whose checkpoint must be there; raises ConfigError with one
-    sentence that names the key."""
+    """Reads a service file, and finds the folder of its model; raises ConfigError as `read_service`."""
     service = read_service(path)
     folder = resolve_model_path(service.model.path, path.parent)
     return service.model_copy(update={"model": service.model.model_copy(update={"path": str(folder)})})
 
 
 def read_service(path: Path) -> Service:
-    """Reads and validates a service file alone: `model.path` is as it is written. Raises ConfigError."""
+    """Reads and validates a service file alone, whose model need not be there yet; raises ConfigError with
+    one sentence that names the key."""
     if not path.is_file():
         raise ConfigError(f"service file {path} does not exist")
     try:

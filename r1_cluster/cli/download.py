@@ -55,7 +55,9 @@ def download(
         if verify(str(here.folder), data=False):
             return 1
     else:
-        Checkpoint(here.folder, tensor_table(config), config.fp8_block, config.int_format, needed).close()
+        Checkpoint(
+            here.folder, tensor_table(config), config.fp8_block, config.int_format, needed=needed
+        ).close()
         whose = " and ".join(parts) or "all workers"
         print(f"Headers, shapes and types are those that {whose} of {service_file} need.")
     _say_what_is_next(here.folder, service, service_file)

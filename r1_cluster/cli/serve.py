@@ -136,7 +136,7 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
         if service.cluster.address is not None:  # each worker looks for what it needs itself, on its own node
             here = tensors_here(Path(service.model.path))
             needed = needed if here is None else needed & here
-        Checkpoint(service.model.path, table, model.fp8_block, model.int_format, needed).close()
+        Checkpoint(service.model.path, table, model.fp8_block, model.int_format, needed=needed).close()
     except (ModelConfigError, CheckpointError) as error:
         raise ConfigError(f"model.path: {error}") from None
     layout = build_layout(service.layout, model)

@@ -127,7 +127,9 @@ class Worker:
         if here is not None and not needed <= here:  # a folder with the files of some workers alone
             needed = {*worker_tensors(config, Layout((spec,), config.num_hidden_layers))[spec.name]}
         began = time.monotonic()
-        with Checkpoint(boot.checkpoint, table, config.fp8_block, config.int_format, needed) as checkpoint:
+        with Checkpoint(
+            boot.checkpoint, table, config.fp8_block, config.int_format, needed=needed
+        ) as checkpoint:
             loader = Loader(checkpoint, shard)
             self.experts, router, stage = load_parts(config, loader, spec)
             self.read_bytes, self.read_s = checkpoint.num_read, time.monotonic() - began

@@ -93,6 +93,7 @@ class Checkpoint:
         table: Iterable[TensorSpec] | None = None,
         fp8_block: tuple[int, int] | None = None,
         int_format: IntFormat | None = None,
+        *,
         needed: Set[str] | None = None,
     ) -> None:
         """Checks the files against the index in both directions and, given a table, the tensors against it.

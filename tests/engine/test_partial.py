@@ -88,7 +88,7 @@ def test_a_worker_reads_from_all_of_its_files_and_no_other(tmp_path, model, stor
         needed = {*told[worker.name]}
         files = files_of(weight_map(folder), needed)
         part = part_of(folder, tmp_path / worker.name, files)
-        with Files(part, table, config.fp8_block, config.int_format, needed) as checkpoint:
+        with Files(part, table, config.fp8_block, config.int_format, needed=needed) as checkpoint:
             assert checkpoint.files == files
             loader = Loader(checkpoint, Shard(torch.device("cpu"), torch.float32, True))
             load_parts(config, loader, worker)
