@@ -149,7 +149,15 @@ class Service(_Section):
 
 
 def load_service(path: Path) -> Service:
-    """Reads and validates a service file; raises ConfigError with one sentence that names the key."""
+    """Reads a service file, and finds the folder of its model; raises ConfigError as `read_service`."""
+    service = read_service(path)
+    folder = resolve_model_path(service.model.path, path.parent)
+    return service.model_copy(update={"model": service.model.model_copy(update={"path": str(folder)})})
+
+
+def read_service(path: Path) -> Service:
+    """Reads and validates a service file alone, whose model need not be there yet; raises ConfigError with
+    one sentence that names the key."""
     if not path.is_file():
         raise ConfigError(f"service file {path} does not exist")
     try:
@@ -159,19 +167,21 @@ def load_service(path: Path) -> Service:
     if not isinstance(data, dict):
         raise ConfigError(f"service file {path} must be a mapping with the keys name, model, layout, …")
     try:
-        service = Service.model_validate(data)
+        return Service.model_validate(data)
     except pydantic.ValidationError as error:
         raise ConfigError(f"service file {path}: {_first_faults(error)}") from None
-    folder = resolve_model_path(service.model.path, path.parent)
-    return service.model_copy(update={"model": service.model.model_copy(update={"path": str(folder)})})
+
+
+def model_folder(text: str, base: Path) -> Path:
+    """The folder that `builtin:NAME`, an absolute path, or one relative to `base` means, there or not."""
+    if text.startswith(BUILTIN_PREFIX):
+        return ASSETS / text.removeprefix(BUILTIN_PREFIX)
+    return (base / Path(text).expanduser()).resolve()
 
 
 def resolve_model_path(text: str, base: Path) -> Path:
-    """The checkpoint's folder for `builtin:NAME`, an absolute path, or one relative to `base`."""
-    if text.startswith(BUILTIN_PREFIX):
-        folder = ASSETS / text.removeprefix(BUILTIN_PREFIX)
-    else:
-        folder = (base / Path(text).expanduser()).resolve()
+    """`model_folder`, where there is a checkpoint; raises ConfigError where there is none."""
+    folder = model_folder(text, base)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.path: {text} is no checkpoint: there is no {folder / 'config.json'}")
     return folder

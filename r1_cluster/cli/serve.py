@@ -122,7 +122,7 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     from r1_cluster.models.fitting import check_fits
     from r1_cluster.planning.layout import build_layout
     from r1_cluster.planning.limits import check_messages
-    from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError
+    from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError, tensors_here
 
     device = torch.device(service.layout.device)
     # A cluster that runs elsewhere may have GPUs that this machine has not: there, Ray's resources decide.
@@ -131,7 +131,12 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     try:
         model = load_config(service.model.path)
         check_fits(model, for_device(device), getattr(torch, service.dtype), service.engine.page_size)
-        Checkpoint(service.model.path, tensor_table(model), model.fp8_block, model.int_format).close()
+        table = tensor_table(model)
+        needed = {spec.name for spec in table}  # and no module that predicts further tokens
+        if service.cluster.address is not None:  # each worker looks for what it needs itself, on its own node
+            here = tensors_here(Path(service.model.path))
+            needed = needed if here is None else needed & here
+        Checkpoint(service.model.path, table, model.fp8_block, model.int_format, needed=needed).close()
     except (ModelConfigError, CheckpointError) as error:
         raise ConfigError(f"model.path: {error}") from None
     layout = build_layout(service.layout, model)

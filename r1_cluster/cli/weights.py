@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from r1_cluster.weights.verify import Report
 
 app = typer.Typer(
-    help="Looks into checkpoints, checks them, and casts them. No service has to run for it.",
+    help="Downloads checkpoints, checks them, and makes others of them. No service has to run for it.",
     no_args_is_help=False,
     rich_markup_mode="markdown",
 )
@@ -243,6 +243,41 @@ def quantize_command(
         raise ConfigError(f"--to: {to!r} is neither {' nor '.join(FORMATS)}")
     with progress_bar(f"quantizing to {to.upper()}") as progress:
         return quantize(_folder(source), target, to.lower(), progress)
+
+
+@app.command("download")
+def download_command(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Such as deepseek-ai/DeepSeek-R1.")],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FOLDER", help="Where to (default: the hub's cache; with --for, its model.path)."
+        ),
+    ] = None,
+    service: Annotated[
+        Path | None, typer.Option("--for", metavar="SERVICE", help="Only what this service's workers need.")
+    ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Only what this worker of --for needs, such as stage-0; may be repeated."
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, a tag or a commit (default: main).")] = None,
+) -> int:
+    """Downloads a checkpoint from the hub: weights, configuration, tokenizer and template, and nothing else.
+
+    A download that was broken off, even killed, goes on when the same command is given again. Each file's
+    hash is held against the hub's before the file gets its name. With --for and --part a node gets only the
+    files that its own workers read. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they always
+    do.
+    """
+    from r1_cluster.cli.download import download
+
+    if part and service is None:
+        raise ConfigError("--part names a worker of a service: name the service's file with --for")
+    with _rewriting():
+        return download(repo, folder, service, part or [], revision)
 
 
 def _in_floats(name: str, config: ModelConfig) -> ModelConfig:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import cast
 
 import msgspec
@@ -39,17 +40,17 @@ from r1_cluster.comm.wire import (
 )
 from r1_cluster.engine.boot import Ready, StepLimits, Topology, WorkerBoot
 from r1_cluster.engine.held import HeldSequences
+from r1_cluster.engine.parts import load_parts, worker_tensors
 from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.family import load_config, tensor_table
 from r1_cluster.models.fitting import check_fits
 from r1_cluster.models.loader import Loader, Shard
-from r1_cluster.models.moe import ExpertModel, RouterModel
-from r1_cluster.models.network import StageModel
+from r1_cluster.models.moe import ExpertModel
 from r1_cluster.planning.layout import Layout, WorkerSpec
 from r1_cluster.planning.memory import check_room, worker_bytes
 from r1_cluster.records import StepPlan, StepResult
-from r1_cluster.weights.checkpoint import Checkpoint
+from r1_cluster.weights.checkpoint import Checkpoint, tensors_here
 
 logger = logging.getLogger(__name__)
 
@@ -120,20 +121,20 @@ class Worker:
         self.layout = Layout(boot.workers, config.num_hidden_layers)
         shard = Shard(torch.device(boot.device), _DTYPES[boot.dtype], boot.deterministic)
         check_fits(config, shard.ops, shard.dtype, boot.page_size)
-        stage: StageModel | None = None
+        table = tensor_table(config)
+        needed = {tensor.name for tensor in table}
+        here = tensors_here(Path(boot.checkpoint))
+        if here is not None and not needed <= here:  # a folder with the files of some workers alone
+            needed = {*worker_tensors(config, Layout((spec,), config.num_hidden_layers))[spec.name]}
         began = time.monotonic()
         with Checkpoint(
-            boot.checkpoint, tensor_table(config), config.fp8_block, config.int_format
+            boot.checkpoint, table, config.fp8_block, config.int_format, needed=needed
         ) as checkpoint:
             loader = Loader(checkpoint, shard)
-            if spec.experts is not None:
-                self.experts = ExpertModel(config, loader, config.moe_layers, range(*spec.experts))
-            if spec.router is not None:
-                layers = range(max(spec.router[0], config.moe_layers.start), spec.router[1])
-                self.router = RouterRole(RouterModel(config, loader, layers))
-            if spec.stage is not None:
-                stage = StageModel(config, loader, range(*spec.stage))
+            self.experts, router, stage = load_parts(config, loader, spec)
             self.read_bytes, self.read_s = checkpoint.num_read, time.monotonic() - began
+        if router is not None:
+            self.router = RouterRole(router)
         if self.router is not None and self.experts is not None and self.layout.shards == (spec,):
             self.router.dispatcher = local_dispatcher(self.experts)
         if boot.limits is not None:

@@ -79,6 +79,11 @@ def verify(
         listed = error.files
     if listed:
         report.faults += _files_beside(listed, entries)
+        if (missing := len(listed - entries.keys())) and entries:
+            report.notes.append(
+                f"{missing} of {len(listed)} files are not here. A node that hosts some parts of a layout "
+                "alone can do without: `r1-cluster weights download` looks at what such a node needs."
+            )
     if expected is not None:
         report.faults += _quantization_faults(found, expected, fp8_block)
     report.files, report.tensors = len(paths), len(found)

@@ -1,0 +1,120 @@
+"""Which tensors a worker loads, and in which order: as told from config.json alone, and as it does."""
+
+import pytest
+import torch
+from small_model import (
+    DENSE_FP8_SHAPE,
+    FP8_SHAPE,
+    config_values,
+    dense_values,
+    quantize,
+    to_fp8,
+    write_checkpoint,
+)
+
+from r1_cluster.config import LayoutConfig
+from r1_cluster.engine.parts import load_parts, worker_tensors
+from r1_cluster.models.family import EMBEDDING, load_config, parse_config, tensor_table
+from r1_cluster.models.loader import Loader, Shard
+from r1_cluster.models.presets import presets
+from r1_cluster.planning.layout import build_layout
+from r1_cluster.weights.checkpoint import Checkpoint
+from r1_cluster.weights.tensors import INT4, INT8
+
+pytestmark = pytest.mark.slow  # what torch imports for its first operations without data takes seconds
+
+MODELS = {
+    "deepseek": config_values(),
+    "llama": dense_values("LlamaForCausalLM"),
+    "qwen2": dense_values("Qwen2ForCausalLM", tie_word_embeddings=True),
+    "qwen3": dense_values("Qwen3ForCausalLM"),
+}
+LAYOUTS = {
+    "colocated": {"kind": "colocated"},
+    "stages": {"kind": "disaggregated", "stages": 2},
+    "shards": {"kind": "disaggregated", "stages": 2, "expert_shards": 3, "redundant_experts": 1},
+}
+CASES = [
+    (model, layout) for model in MODELS for layout in LAYOUTS if model == "deepseek" or layout != "shards"
+]
+
+
+def laid_out(layout, config):
+    return build_layout(LayoutConfig(**LAYOUTS[layout]), config)
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_every_tensor_has_a_worker_that_loads_it(model, layout):
+    config = parse_config(MODELS[model])
+    found = worker_tensors(config, laid_out(layout, config))
+    assert [*found] == [worker.name for worker in laid_out(layout, config).workers]
+    assert {name for names in found.values() for name in names} == {
+        spec.name for spec in tensor_table(config)
+    }
+    owners = {}
+    for worker, names in found.items():
+        assert len(set(names)) == len(names)
+        for name in names:
+            owners.setdefault(name, []).append(worker)
+    shared = {name: workers for name, workers in owners.items() if len(workers) > 1}
+    if layout == "shards":
+        assert shared == {
+            name: [f"experts-{i}", f"experts-{i}-copy-1"] for i in range(3) for name in found[f"experts-{i}"]
+        }
+    elif layout == "stages" and model == "qwen2":
+        assert shared == {EMBEDDING: ["stage-0", "stage-1"]}
+    else:
+        assert not shared
+
+
+class Noting(Checkpoint):
+    """A checkpoint that notes what it is asked for."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.asked = {}
+
+    def get(self, name, *arguments):
+        self.asked[name] = None
+        return super().get(name, *arguments)
+
+    def get_scaled(self, name):
+        self.asked[name] = None
+        return super().get_scaled(name)
+
+    def get_int(self, name, *arguments):
+        self.asked[name] = None
+        return super().get_int(name, *arguments)
+
+
+@pytest.mark.parametrize("stored", ["float", "fp8", INT8, INT4], ids=str)
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_a_worker_asks_for_what_was_told_in_that_order(tmp_path, model, layout, stored):
+    values = MODELS[model]
+    if stored == "fp8":
+        values = values | (FP8_SHAPE if model == "deepseek" else DENSE_FP8_SHAPE)
+    config = write_checkpoint(tmp_path / "model", values)
+    folder = tmp_path / "model"
+    if stored == "fp8":
+        to_fp8(folder)
+    elif stored != "float":
+        quantize(folder, tmp_path / "int", stored)
+        folder = tmp_path / "int"
+        config = load_config(folder)
+    told = worker_tensors(config, laid_out(layout, config))
+    for worker in laid_out(layout, config).workers:
+        with Noting(folder, tensor_table(config), config.fp8_block, config.int_format) as checkpoint:
+            loader = Loader(checkpoint, Shard(torch.device("cpu"), torch.float32, True))
+            load_parts(config, loader, worker)
+        assert [*checkpoint.asked] == told[worker.name]
+
+
+def test_of_r1_itself_without_a_checkpoint():
+    config = parse_config(presets()["DeepSeek-R1"])
+    layout = {"kind": "disaggregated", "stages": 2, "expert_shards": 16}
+    found = worker_tensors(config, build_layout(LayoutConfig(**layout), config))
+    assert [len(found[name]) for name in ("stage-0", "router-0", "experts-0")] == [
+        1 + 30 * 9 + 3 * 3,
+        27 * 5,
+        58 * 16 * 3,
+    ]
