@@ -149,7 +149,15 @@ class Service(_Section):
 
 
 def load_service(path: Path) -> Service:
-    """Reads and validates a service file; raises ConfigError with one sentence that names the key."""
+    """Reads a service file, and finds the folder of its model; raises ConfigError as `read_service`."""
+    service = read_service(path)
+    folder = resolve_model_path(service.model.path, path.parent)
+    return service.model_copy(update={"model": service.model.model_copy(update={"path": str(folder)})})
+
+
+def read_service(path: Path) -> Service:
+    """Reads and validates a service file alone, whose model need not be there yet; raises ConfigError with
+    one sentence that names the key."""
     if not path.is_file():
         raise ConfigError(f"service file {path} does not exist")
     try:
@@ -159,11 +167,9 @@ def load_service(path: Path) -> Service:
     if not isinstance(data, dict):
         raise ConfigError(f"service file {path} must be a mapping with the keys name, model, layout, …")
     try:
-        service = Service.model_validate(data)
+        return Service.model_validate(data)
     except pydantic.ValidationError as error:
         raise ConfigError(f"service file {path}: {_first_faults(error)}") from None
-    folder = resolve_model_path(service.model.path, path.parent)
-    return service.model_copy(update={"model": service.model.model_copy(update={"path": str(folder)})})
 
 
 def resolve_model_path(text: str, base: Path) -> Path:
