@@ -39,7 +39,7 @@ from r1_cluster.comm.wire import (
 )
 from r1_cluster.engine.boot import Ready, StepLimits, Topology, WorkerBoot
 from r1_cluster.engine.held import HeldSequences
-from r1_cluster.engine.parts import load_parts
+from r1_cluster.engine.parts import load_parts, part_tensors
 from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.family import load_config, tensor_table
@@ -124,6 +124,7 @@ class Worker:
         with Checkpoint(
             boot.checkpoint, tensor_table(config), config.fp8_block, config.int_format
         ) as checkpoint:
+            checkpoint.expect(part_tensors(config, spec))
             loader = Loader(checkpoint, shard)
             self.experts, router, stage = load_parts(config, loader, spec)
             self.read_bytes, self.read_s = checkpoint.num_read, time.monotonic() - began

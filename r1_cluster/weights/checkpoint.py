@@ -22,6 +22,7 @@ from r1_cluster.weights.tensors import (
     INT_SHAPE_SUFFIX,
     PACKED_SUFFIX,
     SCALE_SUFFIX,
+    SUFFIXES,
     IntFormat,
     TensorSpec,
     layer_of,
@@ -226,6 +227,11 @@ class Checkpoint:
                     f"{' or '.join(dtypes)} {list(expected)} for {how.bits} bits of {list(shape)}"
                 )
         return faults
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Says which tensors will be asked for, in which order, so that they are brought from disk ahead."""
+        stored = (self._entries.get(name + suffix) for name in names for suffix in (*SUFFIXES, ""))
+        self._reader.expect((entry.file, entry.offset, entry.num_bytes) for entry in stored if entry)
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that the checkpoint does not hold."""

@@ -94,7 +94,6 @@ def reads(folder, layout, monkeypatch):
     return found
 
 
-@pytest.mark.slow  # what torch imports for its first operations without data takes seconds
 @pytest.mark.parametrize("form", ["float", "fp8", INT8, INT4], ids=str)
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_a_worker_reads_its_file_from_front_to_back(tmp_path, monkeypatch, model, layout, form):
