@@ -51,7 +51,7 @@ def make(folder: Path, layers: int, experts: int) -> None:
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        planned = lay_out((tensor, tensor.name) for tensor in shard)
+        planned = lay_out((tensor, tensor.name) for tensor in sorted(shard))  # by name, as published
         with new_file(folder / name, planned) as write:
             for placed in planned.tensors.values():
                 piece = _numbers(placed.stored.dtype)

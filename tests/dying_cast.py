@@ -11,10 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from r1_cluster.config import LayoutConfig
+from r1_cluster.engine.parts import worker_tensors
 from r1_cluster.models.deepseek_names import inference_name
 from r1_cluster.models.family import load_config, mtp_table, tensor_table
+from r1_cluster.planning.layout import build_layout
 from r1_cluster.weights.cast import cast
 from r1_cluster.weights.convert import convert
+from r1_cluster.weights.per_worker import convert_for_workers
 from r1_cluster.weights.rewrite import RewriteError
 
 # What a cast does to the disk; a kill may come before each call, which is after the one before.
@@ -22,8 +26,8 @@ CALLS = ("open", "pwrite", "posix_fallocate", "fsync", "rename", "unlink", "mkdi
 NO_ROOM = 7
 
 
-def run(source, target, to="bf16", ranks=None, **options):
-    """A cast, or, for a number of ranks, a conversion."""
+def run(source, target, to="bf16", ranks=None, layout=None, **options):
+    """A cast, or, for a number of ranks or a layout, a conversion."""
     config = load_config(source)
     options["fp8_block"] = config.fp8_block
     if ranks is not None:
@@ -31,6 +35,10 @@ def run(source, target, to="bf16", ranks=None, **options):
             Path(source), Path(target), tensor_table(config), ranks, rename=inference_name, **options
         )
     table = [*tensor_table(config), *mtp_table(config)]
+    if layout is not None:
+        workers = worker_tensors(config, build_layout(LayoutConfig(**layout), config))
+        options["int_format"] = config.int_format
+        return convert_for_workers(Path(source), Path(target), table, workers, **options)
     return cast(Path(source), Path(target), to, table, **options)
 
 
@@ -47,8 +55,8 @@ class DyingCasts:
         )
 
     def cast(self, source, target, **how):
-        """`at`: killed at this one of its `calls`; `largest`: no file may grow beyond; `ranks`: it is a
-        conversion. → its exit code"""
+        """`at`: killed at this one of its `calls`; `largest`: no file may grow beyond; `ranks` or
+        `layout`: it is a conversion. → its exit code"""
         self._server.stdin.write(json.dumps({"source": str(source), "target": str(target), **how}) + "\n")
         self._server.stdin.flush()
         return int(self._server.stdout.readline())
@@ -59,7 +67,7 @@ class DyingCasts:
         self._server.stdout.close()
 
 
-def _cast(source, target, at=0, calls=CALLS, largest=None, ranks=None):
+def _cast(source, target, at=0, calls=CALLS, largest=None, **how):
     count = 0
 
     def counted(function):
@@ -77,7 +85,7 @@ def _cast(source, target, at=0, calls=CALLS, largest=None, ranks=None):
     if largest is not None:  # the kernel refuses what is more, as for a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     try:
-        run(source, target, ranks=ranks)
+        run(source, target, **how)
     except RewriteError as error:
         words = (
             "there is no room left for",

@@ -190,39 +190,107 @@ def cast_command(
 
 @app.command("convert")
 def convert_command(
-    hf_ckpt_path: Annotated[str, typer.Option(metavar="SRC", help="The checkpoint's folder.")],
-    save_path: Annotated[Path, typer.Option(metavar="DST", help="An empty or a new folder.")],
-    n_experts: Annotated[int, typer.Option(help="How many routed experts a layer has; checked.")],
-    model_parallel: Annotated[int, typer.Option(min=1, help="How many ranks, and so how many files.")],
+    source: Annotated[
+        str | None, typer.Argument(metavar="SRC", help="The checkpoint's folder.", show_default=False)
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="An empty or a new folder.", show_default=False)
+    ] = None,
+    service: Annotated[
+        Path | None, typer.Option("--for", metavar="SERVICE.yaml", help="Whose layout the files are for.")
+    ] = None,
+    hf_ckpt_path: Annotated[
+        str | None, typer.Option(metavar="SRC", help="As DeepSeek's convert.py has it.")
+    ] = None,
+    save_path: Annotated[
+        Path | None, typer.Option(metavar="DST", help="As DeepSeek's convert.py has it.")
+    ] = None,
+    n_experts: Annotated[
+        int | None, typer.Option(help="As DeepSeek's: how many routed experts a layer has; checked.")
+    ] = None,
+    model_parallel: Annotated[
+        int | None, typer.Option(min=1, help="As DeepSeek's: how many ranks, and so how many files.")
+    ] = None,
 ) -> int:
-    """Converts a checkpoint for DeepSeek's own inference code: one file for each rank.
+    """Converts a checkpoint to other files: one for each worker of a service, or for each rank of DeepSeek's
+    own inference code.
 
-    The flags are those of its convert.py, and so are names, cuts and files (model0-mp16.safetensors, …): the
-    MTP module is left out, FP8 stays FP8. Goes on where an earlier run was broken off.
+    With --for, each worker's file has the tensors that it loads, in the order in which it loads them, so that
+    it reads one file from front to back. All types stay as they are, and with its index DST is a checkpoint
+    like any other: every other layout can load it, too.
+
+    With DeepSeek's flags, names, cuts and files are those of its convert.py (model0-mp16.safetensors, …): the
+    MTP module is left out, FP8 stays FP8.
+
+    Goes on where an earlier run was broken off.
     """
+    theirs = (hf_ckpt_path, save_path, n_experts, model_parallel)
+    if service is not None and any(value is not None for value in theirs):
+        raise ConfigError("name either --for SERVICE.yaml or DeepSeek's flags")
+    if service is not None:
+        if source is None or target is None:
+            raise ConfigError("SRC and DST are needed: r1-cluster weights convert SRC DST --for SERVICE.yaml")
+        return _convert_for(source, target, service)
+    if source is not None:
+        raise ConfigError("SRC DST is converted --for a SERVICE.yaml; DeepSeek's form has flags alone")
+    if hf_ckpt_path is None or save_path is None or n_experts is None or model_parallel is None:
+        raise ConfigError(
+            "name SRC DST --for SERVICE.yaml, or all four of DeepSeek's flags: "
+            "--hf-ckpt-path SRC --save-path DST --n-experts N --model-parallel N"
+        )
+    return _convert_for_ranks(hf_ckpt_path, save_path, n_experts, model_parallel)
+
+
+def _convert_for(source: str, target: Path, service: Path) -> int:
+    from r1_cluster.config import read_service
+    from r1_cluster.engine.parts import worker_tensors
+    from r1_cluster.models.family import load_config, mtp_table, tensor_table
+    from r1_cluster.planning.layout import build_layout
+    from r1_cluster.weights.per_worker import convert_for_workers
+
+    folder, started = _folder(source), time.monotonic()
+    asked = read_service(service)
+    with _rewriting():
+        config = load_config(folder)
+        layout = build_layout(asked.layout, config)
+        with progress_bar(f"converting for {asked.name}") as progress:
+            done = convert_for_workers(
+                folder,
+                target,
+                [*tensor_table(config), *_present(folder, mtp_table(config))],
+                worker_tensors(config, layout),
+                fp8_block=config.fp8_block,
+                int_format=config.int_format,
+                progress=progress,
+            )
+    print(f"{target} is {source} for the workers of {asked.name}: {_words(done, started)}.")
+    return 0
+
+
+def _convert_for_ranks(source: str, target: Path, num_experts: int, ranks: int) -> int:
     from r1_cluster.models.deepseek import ARCHITECTURE
     from r1_cluster.models.deepseek_names import inference_name
     from r1_cluster.models.family import load_config, tensor_table
     from r1_cluster.weights.convert import convert
 
-    folder, started = _folder(hf_ckpt_path), time.monotonic()
+    folder, started = _folder(source), time.monotonic()
     with _rewriting():
-        config = _in_floats(hf_ckpt_path, load_config(folder))
+        config = _in_floats(source, load_config(folder))
         if config.architecture != ARCHITECTURE or config.moe is None:
-            raise ConfigError(f"{hf_ckpt_path} is {config.architecture}; DeepSeek's code runs {ARCHITECTURE}")
-        if n_experts != config.moe.n_routed_experts:
-            raise ConfigError(f"--n-experts is {n_experts}, config.json has {config.moe.n_routed_experts}")
-        with progress_bar(f"converting for {model_parallel} ranks") as progress:
+            raise ConfigError(f"{source} is {config.architecture}; DeepSeek's code runs {ARCHITECTURE}")
+        if num_experts != config.moe.n_routed_experts:
+            raise ConfigError(f"--n-experts is {num_experts}, config.json has {config.moe.n_routed_experts}")
+        with progress_bar(f"converting for {ranks} ranks") as progress:
             done = convert(
                 folder,
-                save_path,
+                target,
                 tensor_table(config),
-                model_parallel,
+                ranks,
                 rename=inference_name,
                 fp8_block=config.fp8_block,
                 progress=progress,
             )
-    print(f"{save_path} is {hf_ckpt_path} for {model_parallel} ranks: {_words(done, started)}.")
+    print(f"{target} is {source} for {ranks} ranks: {_words(done, started)}.")
     return 0
 
 

@@ -44,17 +44,26 @@ def worker_tensors(config: ModelConfig, layout: Layout) -> dict[str, list[str]]:
     the last, routed experts with every copy of their shard. Needs no checkpoint: what loads is run over
     tensors without data.
     """
-    shapes = {spec.name: spec.shape for spec in tensor_table(config)}
-    shard = Shard(torch.device("meta"), torch.float32, deterministic=False)
-    found = {}
-    for worker in layout.workers:
-        source = _Shapes(shapes)
-        load_parts(config, Loader(source, shard), worker)
-        found[worker.name] = [*source.asked]
-    return found
+    shapes = _shapes(config)
+    return {worker.name: _asked_for(config, worker, shapes) for worker in layout.workers}
 
 
-class _Shapes:
+def part_tensors(config: ModelConfig, spec: WorkerSpec) -> list[str]:
+    """Those of one worker: see `worker_tensors`."""
+    return _asked_for(config, spec, _shapes(config))
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {spec.name: spec.shape for spec in tensor_table(config)}
+
+
+def _asked_for(config: ModelConfig, spec: WorkerSpec, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    source = _Recorder(shapes)
+    load_parts(config, Loader(source, Shard(torch.device("meta"), torch.float32, deterministic=False)), spec)
+    return [*source.asked]
+
+
+class _Recorder:
     """A source of tensors that have shapes and no data, all of them in floats: weights of few bits are asked
     for by the same names in the same order. `asked` are those that were."""
 

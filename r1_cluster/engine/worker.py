@@ -40,7 +40,7 @@ from r1_cluster.comm.wire import (
 )
 from r1_cluster.engine.boot import Ready, StepLimits, Topology, WorkerBoot
 from r1_cluster.engine.held import HeldSequences
-from r1_cluster.engine.parts import load_parts, worker_tensors
+from r1_cluster.engine.parts import load_parts, part_tensors
 from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.family import load_config, tensor_table
@@ -124,12 +124,14 @@ class Worker:
         table = tensor_table(config)
         needed = {tensor.name for tensor in table}
         here = tensors_here(Path(boot.checkpoint))
+        own = part_tensors(config, spec)
         if here is not None and not needed <= here:  # a folder with the files of some workers alone
-            needed = {*worker_tensors(config, Layout((spec,), config.num_hidden_layers))[spec.name]}
+            needed = set(own)
         began = time.monotonic()
         with Checkpoint(
             boot.checkpoint, table, config.fp8_block, config.int_format, needed=needed
         ) as checkpoint:
+            checkpoint.expect(own)
             loader = Loader(checkpoint, shard)
             self.experts, router, stage = load_parts(config, loader, spec)
             self.read_bytes, self.read_s = checkpoint.num_read, time.monotonic() - began

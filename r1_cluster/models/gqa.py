@@ -27,7 +27,7 @@ class Gqa:
         self._qkv = loader.weight(*(f"{part}.weight" for part in _PARTS))
         self._bias: Tensor | None = None
         if shape.qkv_bias:
-            self._bias = torch.cat([loader.get(f"{part}.bias") for part in _PARTS])
+            self._bias = loader.stack(*(f"{part}.bias" for part in _PARTS))
         self._q_norm = loader.get("q_norm.weight") if shape.qk_norm else None
         self._k_norm = loader.get("k_norm.weight") if shape.qk_norm else None
         self._out = loader.weight("o_proj.weight")

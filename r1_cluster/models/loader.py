@@ -71,13 +71,15 @@ class Loader:
     def weight(self, *names: str) -> Weight:
         """Matrices of the same width, one below the other: as they are stored where they stay so, else in
         the compute dtype."""
-        if self.stays_scaled(*names):
-            return self._scaled(names)
+        return self._scaled(names) if self.stays_scaled(*names) else self.stack(*names)
+
+    def stack(self, *names: str) -> Tensor:
+        """Tensors one below the other, in the compute dtype."""
         if len(names) == 1:
             return self.get(names[0])
         rows = [self.shape(name)[0] for name in names]
-        width = self.shape(names[0])[1]
-        out = torch.empty(sum(rows), width, dtype=self.shard.dtype, device=self.shard.device)
+        rest = self.shape(names[0])[1:]
+        out = torch.empty(sum(rows), *rest, dtype=self.shard.dtype, device=self.shard.device)
         for part, name in zip(torch.split(out, rows), names):
             part.copy_(self.get(name))  # each copied once
         return out

@@ -82,7 +82,7 @@ class _Cast(Rewrite):
             raise RewriteError(f"{self.source} has no tensor that a cast to {to.upper()} would change")
         self.config = (self.source / CONFIG).read_bytes()
         self.index = (self.source / INDEX).read_bytes() if (self.source / INDEX).exists() else None
-        self.beside = _files_beside(self.source)
+        self.beside = files_beside(self.source)
 
     def asked(self) -> bytes:
         return repr((self.to, self.block)).encode() + self.config + b"\0" + (self.index or b"")
@@ -167,7 +167,7 @@ class _Cast(Rewrite):
         write_whole(self.target / CONFIG, to_json(config))
 
 
-def _files_beside(source: Path) -> list[Path]:
+def files_beside(source: Path) -> list[Path]:
     """Tokenizer, template and whatever else lies beside the weights."""
     return [
         path

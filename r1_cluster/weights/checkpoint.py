@@ -22,6 +22,7 @@ from r1_cluster.weights.tensors import (
     INT_SHAPE_SUFFIX,
     PACKED_SUFFIX,
     SCALE_SUFFIX,
+    SUFFIXES,
     IntFormat,
     TensorSpec,
     layer_of,
@@ -108,6 +109,7 @@ class Checkpoint:
         self._reader = FilesReader(self.path)
         self._identities: dict[str, Identity] = {}
         self._entries: dict[str, Entry] = {}
+        self._int_shapes: dict[str, tuple[int, ...]] = {}
         faults: list[str] = []
         index = self._read_index(faults)
         found: dict[str, dict[str, Entry]] = {}
@@ -259,6 +261,11 @@ class Checkpoint:
                 )
         return faults
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Says which tensors will be asked for, in which order, so that they are brought from disk ahead."""
+        stored = (self._entries.get(name + suffix) for name in names for suffix in (*SUFFIXES, ""))
+        self._reader.expect((entry.file, entry.offset, entry.num_bytes) for entry in stored if entry)
+
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that the checkpoint does not hold."""
         return [name for name in names if name not in self._entries and self.int_bits(name) is None]
@@ -307,18 +314,22 @@ class Checkpoint:
 
     def _int_shape(self, name: str) -> tuple[int, ...]:
         """As it is stored, checked against the words and scales, and the table if that lists it."""
+        if name in self._int_shapes:
+            return self._int_shapes[name]
         entry = self._entry(name + INT_SHAPE_SUFFIX)
         shape = tuple(self._read(name + INT_SHAPE_SUFFIX, entry, None).tolist())
         expected = self._shapes.get(name, shape)
         if len(shape) != 2 or min(shape) < 1 or shape != expected or self._int_faults(name, shape):
             fault = f"{entry.file}: {name}{INT_SHAPE_SUFFIX} says {list(shape)}, which does not fit the rest"
             raise CheckpointError(self.path, [fault])
+        self._int_shapes[name] = shape
         return shape
 
     def get_scaled(self, name: str) -> tuple[Tensor, Tensor]:
         """An FP8 matrix as it is stored, and its float32 block scales. Raises CheckpointError as `get`."""
         entry = self._entry(name)
-        return self._read(name, entry, None), self._scales(name, entry)
+        scale = self._scales(name, entry)
+        return self._read(name, entry, None), scale
 
     def _scales(self, name: str, entry: Entry) -> Tensor:
         if len(entry.shape) != 2:

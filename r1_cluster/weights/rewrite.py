@@ -32,7 +32,7 @@ from r1_cluster.weights.stream import (
     sync_folder,
     write_whole,
 )
-from r1_cluster.weights.tensors import TensorSpec
+from r1_cluster.weights.tensors import IntFormat, TensorSpec
 
 Progress = Callable[[int, int], None]
 """Is told how many bytes are written, and of how many."""
@@ -68,10 +68,16 @@ class Files:
     identities: Mapping[str, tuple[int, int, int]]
 
     @classmethod
-    def of(cls, folder: Path, table: list[TensorSpec], fp8_block: tuple[int, int] | None) -> Files:
-        """Raises CheckpointError with all that is wrong."""
+    def of(
+        cls,
+        folder: Path,
+        table: list[TensorSpec],
+        fp8_block: tuple[int, int] | None,
+        int_format: IntFormat | None = None,
+    ) -> Files:
+        """See `Checkpoint`. Raises CheckpointError with all that is wrong."""
         before = identities(folder)
-        with Checkpoint(folder, table, fp8_block) as checkpoint:
+        with Checkpoint(folder, table, fp8_block, int_format) as checkpoint:
             return cls(folder, checkpoint.entries, sorted(checkpoint.files), before)
 
 

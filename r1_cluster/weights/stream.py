@@ -53,16 +53,23 @@ class Planned(NamedTuple):
     num_bytes: int
 
 
-def lay_out(tensors: Iterable[tuple[Stored, str]]) -> Planned:
+def lay_out(tensors: Iterable[tuple[Stored, str]], *, as_given: bool = False) -> Planned:
     """A file of these tensors, each made of the one that is named with it.
 
     Readers map files and want each tensor aligned to its type: the widest types come first, as the format's
-    own writer has it.
+    own writer has it. `as_given` keeps the order of all tensors that any other may follow, whose bytes are a
+    multiple of the widest type's; those that are left come last.
     """
+    widest = max(ITEM_BYTES.values())
+
+    def place(pair: tuple[Stored, str]) -> int:
+        keeps_order = as_given and pair[0].num_bytes % widest == 0
+        return 0 if keeps_order else 1 + widest - ITEM_BYTES[pair[0].dtype]
+
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     placed: list[tuple[Stored, str, int]] = []
     end = 0
-    for stored, source in sorted(tensors, key=lambda pair: -ITEM_BYTES[pair[0].dtype]):
+    for stored, source in sorted(tensors, key=place):
         start, end = end, end + stored.num_bytes
         header[stored.name] = {
             "dtype": stored.dtype,
