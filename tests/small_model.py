@@ -186,9 +186,8 @@ def to_fp8(folder):
 def quantize(folder, target, how):
     """INT8 or INT4 of a checkpoint, in `target`; each tensor's error."""
     config = load_config(folder)
-    return quantize_checkpoint(
-        folder, target, tensor_table(config), how, config.fp8_block, mtp=mtp_table(config)
-    )
+    table, module = tensor_table(config), mtp_table(config)
+    return quantize_checkpoint(folder, target, table, how, fp8_block=config.fp8_block, module=module)[1]
 
 
 def to_floats(folder, target):

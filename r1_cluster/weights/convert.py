@@ -14,7 +14,7 @@ from r1_cluster.weights.blocks import BLOCK
 from r1_cluster.weights.headers import ITEM_BYTES
 from r1_cluster.weights.inventory import FP8, Stored
 from r1_cluster.weights.rewrite import Files, Outcome, Progress, Rewrite, RewriteError
-from r1_cluster.weights.stream import CHUNK_ITEMS, Reader, Write, lay_out, raw
+from r1_cluster.weights.stream import Reader, Write, copy, lay_out, raw
 from r1_cluster.weights.tensors import SCALE_SUFFIX, TensorSpec
 
 
@@ -117,9 +117,7 @@ class _Convert(Rewrite):
                 continue
             entry = self.entries[name]
             begin = cut.start * (entry.num_bytes // entry.shape[0]) if cut.dim == 0 else 0
-            for done in range(0, placed.stored.num_bytes, CHUNK_ITEMS):
-                size = min(CHUNK_ITEMS, placed.stored.num_bytes - done)
-                write(memoryview(reader.read(name, begin + done, size)), placed.offset + done)
+            copy(reader, placed, write, begin)
 
 
 def _expert(spec: TensorSpec) -> int:
