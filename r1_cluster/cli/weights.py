@@ -96,21 +96,41 @@ def verify(
     Nothing is changed. Ends with 0 for a sound checkpoint, with 1 for another.
     """
     from r1_cluster.models.config import ModelConfigError
-    from r1_cluster.models.family import load_config, mtp_table, tensor_table
+    from r1_cluster.models.family import load_config, mtp_table, read_config, tensor_table
     from r1_cluster.weights.verify import verify as check
 
     folder = _folder(path)
     table, module, block, integers, broken = None, [], None, None, []
+    stores_tied_head = False
     try:
         config = load_config(folder)
+        stores_tied_head = config != read_config(folder)
         table, module = tensor_table(config), mtp_table(config)
         block, integers = config.fp8_block, config.int_format
     except ModelConfigError as error:
         broken = [f"{error}; until that is put right, no tensor can be held against it"]
     with progress_bar("reading") as progress:
         report = check(folder, table, module, block, int_format=integers, progress=progress if data else None)
+    if stores_tied_head:
+        report.notes.append(_tied_head(folder, compare=data and not report.faults))
     _print_report(path, replace(report, faults=broken + report.faults), data)
     return 1 if broken or report.faults else 0
+
+
+def _tied_head(folder: Path, *, compare: bool) -> str:
+    """What to say of a head that is stored where config.json says that it is the embedding."""
+    from r1_cluster.models.family import EMBEDDING, HEAD
+    from r1_cluster.weights.verify import are_equal
+
+    what = f"config.json says that the head is the embedding (tie_word_embeddings), and {HEAD} is stored, too"
+    if not compare:
+        return f"{what}: it is used."
+    if are_equal(folder, EMBEDDING, HEAD):
+        return f"{what}, with the same numbers: it is used, and could be left out."
+    return (
+        f"{what}, with other numbers: it is used, as transformers 5 has it; other engines use the embedding. "
+        "If it is what is meant, set tie_word_embeddings to false."
+    )
 
 
 def _print_report(path: str, report: Report, data: bool) -> None:
