@@ -45,7 +45,7 @@ def cast(
     if to == "fp8" and fp8_block is not None:
         raise RewriteError(f"{source} is FP8 already; there is nothing to cast")
     table, module = [*table], [*module]
-    files = Files.of(source, table, fp8_block, module)
+    files = Files.of(source, table, fp8_block, module=module)
     return _Cast(files, target, to, [*table, *module]).run(progress)
 
 

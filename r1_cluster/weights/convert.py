@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from r1_cluster.weights.blocks import BLOCK
 from r1_cluster.weights.headers import ITEM_BYTES
 from r1_cluster.weights.inventory import FP8, Stored
 from r1_cluster.weights.rewrite import Files, Outcome, Progress, Rewrite, RewriteError
@@ -47,8 +46,7 @@ def convert(
     """
     table = [*table]
     files = Files.of(source, table, fp8_block)
-    job = _Convert(files, target, table, ranks, rename=rename, block=fp8_block or BLOCK)
-    return job.run(progress)
+    return _Convert(files, target, table, ranks, rename=rename).run(progress)
 
 
 class _Convert(Rewrite):
@@ -60,10 +58,9 @@ class _Convert(Rewrite):
         ranks: int,
         *,
         rename: Callable[[str], str],
-        block: tuple[int, int],
     ) -> None:
         super().__init__(files, target)
-        self.ranks, self.block = ranks, block
+        self.ranks = ranks
         self.beside = [path for path in sorted(self.source.glob("*token*")) if path.is_file()]
         self.cuts: dict[str, dict[str, _Cut]] = {}
         experts = len({_expert(spec) for spec in table if spec.part == "experts"})

@@ -88,7 +88,7 @@ def quantize_checkpoint(
     that is not sound, or holds what cannot be rounded, RewriteError for the target and a full disk.
     """
     table, module = [*table], [*module]
-    files = Files.of(source, table, fp8_block, module)
+    files = Files.of(source, table, fp8_block, module=module)
     job = _Quantize(files, target, [*table, *module], how)
     outcome = job.run(progress)
     return outcome, [TensorError(*error) for file in job.plan for error in job.done[file]]

@@ -85,6 +85,7 @@ class Files:
         folder: Path,
         table: Iterable[TensorSpec],
         fp8_block: tuple[int, int] | None,
+        *,
         module: Iterable[TensorSpec] = (),
     ) -> Files:
         """See `Checkpoint`. Raises CheckpointError with all that is wrong."""
@@ -227,7 +228,7 @@ class CheckpointRewrite(Rewrite):
         super().__init__(files, target)
         self.config = (self.source / CONFIG).read_bytes()
         self.index = (self.source / INDEX).read_bytes() if (self.source / INDEX).exists() else None
-        self.beside = _files_beside(self.source)
+        self.beside = files_beside(self.source)
         tensors: dict[str, list[tuple[Stored, str]]] = {file: [] for file in files.names}
         for name, entry in self.entries.items():
             tensors[entry.file] += [(stored, name) for stored in self.becomes(name, entry)]
@@ -284,7 +285,7 @@ class CheckpointRewrite(Rewrite):
         write_whole(self.target / CONFIG, to_json(config))
 
 
-def _files_beside(source: Path) -> list[Path]:
+def files_beside(source: Path) -> list[Path]:
     """Tokenizer, template and whatever else lies beside the weights."""
     return [
         path
@@ -307,7 +308,7 @@ def identities(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def _read_state(target: Path) -> dict[str, Any] | None:
-    """None where there is none. Raises RewriteError for one that no cast has written."""
+    """None where there is none. Raises RewriteError for one that no rewriting has written."""
     file = target / STATE
     try:
         state: dict[str, Any] = json.loads(file.read_bytes())
