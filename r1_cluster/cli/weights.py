@@ -96,21 +96,41 @@ def verify(
     Nothing is changed. Ends with 0 for a sound checkpoint, with 1 for another.
     """
     from r1_cluster.models.config import ModelConfigError
-    from r1_cluster.models.family import load_config, mtp_table, tensor_table
+    from r1_cluster.models.family import load_config, mtp_table, read_config, tensor_table
     from r1_cluster.weights.verify import verify as check
 
     folder = _folder(path)
     table, module, block, integers, broken = None, [], None, None, []
+    stores_tied_head = False
     try:
         config = load_config(folder)
+        stores_tied_head = config != read_config(folder)
         table, module = tensor_table(config), mtp_table(config)
         block, integers = config.fp8_block, config.int_format
     except ModelConfigError as error:
         broken = [f"{error}; until that is put right, no tensor can be held against it"]
     with progress_bar("reading") as progress:
         report = check(folder, table, module, block, int_format=integers, progress=progress if data else None)
+    if stores_tied_head:
+        report.notes.append(_tied_head(folder, compare=data and not report.faults))
     _print_report(path, replace(report, faults=broken + report.faults), data)
     return 1 if broken or report.faults else 0
+
+
+def _tied_head(folder: Path, *, compare: bool) -> str:
+    """What to say of a head that is stored where config.json says that it is the embedding."""
+    from r1_cluster.models.family import EMBEDDING, HEAD
+    from r1_cluster.weights.verify import are_equal
+
+    what = f"config.json says that the head is the embedding (tie_word_embeddings), and {HEAD} is stored, too"
+    if not compare:
+        return f"{what}: it is used."
+    if are_equal(folder, EMBEDDING, HEAD):
+        return f"{what}, with the same numbers: it is used, and could be left out."
+    return (
+        f"{what}, with other numbers: it is used, as transformers 5 has it; other engines use the embedding. "
+        "If it is what is meant, set tie_word_embeddings to false."
+    )
 
 
 def _print_report(path: str, report: Report, data: bool) -> None:
@@ -181,9 +201,9 @@ def cast_command(
             wanted = "fp8"
         elif to is not None and to.lower() != wanted:
             raise ConfigError(f"--to: {to!r} is neither bf16 nor fp8")
-        table = [*tensor_table(config), *_present(folder, mtp_table(config))]
+        table, module, block = tensor_table(config), mtp_table(config), config.fp8_block
         with progress_bar(f"casting to {wanted.upper()}") as progress:
-            done = cast(folder, target, wanted, table, fp8_block=config.fp8_block, progress=progress)
+            done = cast(folder, target, wanted, table, fp8_block=block, module=module, progress=progress)
     print(f"{target} is {source} in {wanted.upper()}: {_words(done, started)}.")
     return 0
 
@@ -257,8 +277,9 @@ def _convert_for(source: str, target: Path, service: Path) -> int:
             done = convert_for_workers(
                 folder,
                 target,
-                [*tensor_table(config), *_present(folder, mtp_table(config))],
+                tensor_table(config),
                 worker_tensors(config, layout),
+                module=mtp_table(config),
                 fp8_block=config.fp8_block,
                 int_format=config.int_format,
                 progress=progress,
@@ -297,20 +318,32 @@ def _convert_for_ranks(source: str, target: Path, num_experts: int, ranks: int) 
 @app.command("quantize")
 def quantize_command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint's folder, in floats or FP8.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="An empty or a new folder.")],
     to: Annotated[str, typer.Option(metavar="int8|int4", help="INT8 by rows, or INT4 by 128 columns.")],
 ) -> int:
     """Quantizes a checkpoint's matrices to INT8 or INT4, and shows by part how far they are off.
 
     Activations are not quantized. What is written is compressed-tensors' pack-quantized format, which other
-    engines read as well. DST is not there before it is whole; a run that was broken off begins anew.
+    engines read as well. Streams, and goes on where an earlier run was broken off, as `cast` does.
     """
-    from r1_cluster.cli.quantize import FORMATS, quantize
+    from r1_cluster.cli.quantize import FORMATS, error_table
+    from r1_cluster.models.family import load_config, mtp_table, tensor_table
+    from r1_cluster.weights.quantize import quantize_checkpoint
 
-    if to.lower() not in FORMATS:
+    how = FORMATS.get(to.lower())
+    if how is None:
         raise ConfigError(f"--to: {to!r} is neither {' nor '.join(FORMATS)}")
-    with progress_bar(f"quantizing to {to.upper()}") as progress:
-        return quantize(_folder(source), target, to.lower(), progress)
+    folder, started = _folder(source), time.monotonic()
+    with _rewriting():
+        config = _in_floats(source, load_config(folder))
+        table, module, block = tensor_table(config), mtp_table(config), config.fp8_block
+        with progress_bar(f"quantizing to {to.upper()}") as progress:
+            done, errors = quantize_checkpoint(
+                folder, target, table, how, fp8_block=block, module=module, progress=progress
+            )
+    print(error_table(errors, {spec.name: spec.part for spec in (*table, *module)}))
+    print(f"{target} is {source} in {to.upper()}: {_words(done, started)}.")
+    return 0
 
 
 @app.command("download")
@@ -377,14 +410,6 @@ def _words(done: Outcome, started: float) -> str:
     files = f"{done.files:,} file{'s' * (done.files != 1)}, {size(done.num_bytes)}"
     kept = f", {done.kept:,} of them by an earlier run" if done.kept else ""
     return f"{files}{kept}, in {time.monotonic() - started:.0f} s"
-
-
-def _present(folder: Path, module: list[TensorSpec]) -> list[TensorSpec]:
-    """The MTP module's tensors if the checkpoint has any of them, for it may well be left out."""
-    from r1_cluster.weights.headers import read_headers
-
-    entries, _ = read_headers(folder)
-    return module if any(spec.name in entries for spec in module) else []
 
 
 @contextmanager

@@ -96,12 +96,14 @@ class Checkpoint:
         int_format: IntFormat | None = None,
         *,
         needed: Set[str] | None = None,
+        module: Iterable[TensorSpec] = (),
     ) -> None:
         """Checks the files against the index in both directions and, given a table, the tensors against it.
 
         `fp8_block` is the (rows, columns) that share one scale where weights are FP8, `int_format` how they
         are stored where they are integers. Of `needed` tensors (as the table names them; None: all) only the
-        files are opened, and others need not be there. Raises CheckpointError with all that is wrong.
+        files are opened, and others need not be there. The tensors of `module` are needed if any of them is
+        there: the MTP module's may well be left out. Raises CheckpointError with all that is wrong.
         """
         self.path = Path(path)
         self.fp8_block = fp8_block or (128, 128)
@@ -120,6 +122,9 @@ class Checkpoint:
         self.files = frozenset(found)
         self._merge(index, found, faults)
         specs = {spec.name: spec for spec in table or ()}
+        module = [*module]
+        if any(spec.name in self._entries for spec in module):
+            specs |= {spec.name: spec for spec in module}
         self._shapes = {name: spec.shape for name, spec in specs.items()}
         if table is not None:
             faults += self._faults_against(specs, index or {}, specs.keys() if needed is None else needed)

@@ -15,10 +15,9 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from r1_cluster.weights.cast import CONFIG, files_beside
 from r1_cluster.weights.headers import INDEX
 from r1_cluster.weights.inventory import Stored
-from r1_cluster.weights.rewrite import Files, Outcome, Progress, Rewrite, to_json
+from r1_cluster.weights.rewrite import CONFIG, Files, Outcome, Progress, Rewrite, files_beside, to_json
 from r1_cluster.weights.stream import CHUNK_ITEMS, Reader, Write, lay_out, write_whole
 from r1_cluster.weights.tensors import SUFFIXES, IntFormat, TensorSpec
 
@@ -34,16 +33,18 @@ def convert_for_workers(
     *,
     fp8_block: tuple[int, int] | None,
     int_format: IntFormat | None,
+    module: Iterable[TensorSpec] = (),
     progress: Progress | None = None,
 ) -> Outcome:
     """Writes WORKER.safetensors for each of `workers`, of the tensors that it loads, in their order, and an
     index; copies whatever else lies beside the weights. All types stay as they are.
 
-    Names are those of `table`: an FP8 tensor's scales, and the three that an integer tensor is stored as, go
-    with it. Goes on where an earlier run has ended. Raises CheckpointError for what is wrong with the source,
-    RewriteError for the target and for a full disk.
+    Names are those of `table`, and of `module`, the MTP module's, which need not be there: an FP8 tensor's
+    scales, and the three that an integer tensor is stored as, go with it. Goes on where an earlier run has
+    ended. Raises CheckpointError for what is wrong with the source, RewriteError for the target and for a full
+    disk.
     """
-    files = Files.of(source, [*table], fp8_block, int_format)
+    files = Files.of(source, table, fp8_block, int_format, module=module)
     return _PerWorker(files, target, workers).run(progress)
 
 

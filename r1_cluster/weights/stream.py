@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from r1_cluster.weights.blocks import dequantize
 from r1_cluster.weights.checkpoint import CheckpointError
 from r1_cluster.weights.headers import ITEM_BYTES, Entry
-from r1_cluster.weights.inventory import Stored
+from r1_cluster.weights.inventory import FP8, Stored
 from r1_cluster.weights.reading import FilesReader
 from r1_cluster.weights.tensors import SCALE_SUFFIX
 
@@ -116,7 +117,18 @@ class Reader:
             data = self.read(name, first * row_bytes, step * row_bytes)
             yield first, torch.frombuffer(data, dtype=_TORCH_TYPES[entry.dtype]).view(-1, num_columns)
 
-    def scales(self, name: str) -> Tensor:
+    def floats(self, name: str, block: tuple[int, int], dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """A matrix's rows as `rows` has them, in `dtype`; FP8 times its scales, one per `block`."""
+        if self.entries[name].dtype != FP8:
+            for first, weight in self.rows(name):
+                yield first, weight.to(dtype)
+            return
+        scale, block_rows = self._scales(name), block[0]
+        for first, weight in self.rows(name, block_rows):
+            of_rows = scale[first // block_rows : -(-(first + len(weight)) // block_rows)]
+            yield first, dequantize(weight, of_rows, block, dtype)
+
+    def _scales(self, name: str) -> Tensor:
         """The float32 scales of an FP8 matrix, which must be positive and finite."""
         entry = self.entries[name + SCALE_SUFFIX]
         data = self.read(name + SCALE_SUFFIX, 0, entry.num_bytes)
@@ -136,6 +148,13 @@ class Reader:
 def raw(tensor: Tensor) -> memoryview:
     """A tensor's bytes, as files have them."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def copy(reader: Reader, placed: Placed, write: Write, begin: int = 0) -> None:
+    """Writes a tensor's bytes as its source has them, from its byte `begin` on. Raises CheckpointError."""
+    for done in range(0, placed.stored.num_bytes, CHUNK_ITEMS):
+        size = min(CHUNK_ITEMS, placed.stored.num_bytes - done)
+        write(memoryview(reader.read(placed.source, begin + done, size)), placed.offset + done)
 
 
 @contextmanager

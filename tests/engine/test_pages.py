@@ -29,7 +29,7 @@ def test_too_many_allocates_nothing():
 @given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 90)), max_size=60), st.integers(1, 20))
 def test_no_page_is_lost_or_shared(operations, page_size):
     pages = PageAllocator(num_pages=12, page_size=page_size)
-    tables: dict[str, list[int]] = dict.fromkeys("abcde", [])
+    tables: dict[str, list[int]] = {owner: [] for owner in "abcde"}
     for owner, num_tokens in operations:
         if num_tokens < 10:
             pages.release(owner)

@@ -72,7 +72,7 @@ class Cluster:
         self.layout = build_layout(LayoutConfig(**layout), config)
         names = [spec.name for spec in (*self.layout.workers, *self.layout.spares)]
         self.boots = {name: self.boot(checkpoint, name, num_pages, lease_s, step_timeout_s) for name in names}
-        self.workers, self.threads = {}, []
+        self.workers, self.threads, self.replacing, self.links = {}, [], [], []
         for name in names:
             self.begin(name, "first")
         self.pipeline = Pipeline(self.layout, {name: self.member(name, 1) for name in names}, 1, 2.0)
@@ -147,9 +147,12 @@ class Cluster:
         def work():
             former.stop()
             self.begin(successor, f"again-{len(self.threads)}")
-            self.core.arrived(successor, self.member(successor, self.pipeline.epoch + 1))
+            member = self.member(successor, self.pipeline.epoch + 1)
+            self.links.append(member.link)
+            self.core.arrived(successor, member)
 
-        threading.Thread(target=work).start()
+        self.replacing.append(threading.Thread(target=work))
+        self.replacing[-1].start()
 
     def run(self, requests):
         """Texts by request id, checked for gaps, once all requests have ended."""
@@ -173,6 +176,12 @@ class Cluster:
 
     def close(self):
         self.core.stop()
+        # A spare may still load when all texts are there; whoever comes after the engine's end, it does not close.
+        for thread in self.replacing:
+            thread.join(60)
+            assert not thread.is_alive()
+        for link in self.links:
+            link.close()
         self.pulse.close()
         self.sink.close()
         for worker in self.workers.values():
@@ -348,7 +357,8 @@ def outlive(cluster, name):
 
         def disturb():
             for count in (3, 30):
-                while cluster.core.num_steps < steps + count:
+                # Where others have copies, steps go on while the successor loads.
+                while cluster.core.num_steps < steps + count or name not in cluster.workers:
                     threading.Event().wait(0.001)
                 cluster.workers[name].stop()
 
