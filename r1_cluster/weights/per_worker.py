@@ -40,9 +40,8 @@ def convert_for_workers(
     index; copies whatever else lies beside the weights. All types stay as they are.
 
     Names are those of `table`, and of `module`, the MTP module's, which need not be there: an FP8 tensor's
-    scales, and the three that an integer tensor is stored as, go with it. Goes on where an earlier run has
-    ended. Raises CheckpointError for what is wrong with the source, RewriteError for the target and for a full
-    disk.
+    scales, and the three that an integer tensor is stored as, go with it. Goes on where an earlier run ended.
+    Raises CheckpointError for what is wrong with the source, RewriteError for the target and a full disk.
     """
     files = Files.of(source, table, fp8_block, int_format, module=module)
     return _PerWorker(files, target, workers).run(progress)
