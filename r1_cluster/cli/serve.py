@@ -119,7 +119,7 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     from kernels.ops import for_device
     from r1_cluster.models.config import ModelConfigError
     from r1_cluster.models.family import load_config, tensor_table
-    from r1_cluster.models.fitting import check_fits
+    from r1_cluster.models.fitting import check_fits, check_fp8
     from r1_cluster.planning.layout import build_layout
     from r1_cluster.planning.limits import check_messages
     from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError
@@ -131,6 +131,8 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     try:
         model = load_config(service.model.path)
         check_fits(model, for_device(device), getattr(torch, service.dtype), service.engine.page_size)
+        if service.cluster.address is None:
+            check_fp8(model, device, fp8_cache=service.engine.kv_cache_dtype == "fp8")
         Checkpoint(service.model.path, tensor_table(model), model.fp8_block, model.int_format).close()
     except (ModelConfigError, CheckpointError) as error:
         raise ConfigError(f"model.path: {error}") from None

@@ -1,9 +1,11 @@
 """Stage, router and experts as processes without Ray: the twin on the CPU of tests/gpu/test_engine.py."""
 
+import msgspec
 import pytest
-from processes import assert_texts_survive, settings
+from processes import COLOCATED, assert_texts_survive, requests, settings
 from small_model import DENSE_KERNEL_SHAPE, dense_values, write_checkpoint
 
+from benchmarks.processes import LocalEngine
 from r1_cluster.config import LayoutConfig
 
 
@@ -20,3 +22,32 @@ def test_texts_of_a_dense_model_survive_a_killed_stage(tmp_path):
     values = dense_values("Qwen3ForCausalLM", **DENSE_KERNEL_SHAPE | {"num_hidden_layers": 3})
     write_checkpoint(tmp_path, values)
     assert_texts_survive(kind, LayoutConfig(kind="disaggregated", stages=3), "stage-1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mla", "gqa"])
+def test_texts_over_an_fp8_cache_are_the_same_after_preemption_and_in_other_chunks(tmp_path, family):
+    """Of two stages, with pages for a third of the requests and prompts in small chunks."""
+    options = {"device": "cpu", "dtype": "float32", "transport": "sockets", "kv_cache_dtype": "fp8"}
+    kind, scarce = (
+        settings(tmp_path, **options | more) for more in ({}, {"num_pages": 14, "max_batch_tokens": 9})
+    )
+    if family == "gqa":
+        write_checkpoint(tmp_path, dense_values("Qwen2ForCausalLM", **DENSE_KERNEL_SHAPE))
+    asked = requests(8, 30)
+    with LocalEngine(kind, COLOCATED) as engine:
+        texts, _ = engine.run(asked)
+        for request in asked[:2]:
+            assert engine.run([request])[0] == {request.request_id: texts[request.request_id]}
+    with LocalEngine(scarce, LayoutConfig(kind="disaggregated", stages=2)) as engine:
+        assert engine.run(asked)[0] == texts
+        assert engine.scheduler.num_preempted > 0
+        engine.scheduler.check()
+    with LocalEngine(msgspec.structs.replace(kind, kv_cache_dtype=None), COLOCATED) as engine:
+        assert engine.run(asked)[0] != texts  # it was in FP8
+
+
+@pytest.mark.system
+def test_texts_over_an_fp8_cache_survive_a_killed_stage(tmp_path):
+    kind = settings(tmp_path, device="cpu", dtype="float32", transport="sockets", kv_cache_dtype="fp8")
+    assert_texts_survive(kind, LayoutConfig(kind="disaggregated", stages=2, expert_shards=1), "stage-1")
