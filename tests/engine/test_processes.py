@@ -32,19 +32,21 @@ def test_texts_of_a_dense_model_survive_a_killed_stage(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [pytest.param("mla", marks=pytest.mark.system), "gqa"])
 def test_texts_over_an_fp8_cache_are_the_same_after_preemption_and_in_other_chunks(tmp_path, family):
-    """Of two stages, with pages for a third of the requests and prompts in small chunks."""
+    """With pages for a third of the requests and prompts in small chunks; grouped queries in two stages."""
     options = {"device": "cpu", "dtype": "float32", "transport": "sockets", "kv_cache_dtype": "fp8"}
     kind, scarce = (
         settings(tmp_path, **options | more) for more in ({}, {"num_pages": 14, "max_batch_tokens": 9})
     )
+    layout = COLOCATED
     if family == "gqa":
         write_checkpoint(tmp_path, dense_values("Qwen2ForCausalLM", **DENSE_KERNEL_SHAPE))
+        layout = LayoutConfig(kind="disaggregated", stages=2)
     asked = requests(8, 30)
     with LocalEngine(kind, COLOCATED) as engine:
         texts, _ = engine.run(asked)
         for request in asked[:2]:
             assert engine.run([request])[0] == {request.request_id: texts[request.request_id]}
-    with LocalEngine(scarce, LayoutConfig(kind="disaggregated", stages=2)) as engine:
+    with LocalEngine(scarce, layout) as engine:
         assert engine.run(asked)[0] == texts
         assert engine.scheduler.num_preempted > 0
         engine.scheduler.check()
@@ -70,9 +72,3 @@ def test_a_worker_keeps_its_pages_as_it_is_told_and_asks_for_as_much_memory(
             assert (cache.values if said else cache).dtype == kept
     finally:
         worker.close()
-
-
-@pytest.mark.system
-def test_texts_over_an_fp8_cache_survive_a_killed_stage(tmp_path):
-    kind = settings(tmp_path, device="cpu", dtype="float32", transport="sockets", kv_cache_dtype="fp8")
-    assert_texts_survive(kind, LayoutConfig(kind="disaggregated", stages=2, expert_shards=1), "stage-1")

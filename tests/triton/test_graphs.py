@@ -278,7 +278,7 @@ def test_a_dense_decode_step_is_our_kernels_and_the_products_of_a_library(folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mla", "gqa"])
+@pytest.mark.parametrize("family", [pytest.param("mla", marks=pytest.mark.system), "gqa"])
 def test_a_decode_step_over_an_fp8_cache_asks_and_launches_the_same(folder, recordings, family):
     """Scales are read and written by the kernels that read and write what they belong to."""
     _, record = recordings
