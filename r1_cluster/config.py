@@ -13,6 +13,9 @@ import pydantic
 import yaml
 from pydantic import Field
 
+KvCacheDtype = Literal["fp8"]
+"""What KV pages may be kept in beside the compute dtype: E4M3 with float32 scales."""
+
 BUILTIN_PREFIX = "builtin:"
 ASSETS = Path(__file__).parent / "assets"
 
@@ -59,6 +62,8 @@ class LayoutConfig(_Section):
 class Engine(_Section):
     """The scheduler's limits. `page_size` counts tokens, `num_pages` pages per stage and layer.
 
+    `kv_cache_dtype: fp8` keeps KV in FP8 with scales, in about half of BF16's memory or a quarter of
+    float32's, and rounds it (docs/kernels.md); if nothing is said, it is kept as it is computed.
     `standby` keeps one more engine process that takes over within a second when one dies. Workers leave
     `lease_s` after the last word of an engine; a worker that is silent for `step_timeout_s` is replaced.
     """
@@ -69,6 +74,7 @@ class Engine(_Section):
     threads: Annotated[int, Field(ge=1)] = 1
     page_size: Annotated[int, Field(ge=1)] = 16
     num_pages: Annotated[int, Field(ge=1)] = 2048
+    kv_cache_dtype: KvCacheDtype | None = None
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
     max_batch_tokens: Annotated[int, Field(ge=1)] = 512
     max_queued: Annotated[int, Field(ge=0)] = 256

@@ -209,6 +209,7 @@ class SmallModel:
         folder,
         *,
         deterministic,
+        fp8_cache=False,
         dtype=torch.float32,
         device=CPU,
         bounds=(),
@@ -219,7 +220,7 @@ class SmallModel:
     ):
         self.config = config = load_config(folder)
         with Checkpoint(folder, tensor_table(config), config.fp8_block, config.int_format) as checkpoint:
-            loader = Loader(checkpoint, Shard(device, dtype, deterministic))
+            loader = Loader(checkpoint, Shard(device, dtype, deterministic, fp8_cache))
             edges = [0, *bounds, config.num_hidden_layers]
             self.stages = [StageModel(config, loader, range(a, b)) for a, b in pairwise(edges)]
             if config.moe is not None:
@@ -230,10 +231,15 @@ class SmallModel:
                 ]
         self.page_size = page_size
         self.caches = [stage.new_cache(num_seqs * pages_each, page_size) for stage in self.stages]
-        for cache in (cache for caches in self.caches for cache in caches):
-            cache.fill_(float("nan"))
+        self.poison(slice(None))
         self.pages = np.random.default_rng(0).permutation(num_seqs * pages_each).reshape(num_seqs, -1)
         self.cached = [0] * num_seqs
+
+    def poison(self, pages):
+        """Fills pages of all layers with NaN, as what is left of others may be anything."""
+        for cache in (cache for caches in self.caches for cache in caches):
+            for part in (cache,) if isinstance(cache, torch.Tensor) else (cache.values, cache.scale):
+                part[pages] = float("nan")
 
     def step(self, chunks):
         """`chunks`: (sequence, its next tokens) → float32 logits [len(chunks), V] of each one's last token."""

@@ -44,7 +44,7 @@ from r1_cluster.engine.parts import load_parts, part_tensors
 from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.family import load_config, tensor_table
-from r1_cluster.models.fitting import check_fits
+from r1_cluster.models.fitting import check_fits, check_fp8
 from r1_cluster.models.loader import Loader, Shard
 from r1_cluster.models.moe import ExpertModel
 from r1_cluster.planning.layout import Layout, WorkerSpec
@@ -119,8 +119,10 @@ class Worker:
         boot, spec = self.boot, self.spec
         config = load_config(boot.checkpoint)
         self.layout = Layout(boot.workers, config.num_hidden_layers)
-        shard = Shard(torch.device(boot.device), _DTYPES[boot.dtype], boot.deterministic)
+        fp8_cache = boot.kv_cache_dtype == "fp8"
+        shard = Shard(torch.device(boot.device), _DTYPES[boot.dtype], boot.deterministic, fp8_cache)
         check_fits(config, shard.ops, shard.dtype, boot.page_size)
+        check_fp8(config, shard.device, fp8_cache=fp8_cache)
         table = tensor_table(config)
         needed = {tensor.name for tensor in table}
         here = tensors_here(Path(boot.checkpoint))
@@ -176,6 +178,7 @@ class Worker:
             max_num_seqs=limits.max_num_seqs,
             max_batch_tokens=limits.max_batch_tokens,
             max_context_len=min(limits.max_context_len, config.max_position_embeddings),
+            fp8_cache=self.boot.kv_cache_dtype == "fp8",
         )
         check_room(parts, free_bytes)
 

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from kernels.int_weight import group_scaled
-from kernels.ops import Ops, ScaledWeight, Weight, for_device
+from kernels.launch import native_fp8
+from kernels.ops import Cache, Fp8Cache, Ops, ScaledWeight, Weight, for_device
 from r1_cluster.weights.tensors import TensorSource, layer_name
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Where and how a process computes its part of a model."""
+    """Where and how a process computes its part of a model. `fp8_cache`: what attention keeps of its tokens
+    is rounded to FP8."""
 
     device: torch.device
     dtype: torch.dtype
     deterministic: bool
+    fp8_cache: bool = False
 
     @cached_property
     def ops(self) -> Ops:
@@ -30,6 +33,13 @@ class Shard:
     def zeros(self, *sizes: int) -> Tensor:
         """In the compute dtype, on the device."""
         return torch.zeros(sizes, dtype=self.dtype, device=self.device)
+
+    def new_cache(self, sizes: Sequence[int], scale_sizes: Sequence[int]) -> Cache:
+        """Zeros of `sizes`; in FP8 with scales of `scale_sizes` beside them (`kernels.ops.Fp8Cache`)."""
+        if not self.fp8_cache:
+            return self.zeros(*sizes)
+        values = torch.zeros(*sizes, dtype=native_fp8(self.device), device=self.device)
+        return Fp8Cache(values, torch.zeros(*scale_sizes, dtype=torch.float32, device=self.device))
 
 
 @dataclass(frozen=True)
