@@ -54,10 +54,11 @@ class Cluster:
         lease_s=5.0,
         step_timeout_s=2.0,
         transport="sockets",
+        dtype="float32",
         **limits,
     ):
         self.num_descriptors = num_descriptors()
-        self.transport = transport
+        self.transport, self.dtype = transport, dtype
         config = load_config(checkpoint)
         self.layout = build_layout(LayoutConfig(**layout), config)
         names = [spec.name for spec in (*self.layout.workers, *self.layout.spares)]
@@ -100,7 +101,7 @@ class Cluster:
             incarnation="first",
             workers=self.layout.workers,
             checkpoint=str(checkpoint),
-            dtype="float32",
+            dtype=self.dtype,
             device="cpu",
             deterministic=True,
             threads=1,
