@@ -66,4 +66,4 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(tmp_path, seen, arch
             assert texts[request.request_id] == answer.tokens, layout
             positions = itertools.count(len(answer.prompt))
             got = torch.stack([seen.pop((request.sampling.seed, next(positions))) for _ in answer.tokens])
-            torch.testing.assert_close(got, answer.logits, atol=answer.tolerance, rtol=0)
+            answer.check(got)
