@@ -164,9 +164,9 @@ class Oracle:
         self._folder, self._class = Path(folder), getattr(transformers, name)
         self._models = {}
 
-    def answer(self, prompts, dtype):
+    def answer(self, prompts, dtype, barred=frozenset()):
         """The Answer to the first of `prompts` for which an engine that computes in `dtype` cannot but find the same
-        tokens. Tokens that end an answer are no end."""
+        tokens, none of them `barred`. Tokens that end an answer are no end."""
         for prompt in itertools.islice(prompts, MAX_TRIED):
             if (logits := self._greedy(prompt, dtype)) is None:
                 continue
@@ -174,7 +174,8 @@ class Oracle:
             if dtype == "bfloat16":
                 ids = torch.tensor([[*prompt, *tokens[:-1]]])
                 rough = self._run(dtype, ids).logits[0, len(prompt) - 1 :].float()
-            if (answer := Answer(prompt, tokens, logits, rough)).decided:
+            answer = Answer(prompt, tokens, logits, rough)
+            if answer.decided and barred.isdisjoint(tokens):
                 return answer
         raise AssertionError(f"of {MAX_TRIED} prompts none has an answer that rounding cannot change")
 
