@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
+from expert_shards import Shard
 
 from r1_cluster.comm.links import TcpLink
 from r1_cluster.comm.listener import Listener
@@ -74,3 +75,17 @@ def start_peer(listener: Listener) -> Iterator[Callable[..., tuple[subprocess.Po
     for process in started:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def shards():
+    """make(ranges) → shards behind sockets."""
+    made = []
+
+    def make(ranges):
+        made.extend(Shard(f"expert{i}", experts) for i, experts in enumerate(ranges))
+        return made[-len(ranges) :]
+
+    yield make
+    for shard in made:
+        shard.stop()

@@ -1,11 +1,10 @@
 """Worker, links and the engine's loop over the Triton operations, in the interpreter: the text of plain torch."""
 
-import importlib.util
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
+import thread_cluster
 import torch
 from small_model import DENSE_KERNEL_SHAPE, KERNEL_SHAPE, config_values, dense_values, write_checkpoint
 
@@ -16,12 +15,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="float32 on a device is refused"),
 ]
-
-# The cluster of threads that tests/engine drives; tests are no package to import from.
-_file = Path(__file__).parents[1] / "engine/test_worker.py"
-_spec = importlib.util.spec_from_file_location("engine_test_worker", _file)
-_worker = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_worker)
 
 
 @pytest.fixture(autouse=True)
@@ -41,17 +34,17 @@ def _one_launch_at_a_time(monkeypatch):
 @pytest.mark.parametrize("layout", ["colocated", "disaggregated"])
 def test_texts_are_those_of_plain_torch(monkeypatch, tmp_path, layout):
     write_checkpoint(tmp_path, config_values(**KERNEL_SHAPE))
-    texts_are_those_of_plain_torch(monkeypatch, tmp_path, _worker.LAYOUTS[layout])
+    texts_are_those_of_plain_torch(monkeypatch, tmp_path, thread_cluster.LAYOUTS[layout])
 
 
 @pytest.mark.system
 def test_dense_texts_are_those_of_plain_torch(monkeypatch, tmp_path):
     write_checkpoint(tmp_path, dense_values("Qwen3ForCausalLM", **DENSE_KERNEL_SHAPE))
-    texts_are_those_of_plain_torch(monkeypatch, tmp_path, _worker.DENSE_LAYOUTS["two stages"])
+    texts_are_those_of_plain_torch(monkeypatch, tmp_path, thread_cluster.DENSE_LAYOUTS["two stages"])
 
 
 def texts_are_those_of_plain_torch(monkeypatch, tmp_path, layout):
-    monkeypatch.setattr(_worker, "PAGE_SIZE", 16)
+    monkeypatch.setattr(thread_cluster, "PAGE_SIZE", 16)
     asked = [
         Request("a", [5, 6, 7], SamplingParams(0.0, 1.0, 0, 0), 3, [], "sink", ignore_eos=True),
         Request("b", list(range(2, 12)), SamplingParams(1.0, 0.9, 20, 3), 2, [], "sink", ignore_eos=True),
@@ -60,7 +53,7 @@ def texts_are_those_of_plain_torch(monkeypatch, tmp_path, layout):
     for name in ("kernels.cpu", "kernels.triton_ops"):
         monkeypatch.setattr(ops, "_MODULES", {"cpu": name})
         # An interpreted step takes seconds: nobody may be taken for dead meanwhile.
-        cluster = _worker.Cluster(tmp_path, layout, lease_s=120.0, step_timeout_s=60.0)
+        cluster = thread_cluster.Cluster(tmp_path, layout, lease_s=120.0, step_timeout_s=60.0)
         try:
             texts.append(cluster.run(asked))
         finally:

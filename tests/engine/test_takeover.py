@@ -1,0 +1,104 @@
+"""Engines that come, go and are deposed: what their workers do, and what the next engine reads back."""
+
+import time
+
+import msgspec
+import pytest
+from thread_cluster import LAYOUTS, PAGE_SIZE, SECRET, Cluster, requests
+
+from r1_cluster.comm.handshake import Hello
+from r1_cluster.comm.listener import connect
+from r1_cluster.comm.wire import LinkError
+from r1_cluster.engine.boot import ENGINE
+from r1_cluster.engine.pages import PageAllocator
+from r1_cluster.engine.pipeline import Pipeline
+from r1_cluster.engine.scheduler import Limits, Scheduler
+
+
+def test_an_engine_of_an_old_epoch_is_refused(cluster):
+    cluster.run(requests(1))
+    worker = cluster.workers["stage-0"]
+    link = connect(worker.listener.address, Hello(ENGINE, "old", 1, "control"), SECRET)
+    with pytest.raises(LinkError):
+        link.recv(10.0)
+    cluster.run(requests(1))
+
+
+def test_workers_leave_when_their_lease_ends(checkpoint):
+    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"], lease_s=2.0)
+    cluster.run(requests(2))
+    cluster.core.stop()
+    for thread in cluster.threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    cluster.pulse.close()
+    cluster.sink.close()
+
+
+def test_workers_wait_longer_for_their_first_engine(checkpoint):
+    class SlowToLoad(Cluster):
+        def begin(self, name, incarnation):
+            super().begin(name, incarnation)
+            time.sleep(0.2)  # seven of them: by far longer than the lease
+
+    cluster = SlowToLoad(checkpoint, LAYOUTS["disaggregated"], lease_s=0.5)
+    cluster.run(requests(1))
+    cluster.core.stop()
+    for thread in cluster.threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    cluster.pulse.close()
+    cluster.sink.close()
+
+
+def test_an_engine_that_takes_over_reads_back_what_the_workers_hold(checkpoint):
+    (request,) = requests(1, ignore_eos=True)
+    request = msgspec.structs.replace(request, max_tokens=100)
+    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"])
+    (text,) = cluster.run([request]).values()
+    cluster.core.submit(request)
+    got = []
+    while len(got) < 30:
+        got += cluster.deltas.get(timeout=60).tokens
+    cluster.core.stop()
+    assert cluster.ends.get(timeout=10)[0] == request.request_id
+    # The next engine, over the same workers.
+    epoch = 1 + max(max(worker.epoch, worker.office) for worker in cluster.workers.values())
+    members = {name: cluster.member(name, epoch) for name in cluster.workers}
+    pipeline = Pipeline(cluster.layout, members, epoch, 2.0)
+    pipeline.kv_era = cluster.pipeline.kv_era
+    held = pipeline.link(epoch, read_back=True)
+    num_known = len(request.prompt) + 30
+    assert held[request.request_id].committed >= num_known - 2
+    scheduler = Scheduler(Limits(16, 64, 200), PageAllocator(256, PAGE_SIZE), frozenset({1}))
+    scheduler.adopt(held)
+    scheduler.add(msgspec.structs.replace(request, generated=text[:30]))
+    scheduler.check()
+    plan = scheduler.schedule(epoch)
+    assert sum(plan.num_new) <= 2
+    pipeline.send(plan)
+    link = pipeline.members["stage-1"].link
+    while (result := pipeline.receive(link)) is None:
+        pass
+    assert result.tokens == text[30:31]
+    pipeline.close()
+    cluster.close()
+
+
+def test_what_was_held_before_a_stage_lost_its_kv_is_offered_to_nobody(checkpoint):
+    (request,) = requests(1, ignore_eos=True)
+    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"])
+    try:
+        cluster.core.submit(msgspec.structs.replace(request, max_tokens=100))
+        while len(cluster.deltas.get(timeout=60).tokens) < 1:
+            pass
+        cluster.core.stop()
+        epoch = 1 + max(max(worker.epoch, worker.office) for worker in cluster.workers.values())
+        members = {name: cluster.member(name, epoch) for name in cluster.workers}
+        pipeline = Pipeline(cluster.layout, members, epoch, 2.0)
+        # The engine before had seen stage 1 replaced, and died before it planned anything anew.
+        pipeline.kv_era = epoch
+        assert pipeline.link(epoch, read_back=True) == {}
+        pipeline.close()
+    finally:
+        cluster.close()
