@@ -13,10 +13,10 @@ STALLS ?= benchmarks/results/failures.jsonl
 
 # As many tests at a time as a small machine has cores; what starts a cluster or measures time runs by itself.
 ALONE := cluster or serial
-LATER := system or matrix
+LATER := system or matrix or models
 IN_PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: serve test test-fast test-system test-faults check format clean
+.PHONY: serve test test-fast test-system test-models test-faults check format clean
 
 serve: $(VENV)/.serve
 	@$(BIN)/r1-cluster serve $(SERVICE)
@@ -34,6 +34,10 @@ test-fast: $(VENV)/.test
 test-system: $(VENV)/.test
 	tests/system_packages.sh
 	$(BIN)/python -m pytest -m "system and not matrix"
+
+# Architectures, dtypes and layouts, every two of them together, served and asked.
+test-models: $(VENV)/.test
+	$(BIN)/python -m pytest -m models
 
 # Every death of the matrix (most of an hour), and the table of their stalls.
 test-faults: $(VENV)/.test

@@ -248,4 +248,5 @@ class Supervisor:
                 service.engine.max_model_len or service.engine.num_pages * service.engine.page_size,
             ),
             transport="device" if device == "cuda" else "sockets",
+            kv_cache_dtype=service.engine.kv_cache_dtype,
         )

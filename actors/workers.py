@@ -67,6 +67,7 @@ class _Shell:
                 "load_s": worker.load_s,
                 "read_bytes": worker.read_bytes,
                 "read_s": worker.read_s,
+                "kv_cache_dtype": self._boot.kv_cache_dtype or self._boot.dtype,
                 "num_steps": worker.num_steps,
                 "stale_dropped": worker.stale_dropped,
             }

@@ -25,6 +25,7 @@ import triton.language as tl
 from kernels import (
     fp8,
     gemm_fp8,
+    gqa,
     int_gemm,
     int_moe_gemm,
     mla_decode,
@@ -236,24 +237,76 @@ def grouped_weight_only(bits: int, num_experts: int, tokens: int) -> Work:
     return Work(f"int{bits} grouped", shape, ours, size, 2.0 * rows * n * k, fp8=False)
 
 
+def pages_of(batch: int, context: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Page table, contexts and query starts of sequences that bring one query each, on scattered pages."""
+    pages = context // PAGE
+    table = torch.randperm(batch * pages, device="cuda").int().view(batch, pages)
+    lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    return table, lengths, torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+
+
 def mla(batch: int, context: int) -> Work:
     """One decode step of 128 heads, BF16 cache."""
     pages = context // PAGE
 
     def ours() -> Run:
         cache = torch.randn(batch * pages, PAGE, LATENT + ROTATED, dtype=torch.bfloat16, device="cuda")
-        table = torch.randperm(batch * pages, device="cuda").int().view(batch, pages)
-        lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-        start = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+        paging = pages_of(batch, context)
         q = torch.randn(batch, HEADS, LATENT, dtype=torch.bfloat16, device="cuda")
         q_rope = torch.randn(batch, HEADS, ROTATED, dtype=torch.bfloat16, device="cuda")
         return lambda: mla_decode.mla_decode(
-            q, q_rope, cache, table, lengths, start, 0.07, max_query_len=1, max_context_len=context
+            q, q_rope, cache, *paging, 0.07, max_query_len=1, max_context_len=context
         )
 
     size = batch * (context * (LATENT + ROTATED) + HEADS * (2 * LATENT + ROTATED)) * 2.0
     operations = 2.0 * batch * context * HEADS * (2 * LATENT + ROTATED)
     return Work("mla decode", f"B={batch}, {context}", ours, size, operations, fp8=False)
+
+
+def mla_fp8(batch: int, context: int) -> Work:
+    """The same over an FP8 cache."""
+    pages = context // PAGE
+
+    def ours() -> Run:
+        cache, scale = (
+            random_fp8(batch * pages, PAGE, LATENT + ROTATED),
+            random_scales(batch * pages, PAGE, 2),
+        )
+        q, q_rope = (
+            torch.randn(batch, HEADS, width, dtype=torch.bfloat16, device="cuda")
+            for width in (LATENT, ROTATED)
+        )
+        paging = pages_of(batch, context)
+        return lambda: mla_decode.mla_decode(
+            q, q_rope, cache, *paging, 0.07, scale, max_query_len=1, max_context_len=context
+        )
+
+    size = batch * (context * (LATENT + ROTATED + 8.0) + HEADS * (2 * LATENT + ROTATED) * 2)
+    operations = 2.0 * batch * context * HEADS * (2 * LATENT + ROTATED)
+    return Work("mla decode, FP8 cache", f"B={batch}, {context}", ours, size, operations, fp8=False)
+
+
+def grouped_query(batch: int, context: int, *, fp8_cache: bool) -> Work:
+    """One decode step of 32 heads on 8 key heads of 128, as the distilled 8B models have them."""
+    heads, key_heads, width = 32, 8, 128
+    slots = (batch * (context // PAGE), PAGE, 2, key_heads)
+
+    def ours() -> Run:
+        if fp8_cache:
+            cache, scales = random_fp8(*slots, width), random_scales(*slots).unbind(2)
+        else:
+            cache, scales = torch.randn(*slots, width, dtype=torch.bfloat16, device="cuda"), None
+        q = torch.randn(batch, heads, width, dtype=torch.bfloat16, device="cuda")
+        paging = pages_of(batch, context)
+        return lambda: gqa.paged_attention(
+            q, *cache.unbind(2), *paging, 0.09, scales, max_query_len=1, max_context_len=context
+        )
+
+    slot_bytes = 2.0 * key_heads * (width + 4 if fp8_cache else 2 * width)
+    size = batch * (context * slot_bytes + heads * width * 4)
+    name = "gqa decode, FP8 cache" if fp8_cache else "gqa decode"
+    operations = 4.0 * batch * context * heads * width
+    return Work(name, f"B={batch}, {context}", ours, size, operations, fp8=False)
 
 
 def row_kernels(tokens: int) -> Iterator[Work]:
@@ -320,6 +373,10 @@ def all_work() -> Iterator[Work]:
         for bits in (8, 4):
             yield from (weight_only(bits, tokens, n, k) for n, k in DENSE[:4])
             yield from (grouped_weight_only(bits, num_experts, tokens) for num_experts in EXPERTS[:2])
+        if tokens in BATCHES:
+            for context in CONTEXTS[1::2]:  # last: each of the three has kernels of its own to compile
+                yield mla_fp8(tokens, context)
+                yield from (grouped_query(tokens, context, fp8_cache=kept) for kept in (False, True))
 
 
 def line(work: Work, ceilings: Ceilings) -> str:

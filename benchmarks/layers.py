@@ -1,9 +1,11 @@
-"""Times whole steps of an R1-shaped stage on one GPU: real layers, random FP8 weights, the engine's roles.
+"""Times whole steps of a stage of a published model on one GPU: real layers, random weights (R1's in FP8, the
+dense models' in BF16), the engine's roles.
 
     python -m benchmarks.layers [--layers 3] [--experts 256] [--batches 1 8 64 256] [--profile]
+    python -m benchmarks.layers --model DeepSeek-R1-Distill-Llama-8B [--layers 3]
 
 What is timed is `StageRole.forward` from plan to sampled tokens, in recorded graphs as in service: as many
-layers as are asked for, the first of them dense, with embedding and head. A layer's own time is the
+layers as are asked for, R1's first of them dense, with embedding and head. A layer's own time is the
 difference between two numbers of layers. Beside it stands the floor: each part's bytes over the bandwidth of
 a large copy or its operations over the rate of a large product, whichever is longer, added up. `--profile`
 adds where the last step's time goes, by kernel; `--write-tuned` keeps what the start tuned, as in
@@ -26,11 +28,12 @@ from benchmarks.kernels import Ceilings, Run, Work, measure_ceilings
 from kernels import tuned
 from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.roles import RouterRole, StageRole, local_dispatcher
-from r1_cluster.models.config import ModelConfig
+from r1_cluster.models.config import GqaShape, ModelConfig
 from r1_cluster.models.family import parse_config, tensor_table
 from r1_cluster.models.loader import Loader, Shard
 from r1_cluster.models.moe import ExpertModel, RouterModel
 from r1_cluster.models.network import StageModel
+from r1_cluster.models.presets import presets
 from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
 from r1_cluster.weights.tensors import Part, Slices, TensorSpec
 
@@ -42,12 +45,13 @@ SAMPLING = SamplingParams(temperature=0.6, top_p=0.95, top_k=0, seed=1)
 class RandomSource:
     """A `TensorSource` with random values for any tensor of a model, made where they are needed.
 
-    FP8 wherever R1 has it: all matrices but embedding, head and gates.
+    FP8 wherever R1 has it, which is in all matrices but embedding, head and gates; dense models have none.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self._shapes = {spec.name: spec.shape for spec in tensor_table(config)}
         self._device = device
+        self._has_fp8 = config.fp8_block is not None
         self.fp8_block = (128, 128)
         self.int_group = None
 
@@ -55,7 +59,7 @@ class RandomSource:
         return self._shapes[name]
 
     def is_fp8(self, name: str) -> bool:
-        return "_proj" in name
+        return self._has_fp8 and "_proj" in name
 
     def get(
         self, name: str, dtype: torch.dtype, device: torch.device, slices: Slices | None = None
@@ -80,45 +84,23 @@ class RandomSource:
         return values.to(torch.float8_e4m3fn), scale
 
 
-def r1_config(num_layers: int, num_experts: int) -> ModelConfig:
-    """DeepSeek-R1's published shape with fewer layers, one of them dense, and, if asked, fewer experts."""
-    values: dict[str, object] = {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "vocab_size": 129280,
-        "hidden_size": 7168,
-        "intermediate_size": 18432,
-        "moe_intermediate_size": 2048,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 128,
-        "num_key_value_heads": 128,
-        "q_lora_rank": 1536,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "n_routed_experts": num_experts,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 8,
-        "n_group": 8,
-        "topk_group": 4,
-        "routed_scaling_factor": 2.5,
-        "first_k_dense_replace": 1,
-        "max_position_embeddings": 163840,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000,
-        "eos_token_id": 1,
-        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    }
+def published(model: str, num_layers: int, num_experts: int) -> ModelConfig:
+    """A published model's shape with another number of layers; R1's first alone is dense, and it has so many
+    experts."""
+    values = {**presets()[model], "num_hidden_layers": num_layers}
+    if "n_routed_experts" in values:
+        values |= {"first_k_dense_replace": 1, "n_routed_experts": num_experts, "num_nextn_predict_layers": 0}
     return parse_config(values)
 
 
 def build(config: ModelConfig, device: torch.device, dtype: torch.dtype, num_pages: int) -> StageRole:
-    """All layers of a model in one stage, with its router and experts beside it."""
+    """All layers of a model in one stage, with its router and experts beside it, if it has any."""
     loader = Loader(RandomSource(config, device), Shard(device, dtype, deterministic=False))
-    assert config.moe is not None
-    router = RouterRole(RouterModel(config, loader, config.moe_layers))
-    experts = ExpertModel(config, loader, config.moe_layers, range(config.moe.n_routed_experts))
-    router.dispatcher = local_dispatcher(experts)
+    router = None
+    if config.moe is not None:
+        router = RouterRole(RouterModel(config, loader, config.moe_layers))
+        experts = ExpertModel(config, loader, config.moe_layers, range(config.moe.n_routed_experts))
+        router.dispatcher = local_dispatcher(experts)
     stage = StageModel(config, loader, range(config.num_hidden_layers))
     return StageRole(stage, router, num_pages=num_pages, page_size=PAGE)
 
@@ -158,9 +140,7 @@ def step_work(config: ModelConfig, batch: int, context: int) -> list[Work]:
     table = [
         spec for spec in tensor_table(config) if len(spec.shape) == 2
     ]  # without norms and the gates' biases
-    assert config.moe is not None
-    experts, top_k = config.moe.n_routed_experts, config.moe.num_experts_per_tok
-    reached = experts * (1 - (1 - top_k / experts) ** batch)
+    item_bytes = 2 if config.fp8_block is None else 1
 
     def weights(
         name: str, specs: list[TensorSpec], item_bytes: int, read: float = 1.0, used: float = 1.0
@@ -173,17 +153,26 @@ def step_work(config: ModelConfig, batch: int, context: int) -> list[Work]:
 
     absorbed = [spec for spec in of("attention") if "kv_b" in spec.name]
     rows = batch * context * config.num_hidden_layers
-    latent = config.attention
-    scores = 2 * latent.num_attention_heads * (latent.cache_width + latent.kv_lora_rank)
-    return [
-        weights("attention's products", [spec for spec in of("attention") if spec not in absorbed], 1),
+    shape = config.attention
+    if isinstance(shape, GqaShape):
+        scores = 2 * shape.num_attention_heads * 2 * shape.head_dim
+    else:
+        scores = 2 * shape.num_attention_heads * (shape.cache_width + shape.kv_lora_rank)
+    parts = [
+        weights(
+            "attention's products", [spec for spec in of("attention") if spec not in absorbed], item_bytes
+        ),
         weights("keys and values absorbed", absorbed, 2),
-        _work("attention over the latents", rows * latent.cache_width * 2, rows * scores, fp8=False),
-        weights("dense MLP and shared experts", of("mlp", "shared_experts"), 1),
-        weights("routed experts", of("experts"), 1, reached / experts, top_k / experts),
+        _work("attention over the cache", rows * shape.cache_width * 2, rows * scores, fp8=False),
+        weights("dense MLP and shared experts", of("mlp", "shared_experts"), item_bytes),
         weights("gates", of("gate"), 4),
         weights("head", of("head"), 2),
     ]
+    if config.moe is not None:
+        experts, top_k = config.moe.n_routed_experts, config.moe.num_experts_per_tok
+        reached = 1 - (1 - top_k / experts) ** batch
+        parts.append(weights("routed experts", of("experts"), item_bytes, reached, top_k / experts))
+    return parts
 
 
 def _work(part: str, num_bytes: float, operations: float, *, fp8: bool) -> Work:
@@ -218,6 +207,7 @@ def profile(stage: StageRole, batch: int, context: int) -> list[str]:
 def main() -> int:
     """Prints a row per batch and context."""
     parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--model", choices=presets(), default="DeepSeek-R1", help="whose shape it is")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256])
@@ -228,14 +218,15 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks.layers needs a GPU, and torch sees none on this machine.", file=sys.stderr)
         return 1
-    config = r1_config(options.layers, options.experts)
+    config = published(options.model, options.layers, options.experts)
     ceilings = measure_ceilings()
     num_pages = max(options.batches) * -(-max(options.contexts) // PAGE)
     stage = build(config, torch.device("cuda"), torch.bfloat16, num_pages)
     started = time.monotonic()
     stage.prepare(StepLimits(max(options.batches), 64, max(options.contexts)))
     print(f"compiled, tuned and recorded in {time.monotonic() - started:.1f} s")
-    print(f"{torch.cuda.get_device_name()}: {options.layers} layers, {options.experts} experts")
+    experts = f", {config.moe.n_routed_experts} experts" if config.moe is not None else ""
+    print(f"{torch.cuda.get_device_name()}: {options.model}, {options.layers} layers{experts}")
     print("| sequences | context | ms a step | floor | ratio |\n| --- | --- | --- | --- | --- |")
     for batch in options.batches:
         for context in options.contexts:

@@ -24,10 +24,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.cast import make
+from r1_cluster.config import LayoutConfig
+from r1_cluster.engine.parts import load_parts, part_tensors
 from r1_cluster.models.family import load_config, tensor_table
 from r1_cluster.models.loader import Loader, Shard
-from r1_cluster.models.moe import ExpertModel, RouterModel
-from r1_cluster.models.network import StageModel
+from r1_cluster.planning.layout import build_layout
 from r1_cluster.weights.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
@@ -55,11 +56,9 @@ def into_modules(folder: Path) -> None:
     """As a worker does it that is stage, router and experts."""
     config = load_config(folder)
     with Checkpoint(folder, tensor_table(config), config.fp8_block) as checkpoint:
-        loader = Loader(checkpoint, Shard(CPU, torch.bfloat16, deterministic=False))
-        assert config.moe is not None
-        ExpertModel(config, loader, config.moe_layers, range(config.moe.n_routed_experts))
-        RouterModel(config, loader, config.moe_layers)
-        StageModel(config, loader, range(config.num_hidden_layers))
+        (worker,) = build_layout(LayoutConfig(), config).workers
+        checkpoint.expect(part_tensors(config, worker))
+        load_parts(config, Loader(checkpoint, Shard(CPU, torch.bfloat16, deterministic=False)), worker)
 
 
 def with_safetensors(folder: Path) -> None:

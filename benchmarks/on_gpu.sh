@@ -1,12 +1,12 @@
 #!/bin/bash
-# All that only a GPU can show, in one command of under 6 minutes (16 cores, one GPU):
+# All that only a GPU can show, in one command of under 7 minutes (16 cores, one GPU):
 #
 #     benchmarks/on_gpu.sh [--list] [FOLDER]
 #
-# Runs the device's tests, tunes, and times kernels, layers, links and the engine. Results, logs and tuned tables
-# go to FOLDER ($OUT, or benchmarks/results/gpu): at most 8 files, of which summary.md says how each step ended.
-# A step that fails, or runs past its time limit (exit status 124), keeps no other from running. --list names the
-# steps, their limits and commands, and runs none.
+# Runs the device's tests, tunes, and times kernels, layers of R1 and of a dense model, links and the engine.
+# Results, logs and tuned tables go to FOLDER ($OUT, or benchmarks/results/gpu): at most 8 files, of which summary.md
+# says how each step ended. A step that fails, or runs past its time limit (exit status 124), keeps no other from
+# running. --list names the steps, their limits and commands, and runs none.
 #
 # Exit status: 0 if every step ended with 0, else 1; 2 for wrong arguments. Without a GPU the test steps run what
 # they can in Triton's interpreter, links and engine run on the CPU, and kernels and layers fail with a sentence.
@@ -18,7 +18,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-TOTAL=355
+TOTAL=395
 LIST=
 [ "${1:-}" = --list ] && { LIST=1; shift; }
 [ $# -le 1 ] && [[ "${1:-}" != -* ]] || { sed -n '2,/^$/s/^# \?//p' "$0" >&2; exit 2; }
@@ -78,6 +78,7 @@ tabled kernels 65 -m benchmarks.kernels --seconds 45 --write-tuned "$FOLDER/tune
 tabled layers 75 -m benchmarks.layers --profile --write-tuned "$FOLDER/tuned"
 tabled links 20 benchmarks/links.py --rounds 500
 tabled engine 70 -m benchmarks.engine
+tabled dense 40 -m benchmarks.layers --model DeepSeek-R1-Distill-Llama-8B --batches 1 8 64
 [ -n "$LIST" ] && exit 0
 
 {

@@ -20,7 +20,7 @@ import msgspec
 
 from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.listener import Endpoint, Listener, connect
-from r1_cluster.config import LayoutConfig
+from r1_cluster.config import KvCacheDtype, LayoutConfig
 from r1_cluster.engine.boot import ENGINE, StepLimits, Transport, WorkerBoot
 from r1_cluster.engine.core import EngineCore
 from r1_cluster.engine.pages import PageAllocator
@@ -54,6 +54,7 @@ class Settings(msgspec.Struct, frozen=True):
     max_context_len: int = 512
     step_timeout_s: float = 15.0  # a kernel may have to be compiled in a first step
     lease_s: float = 30.0
+    kv_cache_dtype: KvCacheDtype | None = None
 
 
 def work(boot: WorkerBoot, parent: Connection) -> None:
@@ -211,4 +212,5 @@ class LocalEngine:
             secret=SECRET,
             limits=StepLimits(settings.max_num_seqs, settings.max_batch_tokens, settings.max_context_len),
             transport=settings.transport,
+            kv_cache_dtype=settings.kv_cache_dtype,
         )

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from kernels import ROW_TILE
 from kernels.cpu_attention import gqa, mla_absorbed, mla_expanded, plan_attention
+from kernels.cpu_cache import write_slots
 from kernels.cpu_elementwise import GRAIN, elementwise_
 from kernels.cpu_sampler import sample
 from kernels.int_weight import dequantize_groups, fp8_to_float
 from kernels.ops import (
+    Cache,
     GroupScaled,
     ModelShape,
     Rotation,
@@ -164,7 +166,7 @@ def _rotate_halves_(x_THR: Tensor, rotation_TR: Tensor) -> None:
 
 
 def store_latents(
-    cache_PSL: Tensor,
+    cache_PSL: Cache,
     slots_T: Tensor,
     latent_TL: Tensor,
     norm_weight_C: Tensor,
@@ -176,15 +178,16 @@ def store_latents(
     latent_TC = latent_TL[:, :num_latent]
     rope_(latent_TL[:, None, num_latent:], rotation, interleaved=True)
     latent_TC.copy_(rms_norm(latent_TC, norm_weight_C, eps))
-    cache_PSL.flatten(0, 1).index_copy_(0, slots_T, latent_TL[: len(slots_T)])
+    widths = (num_latent, latent_TL.shape[1] - num_latent)
+    write_slots(cache_PSL, slots_T, latent_TL[: len(slots_T)], widths)
 
 
-def store_kv(cache_PS2KW: Tensor, slots_T: Tensor, k_TKW: Tensor, v_TKW: Tensor, rotation: Rotation) -> None:
+def store_kv(cache_PS2KW: Cache, slots_T: Tensor, k_TKW: Tensor, v_TKW: Tensor, rotation: Rotation) -> None:
     """See `Ops.store_kv`."""
     rope_(k_TKW, rotation, interleaved=False)
     num_tokens = len(slots_T)
     both_T2KW = torch.stack((k_TKW[:num_tokens], v_TKW[:num_tokens]), 1)
-    cache_PS2KW.flatten(0, 1).index_copy_(0, slots_T, both_T2KW)
+    write_slots(cache_PS2KW, slots_T, both_T2KW, both_T2KW.shape[3:])
 
 
 def gate(

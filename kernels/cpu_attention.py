@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import ROW_TILE
+from kernels.cpu_cache import entry_of, read_slots
 from kernels.cpu_elementwise import elementwise_
-from kernels.ops import ATTENTION_SPLIT, AttentionPlan
+from kernels.ops import ATTENTION_SPLIT, AttentionPlan, Cache
 
 _FEW_QUERIES = 4  # chunks as short as this are attended like decoded tokens
 _MAX_PAIRS = 256  # (token, split) pairs attended at once
@@ -136,40 +137,39 @@ def _pack(
 
 
 def mla_absorbed(
-    q_latent_AHC: Tensor, q_rope_AHR: Tensor, cache_PSL: Tensor, plan: AttentionPlan, *, scale: float
+    q_latent_AHC: Tensor, q_rope_AHR: Tensor, cache_PSL: Cache, plan: AttentionPlan, *, scale: float
 ) -> Tensor:
     """See `Ops.mla_absorbed`: DeepSeek-V2 report (arXiv:2405.04434), section 2.1.2, by splits."""
     assert isinstance(plan, PlainAttentionPlan)
     num_heads, num_latent = q_latent_AHC.shape[1:]
     q_AHL = _padded_heads(torch.cat((q_latent_AHC, q_rope_AHR), -1))
     out = q_AHL.new_zeros(*q_AHL.shape[:2], num_latent)
-    cache = cache_PSL.flatten(0, 1)
+    widths = (num_latent, q_rope_AHR.shape[2])
     scale *= math.log2(math.e)  # powers of two from here on
     for packed in plan.packed:
-        latents = _in_splits(cache, packed.slots)
+        latents = _in_splits(cache_PSL, packed.slots, widths)
         q_nHL = q_AHL.index_select(0, packed.rows_n).float()
         attended = _attend_packed(q_nHL, latents, latents[..., :num_latent], packed.mask, scale)
         out.index_copy_(0, packed.rows_n, attended.to(out.dtype))
     if not plan.has_expanded:
         for span in plan.spans:
-            latents = _in_splits(cache, span.slots)
+            latents = _in_splits(cache_PSL, span.slots, widths)
             _attend_span(q_AHL, latents, latents[..., :num_latent], span, out, scale)
     return out[:, :num_heads]
 
 
-def gqa(q_THW: Tensor, cache_PS2KW: Tensor, plan: AttentionPlan, *, scale: float) -> Tensor:
+def gqa(q_THW: Tensor, cache_PS2KW: Cache, plan: AttentionPlan, *, scale: float) -> Tensor:
     """See `Ops.gqa`: by splits as `mla_absorbed`, one key head after the other, whose group of heads are the
     rows of a product; but spans of a step that is not deterministic all at once."""
     assert isinstance(plan, PlainAttentionPlan)
-    num_key_heads = cache_PS2KW.shape[3]
-    q_TKGW = q_THW.view(len(q_THW), num_key_heads, -1, q_THW.shape[2])
+    num_key_heads, width = entry_of(cache_PS2KW)[1:]
+    q_TKGW = q_THW.view(len(q_THW), num_key_heads, -1, width)
     q_TKMW = _padded_heads(q_TKGW)
     out = torch.zeros_like(q_TKMW)
-    cache = cache_PS2KW.flatten(0, 1)
     scale_log2 = scale * math.log2(math.e)
     for packed in plan.packed:
         rows_n = packed.rows_n if plan.absorbed_rows is None else plan.absorbed_rows[packed.rows_n]
-        keys, values = _in_splits(cache, packed.slots).unbind(2)
+        keys, values = _in_splits(cache_PS2KW, packed.slots, (width,)).unbind(2)
         q_nKMW = q_TKMW.index_select(0, rows_n).float()
         for head in range(num_key_heads):
             parts = q_nKMW[:, head], keys[:, :, head], values[:, :, head]
@@ -177,9 +177,9 @@ def gqa(q_THW: Tensor, cache_PS2KW: Tensor, plan: AttentionPlan, *, scale: float
             out[:, head].index_copy_(0, rows_n, attended.to(out.dtype))
     for span in plan.spans:
         if plan.has_expanded:
-            _attend_at_once(q_TKGW, cache, span, out, scale)
+            _attend_at_once(q_TKGW, cache_PS2KW, span, out, scale)
             continue
-        keys, values = _in_splits(cache, span.slots).unbind(2)
+        keys, values = _in_splits(cache_PS2KW, span.slots, (width,)).unbind(2)
         for head in range(num_key_heads):
             parts = q_TKMW[:, head], keys[:, :, head], values[:, :, head]
             _attend_span(*parts, span, out[:, head], scale_log2)
@@ -194,9 +194,9 @@ def _padded_heads(q: Tensor) -> Tensor:
     return F.pad(q, (0, 0, 0, spare)) if spare else q
 
 
-def _in_splits(cache: Tensor, slots: Tensor) -> Tensor:
+def _in_splits(cache: Cache, slots: Tensor, widths: Sequence[int]) -> Tensor:
     """What slots hold, in float32, [slots / ATTENTION_SPLIT, ATTENTION_SPLIT, ...]."""
-    return cache.index_select(0, slots).float().view(-1, ATTENTION_SPLIT, *cache.shape[1:])
+    return read_slots(cache, slots, widths).view(-1, ATTENTION_SPLIT, *entry_of(cache))
 
 
 def _attend_packed(q_nHL: Tensor, keys_pBL: Tensor, values_pBC: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -238,11 +238,11 @@ def _attend_span(
         out_AHC[row : row + num_tokens] = out_nHC.div_(total_nH1)
 
 
-def _attend_at_once(q_TKGW: Tensor, cache: Tensor, span: _Span, out_TKMW: Tensor, scale: float) -> None:
+def _attend_at_once(q_TKGW: Tensor, cache_PS2KW: Cache, span: _Span, out_TKMW: Tensor, scale: float) -> None:
     """The span's queries over all of their context, a block of them at a time."""
-    num_key_heads, share = q_TKGW.shape[1:3]
+    num_key_heads, share, width = q_TKGW.shape[1:]
     context_len = span.position + span.last_row - span.first_row
-    keys_LKW, values_LKW = cache.index_select(0, span.slots[:context_len]).float().unbind(1)
+    keys_LKW, values_LKW = read_slots(cache_PS2KW, span.slots[:context_len], (width,)).unbind(1)
     block = max(1, min(_QUERY_BLOCK, _MAX_SCORES // (context_len * num_key_heads * share)))
     for row in range(span.first_row, span.last_row, block):
         end = min(row + block, span.last_row)
@@ -270,7 +270,7 @@ def _weights_(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def mla_expanded(
     q_THQ: Tensor,
-    cache_PSL: Tensor,
+    cache_PSL: Cache,
     plan: AttentionPlan,
     weight_HOC: Tensor,
     out_THV: Tensor,
@@ -282,10 +282,10 @@ def mla_expanded(
     num_heads, _, num_latent = weight_HOC.shape
     num_values = out_THV.shape[2]
     num_keys = weight_HOC.shape[1] - num_values
-    cache = cache_PSL.flatten(0, 1)
+    widths = (num_latent, entry_of(cache_PSL)[0] - num_latent)
     for span in plan.spans:
         context_len = span.position + span.last_row - span.first_row
-        latents = cache.index_select(0, span.slots[:context_len])
+        latents = read_slots(cache_PSL, span.slots[:context_len], widths).to(weight_HOC.dtype)
         expanded_LHO = F.linear(latents[:, :num_latent], weight_HOC.flatten(0, 1)).view(
             context_len, num_heads, -1
         )

@@ -2,10 +2,12 @@
 
 A program takes one key head and a block of (query, head of its group) rows: in decode the group's heads
 fill the rows, in prefill the queries do. Decode splits the context and merges; prefill, with rows enough,
-does not.
+does not. The cache is of the queries' dtype, or FP8 with a float32 scale for every key and every value of a
+head: the former multiplies a column of scores, the latter one of probabilities.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from kernels.attention_merge import check_paging, choose_split, merge_splits
 from kernels.launch import num_processors, rows_dense
+from kernels.mla_cache import within_fp8
 from kernels.mla_decode import fitting
 from kernels.rope import rotate
 from kernels.tuned import autotune
@@ -48,18 +51,23 @@ def _attend_block(
     context_len: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scale_ptr: tl.tensor,
+    v_scale_ptr: tl.tensor,
     table_at: tl.tensor,
     head: tl.tensor,
     entry: tl.tensor,
+    scale_entry: tl.tensor,
     scale_log2: tl.tensor,
     D: tl.constexpr,
     PAGE: tl.constexpr,
+    SCALED: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     # BLOCK_N divides a page and splits start on a block, so a block lies in one page.
     page = tl.load(table_at + first // PAGE)
-    block = (page.to(tl.int64) * PAGE + first % PAGE) * entry + head * D
+    slot = page.to(tl.int64) * PAGE + first % PAGE
+    block = slot * entry + head * D
     within = tl.arange(0, BLOCK_N)
     key = first + within
     at = within[:, None] * entry + tl.arange(0, D)[None, :]
@@ -69,7 +77,12 @@ def _attend_block(
         v = tl.load(v_ptr + block + at, mask=(key < context_len)[:, None], other=0.0)
     else:
         k, v = tl.load(k_ptr + block + at), tl.load(v_ptr + block + at)
+    k, v = k.to(q.dtype), v.to(q.dtype)
     score = tl.dot(q, tl.trans(k)) * scale_log2
+    if SCALED:
+        scale_at = slot * scale_entry + head
+        filled = key < context_len
+        score *= tl.load(k_scale_ptr + scale_at + within * scale_entry, mask=filled, other=0.0)[None, :]
     if MASKED:
         score = tl.where(key[None, :] <= position[:, None], score, float("-inf"))
     larger = tl.maximum(largest, tl.max(score, 1))
@@ -78,6 +91,8 @@ def _attend_block(
     probability = tl.exp2(score - base[:, None])
     decay = tl.exp2(largest - base)
     weights = weights * decay + tl.sum(probability, 1)
+    if SCALED:
+        probability *= tl.load(v_scale_ptr + scale_at + within * scale_entry, mask=filled, other=0.0)[None, :]
     total = tl.dot(probability.to(v.dtype), v, total * decay[:, None])
     return total, larger, weights
 
@@ -88,6 +103,8 @@ def paged_attention_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scale_ptr: tl.tensor,
+    v_scale_ptr: tl.tensor,
     page_table_ptr: tl.tensor,
     context_len_ptr: tl.tensor,
     query_start_ptr: tl.tensor,
@@ -101,10 +118,12 @@ def paged_attention_kernel(
     split_tokens: int,
     table_stride: int,
     entry: int,
+    scale_entry: int,
     q_stride_t: int,
     q_stride_h: int,
     D: tl.constexpr,
     PAGE: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
@@ -138,14 +157,14 @@ def paged_attention_kernel(
     whole = tl.maximum(tl.minimum(split_end, visible + first_row // share) - begin, 0) // BLOCK_N * BLOCK_N
     for first in range(begin, begin + whole, BLOCK_N):
         total, largest, weights = _attend_block(
-            total, largest, weights, q, position, first, context_len, k_ptr, v_ptr, table_at, head, entry,
-            scale_log2, D, PAGE, False, BLOCK_N,
+            total, largest, weights, q, position, first, context_len, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
+            table_at, head, entry, scale_entry, scale_log2, D, PAGE, SCALED, False, BLOCK_N,
         )  # fmt: skip
     seen_by_last = visible + (first_row + BLOCK_ROWS - 1) // share
     for first in range(begin + whole, tl.minimum(split_end, seen_by_last), BLOCK_N):
         total, largest, weights = _attend_block(
-            total, largest, weights, q, position, first, context_len, k_ptr, v_ptr, table_at, head, entry,
-            scale_log2, D, PAGE, True, BLOCK_N,
+            total, largest, weights, q, position, first, context_len, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
+            table_at, head, entry, scale_entry, scale_log2, D, PAGE, SCALED, True, BLOCK_N,
         )  # fmt: skip
     seen = weights > 0
     total = total / tl.where(seen, weights, 1.0)[:, None]
@@ -163,6 +182,7 @@ def paged_attention(
     context_len_S: Tensor,
     query_start_S1: Tensor,
     scale: float,
+    kv_scale_PSH: Sequence[Tensor] | None = None,
     *,
     max_query_len: int,
     max_context_len: int | None = None,
@@ -171,7 +191,8 @@ def paged_attention(
     """[T, H, D] in the queries' dtype; caches [pages, page_size, key heads, D], of which slots may lie apart;
     see `reference`.
 
-    New keys are in the cache already. `deterministic` fixes blocks and splits, as in `mla_decode`.
+    Caches are of the queries' dtype, or FP8 with float32 scales of keys and of values [pages, page_size, key
+    heads]. New keys are in the cache already. `deterministic` fixes blocks and splits, as in `mla_decode`.
     """
     num_tokens, num_heads, width = q_THD.shape
     page_size, num_key_heads = k_cache_PSHD.shape[1:3]
@@ -179,11 +200,12 @@ def paged_attention(
     assert width & (width - 1) == 0, f"heads of {width}: not a power of two"
     assert k_cache_PSHD.shape == v_cache_PSHD.shape, "caches differ in shape"
     assert k_cache_PSHD.shape[3] == width, f"cached heads of {k_cache_PSHD.shape[3]}"
-    assert k_cache_PSHD.dtype == v_cache_PSHD.dtype == q_THD.dtype
+    assert kv_scale_PSH is not None or k_cache_PSHD.dtype == q_THD.dtype, "a cache of another dtype"
     assert num_heads % num_key_heads == 0, f"{num_heads} heads on {num_key_heads} key heads"
     assert page_size % 16 == 0, f"pages of {page_size} tokens: not a multiple of 16"
     check_paging(page_table_SP, context_len_S, query_start_S1)
     entry = _slot_stride(k_cache_PSHD, v_cache_PSHD)
+    scales, scale_entry = _scales(kv_scale_PSH, k_cache_PSHD, v_cache_PSHD)
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     if num_tokens == 0:
         return out_THD
@@ -213,6 +235,7 @@ def paged_attention(
         q_THD,
         k_cache_PSHD,
         v_cache_PSHD,
+        *scales,
         page_table_SP,
         context_len_S,
         query_start_S1,
@@ -226,9 +249,11 @@ def paged_attention(
         split,
         page_table_SP.stride(0),
         entry,
+        scale_entry,
         *q_THD.stride()[:2],
         D=width,
         PAGE=page_size,
+        SCALED=kv_scale_PSH is not None,
         **fixed,
     )
     if splits > 1:
@@ -248,6 +273,42 @@ def _slot_stride(*caches_PSHD: Tensor) -> int:
     return slot
 
 
+def _scales(kv_scale_PSH: Sequence[Tensor] | None, *caches_PSHD: Tensor) -> tuple[Sequence[Tensor], int]:
+    """Scales of keys and of values, and elements from one slot's to the next's; the caches themselves, which
+    nobody then reads as scales, where there are none."""
+    fp8 = {cache.element_size() == 1 for cache in caches_PSHD}
+    assert fp8 == {kv_scale_PSH is not None}, "an FP8 cache, and no other, has scales"
+    if kv_scale_PSH is None:
+        return caches_PSHD, 0
+    assert all(scale.dtype == torch.float32 for scale in kv_scale_PSH)
+    assert [scale.shape for scale in kv_scale_PSH] == [cache.shape[:3] for cache in caches_PSHD]
+    return kv_scale_PSH, _slot_stride(*(scale.unsqueeze(3) for scale in kv_scale_PSH))
+
+
+@triton.jit
+def _store_halves(
+    low: tl.tensor,
+    high: tl.tensor,
+    cache_at: tl.tensor,
+    scale_at: tl.tensor,
+    head: tl.tensor,
+    NUM_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    SCALED: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+) -> None:
+    """Writes every head's two halves [BLOCK_H, HALF] of a slot, and their scales."""
+    if SCALED:
+        largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+        scale = tl.maximum(largest, 1e-12) / FP8_MAX
+        tl.store(scale_at + head, scale, mask=head < NUM_HEADS)
+        low = within_fp8(low / scale[:, None], FP8_MAX)
+        high = within_fp8(high / scale[:, None], FP8_MAX)
+    inside = (head < NUM_HEADS)[:, None]
+    tl.store(cache_at, low.to(cache_at.dtype.element_ty), mask=inside)
+    tl.store(cache_at + HALF, high.to(cache_at.dtype.element_ty), mask=inside)
+
+
 @triton.jit
 def write_kv_kernel(
     k_ptr: tl.tensor,
@@ -258,12 +319,17 @@ def write_kv_kernel(
     slot_ptr: tl.tensor,
     k_cache_ptr: tl.tensor,
     v_cache_ptr: tl.tensor,
+    k_scale_ptr: tl.tensor,
+    v_scale_ptr: tl.tensor,
     k_stride: int,
     v_stride: int,
     entry: int,
+    scale_entry: int,
     D: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    SCALED: tl.constexpr,
+    FP8_MAX: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + token).to(tl.int64)
@@ -271,21 +337,30 @@ def write_kv_kernel(
         return
     half: tl.constexpr = D // 2
     pair = tl.arange(0, half)
-    head = tl.arange(0, BLOCK_H)[:, None]
-    inside = head < NUM_HEADS
+    head = tl.arange(0, BLOCK_H)
+    inside = (head < NUM_HEADS)[:, None]
     angle = tl.load(position_ptr + token).to(tl.int64) * half + pair
     cos = tl.load(cos_ptr + angle).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + angle).to(tl.float32)[None, :]
-    at = head * D + pair[None, :]
+    at = head[:, None] * D + pair[None, :]
     low = tl.load(k_ptr + token * k_stride + at, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(k_ptr + token * k_stride + at + half, mask=inside, other=0.0).to(tl.float32)
     turned_low, turned_high = rotate(low, high, cos, sin)
-    to = slot * entry + at
-    tl.store(k_cache_ptr + to, turned_low.to(k_cache_ptr.dtype.element_ty), mask=inside)
-    tl.store(k_cache_ptr + to + half, turned_high.to(k_cache_ptr.dtype.element_ty), mask=inside)
-    for part in tl.static_range(2):
-        v = tl.load(v_ptr + token * v_stride + at + part * half, mask=inside, other=0.0)
-        tl.store(v_cache_ptr + to + part * half, v.to(v_cache_ptr.dtype.element_ty), mask=inside)
+    to, scale_to = slot * entry + at, slot * scale_entry
+    _store_halves(
+        turned_low,
+        turned_high,
+        k_cache_ptr + to,
+        k_scale_ptr + scale_to,
+        head,
+        NUM_HEADS,
+        half,
+        SCALED,
+        FP8_MAX,
+    )
+    low = tl.load(v_ptr + token * v_stride + at, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(v_ptr + token * v_stride + at + half, mask=inside, other=0.0).to(tl.float32)
+    _store_halves(low, high, v_cache_ptr + to, v_scale_ptr + scale_to, head, NUM_HEADS, half, SCALED, FP8_MAX)
 
 
 def write_kv(
@@ -297,10 +372,12 @@ def write_kv(
     slots_T: Tensor,
     k_cache_PSHD: Tensor,
     v_cache_PSHD: Tensor,
+    kv_scale_PSH: Sequence[Tensor] | None = None,
 ) -> None:
     """Rotates keys [T, H, D] by halves and writes keys and values to their slots (page · page_size + offset).
 
-    A slot of -1 writes nothing; tables are [positions, D/2]. See `reference.rope`.
+    A slot of -1 writes nothing; tables are [positions, D/2]. Into FP8 caches every head's key and value is
+    scaled by itself, by `kv_scale_PSH` as in `paged_attention`. See `reference.rope`.
     """
     num_tokens, num_heads, width = k_THD.shape
     assert v_THD.shape == k_THD.shape
@@ -311,6 +388,8 @@ def write_kv(
     assert cos_PR.shape == sin_PR.shape
     assert cos_PR.shape[1] == width // 2
     entry = _slot_stride(k_cache_PSHD, v_cache_PSHD)
+    scales, scale_entry = _scales(kv_scale_PSH, k_cache_PSHD, v_cache_PSHD)
+    scaled = kv_scale_PSH is not None
     dense = (cos_PR, sin_PR, positions_T, slots_T)
     assert all(x.is_contiguous() for x in dense)
     assert positions_T.shape == slots_T.shape == (num_tokens,)
@@ -324,11 +403,15 @@ def write_kv(
             slots_T,
             k_cache_PSHD,
             v_cache_PSHD,
+            *scales,
             k_THD.stride(0),
             v_THD.stride(0),
             entry,
+            scale_entry,
             D=width,
             NUM_HEADS=num_heads,
             BLOCK_H=triton.next_power_of_2(num_heads),
+            SCALED=scaled,
+            FP8_MAX=torch.finfo(k_cache_PSHD.dtype).max if scaled else 1.0,
             num_warps=4,
         )

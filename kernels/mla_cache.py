@@ -10,6 +10,12 @@ from kernels.rope import rotate
 
 
 @triton.jit
+def within_fp8(x: tl.tensor, FP8_MAX: tl.constexpr) -> tl.tensor:
+    """What may be cast to FP8. NaN stays NaN: a cache that hid it would hide why a model fails."""
+    return tl.clamp(x, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def write_latent_kernel(
     kv_ptr: tl.tensor,
     weight_ptr: tl.tensor,
@@ -46,9 +52,9 @@ def write_latent_kernel(
         rope_scale = tl.maximum(largest, 1e-12) / FP8_MAX
         tl.store(cache_scale_ptr + slot * 2, latent_scale)
         tl.store(cache_scale_ptr + slot * 2 + 1, rope_scale)
-        latent = tl.clamp(latent / latent_scale, -FP8_MAX, FP8_MAX)
-        turned_first = tl.clamp(turned_first / rope_scale, -FP8_MAX, FP8_MAX)
-        turned_second = tl.clamp(turned_second / rope_scale, -FP8_MAX, FP8_MAX)
+        latent = within_fp8(latent / latent_scale, FP8_MAX)
+        turned_first = within_fp8(turned_first / rope_scale, FP8_MAX)
+        turned_second = within_fp8(turned_second / rope_scale, FP8_MAX)
     cache_at = cache_ptr + slot * (C + R)
     tl.store(cache_at + column, latent.to(cache_ptr.dtype.element_ty))
     tl.store(cache_at + C + 2 * pair, turned_first.to(cache_ptr.dtype.element_ty))

@@ -69,6 +69,24 @@ ScaledWeight: TypeAlias = BlockScaled | GroupScaled
 
 Weight: TypeAlias = Tensor | ScaledWeight
 
+
+@dataclass(frozen=True)
+class Fp8Cache:
+    """A paged cache in the device's E4M3 format; each run of `values` that shares a number of the float32
+    `scale` stands for itself times that.
+
+    Of latents [P, page, C + R] each slot has two scales [P, page, 2], the latent's and the rotated key's; of
+    keys and values [P, page, 2, K, W] one for every head's key and value [P, page, 2, K].
+    """
+
+    values: Tensor
+    scale: Tensor
+
+
+Cache: TypeAlias = Tensor | Fp8Cache
+"""One layer's latents, or keys and values, in the compute dtype or in FP8. Attention reads of every token,
+those of the same step among them, what the cache holds: so it does not matter how a prompt was cut."""
+
 Rotation: TypeAlias = object
 """What an implementation turns a step's queries and keys by; made by `Ops.rotation`, once per step."""
 
@@ -154,7 +172,7 @@ class Ops(Protocol):
 
     def store_latents(
         self,
-        cache_PSL: Tensor,
+        cache_PSL: Cache,
         slots_T: Tensor,
         latent_TL: Tensor,
         norm_weight_C: Tensor,
@@ -165,7 +183,7 @@ class Ops(Protocol):
         offset); rows past the slots are padding. `latent_TL` may be overwritten."""
 
     def store_kv(
-        self, cache_PS2KW: Tensor, slots_T: Tensor, k_TKW: Tensor, v_TKW: Tensor, rotation: Rotation
+        self, cache_PS2KW: Cache, slots_T: Tensor, k_TKW: Tensor, v_TKW: Tensor, rotation: Rotation
     ) -> None:
         """Rotates keys by halves, and writes keys and values to their slots; rows past the slots are
         padding. Both may be views whose heads are dense; `k_TKW` may be overwritten."""
@@ -190,7 +208,7 @@ class Ops(Protocol):
         self,
         q_latent_AHC: Tensor,
         q_rope_AHR: Tensor,
-        cache_PSL: Tensor,
+        cache_PSL: Cache,
         plan: AttentionPlan,
         *,
         scale: float,
@@ -201,7 +219,7 @@ class Ops(Protocol):
     def mla_expanded(
         self,
         q_THQ: Tensor,
-        cache_PSL: Tensor,
+        cache_PSL: Cache,
         plan: AttentionPlan,
         weight_HOC: Tensor,
         out_THV: Tensor,
@@ -211,7 +229,7 @@ class Ops(Protocol):
         """Attention over keys and values expanded from the latents, for the rows that are not absorbed;
         writes those rows of `out_THV`. `weight_HOC` has per head the rows of keys, then those of values."""
 
-    def gqa(self, q_THW: Tensor, cache_PS2KW: Tensor, plan: AttentionPlan, *, scale: float) -> Tensor:
+    def gqa(self, q_THW: Tensor, cache_PS2KW: Cache, plan: AttentionPlan, *, scale: float) -> Tensor:
         """Grouped-query attention for all rows of the step, [T, H, W]; H / K neighbouring heads share a key
         head. Rows past the real tokens are zero. Where the plan has all rows absorbed, a row's bits depend on
         its own query and context alone."""

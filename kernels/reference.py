@@ -8,6 +8,7 @@ sequences · G groups of 128.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -271,9 +272,18 @@ def paged_attention(
     context_len_S: Tensor,
     query_start_S1: Tensor,
     scale: float,
+    kv_scale_PSH: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Grouped-query attention over paged keys and values, [T, H, D]; heads of a group share one key head."""
+    """Grouped-query attention over paged keys and values, [T, H, D]; heads of a group share one key head.
+
+    In an FP8 cache every key and value is multiplied by its scale, in the dtype of the queries."""
     out = torch.zeros_like(q_THD)
+    if kv_scale_PSH is not None:
+        k_scale, v_scale = (scale_PSH.to(q_THD.dtype)[..., None] for scale_PSH in kv_scale_PSH)
+        k_cache_PSHD, v_cache_PSHD = (
+            k_cache_PSHD.to(k_scale.dtype) * k_scale,
+            v_cache_PSHD.to(v_scale.dtype) * v_scale,
+        )
     share = q_THD.shape[1] // k_cache_PSHD.shape[2]
     starts, size = query_start_S1.tolist(), k_cache_PSHD.shape[1]
     for s, (first, last) in enumerate(pairwise(starts)):

@@ -77,6 +77,11 @@ def kernel_of(case: Case) -> triton.JITFunction:
     return getattr(case.kernel, "fn", case.kernel) if hasattr(case.kernel, "configs") else case.kernel
 
 
+def _of_cache(signature: str, types: tuple[str, str]) -> str:
+    """A signature with the types of the cache and of its scales."""
+    return signature.replace("cache", types[0]).replace("scale", types[1])
+
+
 _D = {"D": 7168, "BLOCK_D": 8192, "HAS_RESIDUAL": True}
 _GATE = {
     "NUM_GROUPS": 8,
@@ -97,8 +102,11 @@ _GATE_UP = "*fp8' *fp32' *fp8' *fp32' *i32' *fp8' *fp32' i32' i32 i32' i32' i32'
 _MLA = "*bf16' *bf16' *bf16' *fp32' *i32' *i32' *i32' *fp32' *fp32' fp32" + " i32'" * 9
 _MLA_SHAPE = {"C": 512, "R": 64, "PAGE": 64}
 _NARROW_MLA = {"BLOCK_ROWS": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-_GQA = "*bf16' *bf16' *bf16' *i32' *i32' *i32' *fp32' *fp32' fp32 i32' i32 i32 i32 i32' i32' i32' i32' i32'"
+_GQA = "*bf16' cache cache scale scale *i32' *i32' *i32' *fp32' *fp32' fp32 i32' i32 i32 i32"
+_GQA += " i32' i32' i32' i32 i32' i32'"
 _GQA_SHAPE = {"D": 128, "PAGE": 64, "BLOCK_N": 64}
+_WRITE_KV = "*bf16' *bf16' *fp32' *fp32' *i64' *i64' cache cache scale scale i32' i32' i32' i32"
+_PLAIN_CACHE, _FP8_CACHE = ("*bf16'", "*bf16'"), ("*fp8'", "*fp32'")
 _INT = "*bf16' weight *fp32' *bf16' i32 i32 i32' i32' i32 i32'"
 _INT_SHAPE = {"EVEN": True, "BLOCK_M": 16, "BLOCK_N": 64}
 _INT8, _INT4 = {"PACKED": False, "PER_ROW": True}, {"PACKED": True, "PER_ROW": False}
@@ -328,22 +336,48 @@ CASES = [
         "*bf16' *bf16' *i32' *i32' *bf16' i32'",
         _MLA_SHAPE | {"SCALED": False, "BLOCK_N": 16},
     ),
-    Case("gqa decode", gqa.paged_attention_kernel, _GQA, _GQA_SHAPE | {"BLOCK_ROWS": 16}, 4, 3, True),
     Case(
-        "gqa prefill",
-        gqa.paged_attention_kernel,
-        _GQA,
-        _GQA_SHAPE | {"BLOCK_ROWS": 128},
-        8,
-        3,
-        True,
-        {"BLOCK_ROWS": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+        "gather latent, FP8 cache",
+        mla_cache.gather_latent_kernel,
+        "*fp8' *fp32' *i32' *i32' *bf16' i32'",
+        _MLA_SHAPE | {"SCALED": True, "BLOCK_N": 16},
     ),
-    Case(
-        "write kv",
-        gqa.write_kv_kernel,
-        "*bf16' *bf16' *fp32' *fp32' *i64' *i64' *bf16' *bf16' i32' i32' i32'",
-        {"D": 128, "NUM_HEADS": 8, "BLOCK_H": 8},
+    *(
+        case
+        for words, types, scaled in (("", _PLAIN_CACHE, False), (", FP8 cache", _FP8_CACHE, True))
+        for case in (
+            Case(
+                f"gqa decode{words}",
+                gqa.paged_attention_kernel,
+                _of_cache(_GQA, types),
+                _GQA_SHAPE | {"BLOCK_ROWS": 16, "SCALED": scaled},
+                4,
+                3,
+                True,
+            ),
+            Case(
+                f"gqa prefill{words}",
+                gqa.paged_attention_kernel,
+                _of_cache(_GQA, types),
+                _GQA_SHAPE | {"BLOCK_ROWS": 128, "SCALED": scaled},
+                8,
+                3,
+                True,
+                {"BLOCK_ROWS": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+            ),
+            Case(
+                f"write kv{words}",
+                gqa.write_kv_kernel,
+                _of_cache(_WRITE_KV, types),
+                {
+                    "D": 128,
+                    "NUM_HEADS": 8,
+                    "BLOCK_H": 8,
+                    "SCALED": scaled,
+                    "FP8_MAX": 448.0 if scaled else 1.0,
+                },
+            ),
+        )
     ),
     Case("gemm int8", int_gemm.int_gemm_kernel, _INT.replace("weight", "*i8'"), _INT_SHAPE | _INT8),
     Case("gemm int4", int_gemm.int_gemm_kernel, _INT.replace("weight", "*u8'"), _INT_SHAPE | _INT4),

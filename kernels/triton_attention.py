@@ -20,7 +20,7 @@ from kernels.gqa import paged_attention
 from kernels.mla_cache import gather_latent
 from kernels.mla_decode import mla_decode
 from kernels.mla_prefill import mla_prefill
-from kernels.ops import AttentionPlan
+from kernels.ops import AttentionPlan, Cache, Fp8Cache
 from kernels.upload import upload
 
 _FEW_QUERIES = 4  # chunks as short as this are attended like decoded tokens
@@ -159,21 +159,28 @@ def refill_(plan: AttentionPlan, other: AttentionPlan) -> None:
     static.page_table_SP[:num_sequences, :num_pages].copy_(part.page_table_SP)
 
 
+def parts_of(cache: Cache) -> tuple[Tensor, Tensor | None]:
+    """Its values, and the scales of an FP8 one."""
+    return (cache.values, cache.scale) if isinstance(cache, Fp8Cache) else (cache, None)
+
+
 def mla_absorbed(
-    q_latent_AHC: Tensor, q_rope_AHR: Tensor, cache_PSL: Tensor, plan: AttentionPlan, *, scale: float
+    q_latent_AHC: Tensor, q_rope_AHR: Tensor, cache_PSL: Cache, plan: AttentionPlan, *, scale: float
 ) -> Tensor:
     """See `Ops.mla_absorbed`."""
     assert isinstance(plan, TritonAttentionPlan)
     part = plan.absorbed
     assert part is not None
+    values_PSL, scale_PS2 = parts_of(cache_PSL)
     out_AHC = mla_decode(
         q_latent_AHC,
         q_rope_AHR,
-        cache_PSL,
+        values_PSL,
         part.page_table_SP,
         part.context_len_S,
         part.start_S1,
         scale,
+        scale_PS2,
         max_query_len=part.max_query_len,
         max_context_len=part.max_context_len,
         deterministic=plan.deterministic,
@@ -184,7 +191,7 @@ def mla_absorbed(
 
 def mla_expanded(
     q_THQ: Tensor,
-    cache_PSL: Tensor,
+    cache_PSL: Cache,
     plan: AttentionPlan,
     weight_HOC: Tensor,
     out_THV: Tensor,
@@ -195,14 +202,16 @@ def mla_expanded(
     assert isinstance(plan, TritonAttentionPlan)
     num_heads, _, num_latent = weight_HOC.shape
     num_nope = weight_HOC.shape[1] - out_THV.shape[2]
+    values_PSL, scale_PS2 = parts_of(cache_PSL)
     for part in plan.expanded:
         latent_LC = gather_latent(
-            cache_PSL,
+            values_PSL,
             part.page_table_SP,
             part.key_start_S1,
             num_latent,
+            scale_PS2,
             num_keys=part.num_keys,
-            dtype=cache_PSL.dtype,
+            dtype=q_THQ.dtype,
         )
         expanded = F.linear(latent_LC[:, :num_latent], weight_HOC.flatten(0, 1))
         expanded_LHO = expanded.view(part.num_keys, num_heads, -1)
@@ -224,7 +233,7 @@ def mla_expanded(
             out_THV.index_copy_(0, part.rows.long(), attended)
 
 
-def gqa(q_THW: Tensor, cache_PS2KW: Tensor, plan: AttentionPlan, *, scale: float) -> Tensor:
+def gqa(q_THW: Tensor, cache_PS2KW: Cache, plan: AttentionPlan, *, scale: float) -> Tensor:
     """See `Ops.gqa`."""
     assert isinstance(plan, TritonAttentionPlan)
     parts = [*([] if plan.absorbed is None else [plan.absorbed]), *plan.expanded]
@@ -238,8 +247,9 @@ def gqa(q_THW: Tensor, cache_PS2KW: Tensor, plan: AttentionPlan, *, scale: float
     return out_THW
 
 
-def _gqa_part(q_THW: Tensor, cache_PS2KW: Tensor, part: Part, scale: float, deterministic: bool) -> Tensor:
-    k_cache, v_cache = cache_PS2KW.unbind(2)
+def _gqa_part(q_THW: Tensor, cache_PS2KW: Cache, part: Part, scale: float, deterministic: bool) -> Tensor:
+    values_PS2KW, scale_PS2K = parts_of(cache_PS2KW)
+    k_cache, v_cache = values_PS2KW.unbind(2)
     out_THW = paged_attention(
         q_THW,
         k_cache,
@@ -248,6 +258,7 @@ def _gqa_part(q_THW: Tensor, cache_PS2KW: Tensor, part: Part, scale: float, dete
         part.context_len_S,
         part.start_S1,
         scale,
+        None if scale_PS2K is None else scale_PS2K.unbind(2),
         max_query_len=part.max_query_len,
         max_context_len=part.max_context_len,
         deterministic=deterministic,

@@ -35,9 +35,9 @@ from kernels import (
 from kernels import rope as rope_kernel
 from kernels.gqa import write_kv
 from kernels.launch import native_fp8
-from kernels.ops import BlockScaled, Draws, GroupScaled, ModelShape, Rotation, Routing, Weight
+from kernels.ops import BlockScaled, Cache, Draws, GroupScaled, ModelShape, Rotation, Routing, Weight
 from kernels.reference import SortedRows
-from kernels.triton_attention import gqa, mla_absorbed, mla_expanded, plan_attention, refill_
+from kernels.triton_attention import gqa, mla_absorbed, mla_expanded, parts_of, plan_attention, refill_
 from kernels.upload import upload
 
 # Operations in a file of their own.
@@ -156,7 +156,7 @@ def rope_(x_THR: Tensor, rotation: Rotation, *, interleaved: bool) -> None:
 
 
 def store_latents(
-    cache_PSL: Tensor,
+    cache_PSL: Cache,
     slots_T: Tensor,
     latent_TL: Tensor,
     norm_weight_C: Tensor,
@@ -168,17 +168,20 @@ def store_latents(
     cos, sin, rows = rotation
     num_rows = len(slots_T)
     mla_cache.write_latent(
-        latent_TL[:num_rows], norm_weight_C, eps, cos, sin, rows[:num_rows], slots_T, cache_PSL
+        latent_TL[:num_rows], norm_weight_C, eps, cos, sin, rows[:num_rows], slots_T, *parts_of(cache_PSL)
     )
 
 
-def store_kv(cache_PS2KW: Tensor, slots_T: Tensor, k_TKW: Tensor, v_TKW: Tensor, rotation: Rotation) -> None:
+def store_kv(cache_PS2KW: Cache, slots_T: Tensor, k_TKW: Tensor, v_TKW: Tensor, rotation: Rotation) -> None:
     """See `Ops.store_kv`."""
     assert isinstance(rotation, tuple)
     cos, sin, rows = rotation
     num_rows = len(slots_T)
-    k_cache, v_cache = cache_PS2KW.unbind(2)
-    write_kv(k_TKW[:num_rows], v_TKW[:num_rows], cos, sin, rows[:num_rows], slots_T, k_cache, v_cache)
+    k_TKW, v_TKW = k_TKW[:num_rows], v_TKW[:num_rows]
+    values_PS2KW, scale_PS2K = parts_of(cache_PS2KW)
+    k_cache, v_cache = values_PS2KW.unbind(2)
+    scales = None if scale_PS2K is None else scale_PS2K.unbind(2)
+    write_kv(k_TKW, v_TKW, cos, sin, rows[:num_rows], slots_T, k_cache, v_cache, scales)
 
 
 def gate(

@@ -13,6 +13,9 @@ import pydantic
 import yaml
 from pydantic import Field
 
+KvCacheDtype = Literal["fp8"]
+"""What KV pages may be kept in beside the compute dtype: E4M3 with float32 scales."""
+
 BUILTIN_PREFIX = "builtin:"
 ASSETS = Path(__file__).parent / "assets"
 
@@ -61,6 +64,8 @@ class LayoutConfig(_Section):
 class Engine(_Section):
     """The scheduler's limits. `page_size` counts tokens, `num_pages` pages per stage and layer.
 
+    `kv_cache_dtype: fp8` keeps KV in FP8 with scales, in about half of BF16's memory or a quarter of
+    float32's, and rounds it (docs/kernels.md); if nothing is said, it is kept as it is computed.
     `standby` keeps one more engine process that takes over within a second when one dies. Workers leave
     `lease_s` after the last word of an engine; a worker that is silent for `step_timeout_s` is replaced.
     """
@@ -71,6 +76,7 @@ class Engine(_Section):
     threads: Annotated[int, Field(ge=1)] = 1
     page_size: Annotated[int, Field(ge=1)] = 16
     num_pages: Annotated[int, Field(ge=1)] = 2048
+    kv_cache_dtype: KvCacheDtype | None = None
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
     max_batch_tokens: Annotated[int, Field(ge=1)] = 512
     max_queued: Annotated[int, Field(ge=0)] = 256
@@ -151,7 +157,15 @@ class Service(_Section):
 
 
 def load_service(path: Path) -> Service:
-    """Reads and validates a service file; raises ConfigError with one sentence that names the key."""
+    """Reads a service file, and finds the folder of its model; raises ConfigError as `read_service`."""
+    service = read_service(path)
+    folder = resolve_model_path(service.model.path, path.parent)
+    return service.model_copy(update={"model": service.model.model_copy(update={"path": str(folder)})})
+
+
+def read_service(path: Path) -> Service:
+    """Reads and validates a service file alone, whose model need not be there yet; raises ConfigError with
+    one sentence that names the key."""
     if not path.is_file():
         raise ConfigError(f"service file {path} does not exist")
     try:
@@ -161,19 +175,21 @@ def load_service(path: Path) -> Service:
     if not isinstance(data, dict):
         raise ConfigError(f"service file {path} must be a mapping with the keys name, model, layout, …")
     try:
-        service = Service.model_validate(data)
+        return Service.model_validate(data)
     except pydantic.ValidationError as error:
         raise ConfigError(f"service file {path}: {_first_faults(error)}") from None
-    folder = resolve_model_path(service.model.path, path.parent)
-    return service.model_copy(update={"model": service.model.model_copy(update={"path": str(folder)})})
+
+
+def model_folder(text: str, base: Path) -> Path:
+    """The folder that `builtin:NAME`, an absolute path, or one relative to `base` means, there or not."""
+    if text.startswith(BUILTIN_PREFIX):
+        return ASSETS / text.removeprefix(BUILTIN_PREFIX)
+    return (base / Path(text).expanduser()).resolve()
 
 
 def resolve_model_path(text: str, base: Path) -> Path:
-    """The checkpoint's folder for `builtin:NAME`, an absolute path, or one relative to `base`."""
-    if text.startswith(BUILTIN_PREFIX):
-        folder = ASSETS / text.removeprefix(BUILTIN_PREFIX)
-    else:
-        folder = (base / Path(text).expanduser()).resolve()
+    """`model_folder`, where there is a checkpoint; raises ConfigError where there is none."""
+    folder = model_folder(text, base)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.path: {text} is no checkpoint: there is no {folder / 'config.json'}")
     return folder

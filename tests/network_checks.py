@@ -43,20 +43,21 @@ def decoded(model, prompts, answers, cuts):
     return [torch.stack(rows) for rows in got]
 
 
-def check_bits(values, seed, cuts, bounds, num_shards, page_size):
+def check_bits(values, seed, cuts, bounds, num_shards, page_size, fp8_cache=False):
     """One sequence alone, against the same among others, in other chunks, stages, shards and pages."""
     note(f"seed {seed}")
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
         config = write_checkpoint(folder, values, seed)
         tokens = rng.integers(0, config.vocab_size, 150)
-        alone = SmallModel(folder, deterministic=True)
+        alone = SmallModel(folder, deterministic=True, fp8_cache=fp8_cache)
         prefix, suffix = tokens[:140], tokens[140:]
         expected = [alone.step([(0, prefix)]), *(alone.step([(0, [token])]) for token in suffix)]
 
         other = SmallModel(
             folder,
             deterministic=True,
+            fp8_cache=fp8_cache,
             bounds=sorted(bounds),
             num_shards=num_shards,
             page_size=page_size,
@@ -78,7 +79,7 @@ def check_bits(values, seed, cuts, bounds, num_shards, page_size):
         for a, b in zip(expected, got[-len(expected) :], strict=True):
             assert torch.equal(a[0], b)
 
-        recomputed = SmallModel(folder, deterministic=True, num_shards=2)
+        recomputed = SmallModel(folder, deterministic=True, fp8_cache=fp8_cache, num_shards=2)
         assert torch.equal(recomputed.step([(3, tokens)])[0], expected[-1][0])
 
 

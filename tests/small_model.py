@@ -14,6 +14,7 @@ from r1_cluster.models.loader import Loader, Shard
 from r1_cluster.models.moe import ExpertModel, RouterModel
 from r1_cluster.models.network import StageModel
 from r1_cluster.records import SampleSpec, SamplingParams, StepPlan, pack_int32
+from r1_cluster.weights import blocks
 from r1_cluster.weights.checkpoint import Checkpoint
 from r1_cluster.weights.quantize import quantize_checkpoint
 
@@ -173,22 +174,15 @@ def to_fp8(folder):
     tensors = load_file(Path(folder) / "model.safetensors")
     for name, tensor in list(tensors.items()):
         if "proj" in name and tensor.dim() == 2:
-            rows, columns = tensor.shape
-            grid = torch.nn.functional.pad(tensor, (0, -columns % 128, 0, -rows % 128))
-            blocks = grid.unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
-            scale = blocks.abs().amax((1, 3)).clamp_min(1e-12) / 448
-            spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :columns]
-            tensors[name] = (tensor / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
-            tensors[name + "_scale_inv"] = scale
+            tensors[name], tensors[name + "_scale_inv"] = blocks.quantize(tensor)
     save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
 
 def quantize(folder, target, how):
     """INT8 or INT4 of a checkpoint, in `target`; each tensor's error."""
     config = load_config(folder)
-    return quantize_checkpoint(
-        folder, target, tensor_table(config), how, config.fp8_block, mtp=mtp_table(config)
-    )
+    table, module = tensor_table(config), mtp_table(config)
+    return quantize_checkpoint(folder, target, table, how, fp8_block=config.fp8_block, module=module)[1]
 
 
 def to_floats(folder, target):
@@ -215,6 +209,7 @@ class SmallModel:
         folder,
         *,
         deterministic,
+        fp8_cache=False,
         dtype=torch.float32,
         device=CPU,
         bounds=(),
@@ -225,7 +220,7 @@ class SmallModel:
     ):
         self.config = config = load_config(folder)
         with Checkpoint(folder, tensor_table(config), config.fp8_block, config.int_format) as checkpoint:
-            loader = Loader(checkpoint, Shard(device, dtype, deterministic))
+            loader = Loader(checkpoint, Shard(device, dtype, deterministic, fp8_cache))
             edges = [0, *bounds, config.num_hidden_layers]
             self.stages = [StageModel(config, loader, range(a, b)) for a, b in pairwise(edges)]
             if config.moe is not None:
@@ -236,10 +231,15 @@ class SmallModel:
                 ]
         self.page_size = page_size
         self.caches = [stage.new_cache(num_seqs * pages_each, page_size) for stage in self.stages]
-        for cache in (cache for caches in self.caches for cache in caches):
-            cache.fill_(float("nan"))
+        self.poison(slice(None))
         self.pages = np.random.default_rng(0).permutation(num_seqs * pages_each).reshape(num_seqs, -1)
         self.cached = [0] * num_seqs
+
+    def poison(self, pages):
+        """Fills pages of all layers with NaN, as what is left of others may be anything."""
+        for cache in (cache for caches in self.caches for cache in caches):
+            for part in (cache,) if isinstance(cache, torch.Tensor) else (cache.values, cache.scale):
+                part[pages] = float("nan")
 
     def step(self, chunks):
         """`chunks`: (sequence, its next tokens) → float32 logits [len(chunks), V] of each one's last token."""

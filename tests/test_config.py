@@ -36,6 +36,9 @@ def test_defaults_are_deepseeks_advice(tmp_path):
         (GOOD + "serve: {port: 70000}", "serve.port: Input should be less than or equal to 65535"),
         (GOOD + "layout: {kind: scattered}", "layout.kind: Input should be 'colocated' or 'disaggregated'"),
         (GOOD + "cluster: {link_ports: [9, 5]}", "link_ports must be two ports, low then high"),
+        (GOOD + "engine: {kv_cache_dtype: int8}", "engine.kv_cache_dtype: Input should be 'fp8'"),
+        (GOOD + "engine: {kv_cache_dtype: true}", "engine.kv_cache_dtype: Input should be 'fp8'"),
+        ("name: a\nmodel: {path: model, kv_cache_dtype: fp8}", "model.kv_cache_dtype: is not a known key"),
         ("name: Not A Name\nmodel: {path: model}", "name: String should match pattern"),
         ("- a list", "must be a mapping"),
         ("name: [", "is not YAML"),
@@ -48,6 +51,11 @@ def test_a_bad_file_gets_one_sentence_that_names_the_key(tmp_path, text, message
         load(tmp_path, text)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_cache_is_kept_as_it_is_computed_if_nothing_is_said(tmp_path):
+    said = [load(tmp_path, GOOD + f"engine: {{{key}}}").engine for key in ("", "kv_cache_dtype: fp8")]
+    assert [engine.kv_cache_dtype for engine in said] == [None, "fp8"]
 
 
 def test_a_missing_file(tmp_path):

@@ -54,15 +54,16 @@ class Cluster:
         lease_s=5.0,
         step_timeout_s=2.0,
         transport="sockets",
+        dtype="float32",
         **limits,
     ):
         self.num_descriptors = num_descriptors()
-        self.transport = transport
+        self.transport, self.dtype = transport, dtype
         config = load_config(checkpoint)
         self.layout = build_layout(LayoutConfig(**layout), config)
         names = [spec.name for spec in (*self.layout.workers, *self.layout.spares)]
         self.boots = {name: self.boot(checkpoint, name, num_pages, lease_s, step_timeout_s) for name in names}
-        self.workers, self.threads = {}, []
+        self.workers, self.threads, self.replacing, self.links = {}, [], [], []
         for name in names:
             self.begin(name, "first")
         self.pipeline = Pipeline(self.layout, {name: self.member(name, 1) for name in names}, 1, 2.0)
@@ -100,7 +101,7 @@ class Cluster:
             incarnation="first",
             workers=self.layout.workers,
             checkpoint=str(checkpoint),
-            dtype="float32",
+            dtype=self.dtype,
             device="cpu",
             deterministic=True,
             threads=1,
@@ -137,9 +138,12 @@ class Cluster:
         def work():
             former.stop()
             self.begin(successor, f"again-{len(self.threads)}")
-            self.core.arrived(successor, self.member(successor, self.pipeline.epoch + 1))
+            member = self.member(successor, self.pipeline.epoch + 1)
+            self.links.append(member.link)
+            self.core.arrived(successor, member)
 
-        threading.Thread(target=work).start()
+        self.replacing.append(threading.Thread(target=work))
+        self.replacing[-1].start()
 
     def run(self, requests):
         """Texts by request id, checked for gaps, once all requests have ended."""
@@ -163,6 +167,12 @@ class Cluster:
 
     def close(self):
         self.core.stop()
+        # A spare may still load when all texts are there; whoever comes after the engine's end, it does not close.
+        for thread in self.replacing:
+            thread.join(60)
+            assert not thread.is_alive()
+        for link in self.links:
+            link.close()
         self.pulse.close()
         self.sink.close()
         for worker in self.workers.values():
@@ -199,7 +209,8 @@ def outlive(cluster, name):
 
         def disturb():
             for count in (3, 30):
-                while cluster.core.num_steps < steps + count:
+                # Where others have copies, steps go on while the successor loads.
+                while cluster.core.num_steps < steps + count or name not in cluster.workers:
                     threading.Event().wait(0.001)
                 cluster.workers[name].stop()
 

@@ -4,39 +4,49 @@ Hugging Face format.
 
     python tools/make_checkpoint.py build/nano
     python tools/make_checkpoint.py build/tied --model-type qwen2 --set tie_word_embeddings=true
+    python tools/make_checkpoint.py build/fp8 --size small --dtype fp8
     python tools/make_checkpoint.py build/odd --size nano576 --set n_routed_experts=24 --set rope_scaling=null
 
 The files are those that DeepSeek publishes: config.json, sharded safetensors with their index (the MTP
 module stored as one more layer), tokenizer.json with R1's splits and special tokens,
-tokenizer_config.json with R1's chat template, generation_config.json. A tensor's values depend on the seed
-and its name alone, and tensors are written one by one, so that a large checkpoint needs no more memory
-than its largest tensor.
+tokenizer_config.json with R1's chat template, generation_config.json. Weights are in float32 or BF16; or, all
+else being BF16, in FP8 blocks as DeepSeek has them, in INT8 or INT4 as `r1-cluster weights quantize` writes
+them, rounded from float32. A tensor's values depend on the seed and its name alone, and tensors are written
+one by one, so that a large checkpoint needs no more memory than some copies of its largest tensor.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from make_tokenizer import MIN_VOCAB, make_tokenizer
+from torch import Tensor
 
-from r1_cluster.models.config import ModelConfig
+from kernels.int_weight import quantize_int
+from r1_cluster.cli.quantize import FORMATS
 from r1_cluster.models.family import mtp_table, parse_config, tensor_table
-from r1_cluster.weights.tensors import TensorSpec
+from r1_cluster.weights.blocks import BLOCK, quantize
+from r1_cluster.weights.cast import FP8_CONFIG
+from r1_cluster.weights.headers import INDEX
+from r1_cluster.weights.integers import quantization_config, to_words
+from r1_cluster.weights.inventory import FP8, Stored, blocks, may_be_fp8
+from r1_cluster.weights.quantize import is_quantized, stored_as
+from r1_cluster.weights.stream import lay_out, new_file, raw
+from r1_cluster.weights.tensors import SCALE_SUFFIX, TensorSpec
 
 Config = dict[str, object]
 FloatArray = npt.NDArray[np.float32]
 
-_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-_WRITTEN_AT_ONCE = 1 << 24  # numbers
+_FLOATS = {"float32": "F32", "bfloat16": "BF16"}
+DTYPES = (*_FLOATS, "fp8", *FORMATS)
 
 R1_CONFIG: Config = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -189,17 +199,6 @@ KINDS: dict[str, tuple[Config, dict[str, Config]]] = {
 """By config.json's `model_type`: what all sizes have, and the sizes."""
 
 
-class Stored(NamedTuple):
-    """A tensor to be written as "F32" or "BF16"."""
-
-    spec: TensorSpec
-    dtype: str
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.spec.shape) * (4 if self.dtype == "F32" else 2)
-
-
 def build_config(size: str = "nano", model_type: str = "deepseek_v3", **overrides: object) -> Config:
     """config.json in the form that such models have; ValueError names what does not fit together."""
     if model_type not in KINDS:
@@ -218,22 +217,13 @@ def build_config(size: str = "nano", model_type: str = "deepseek_v3", **override
     model = parse_config(config)
     if model.vocab_size < MIN_VOCAB:
         raise ValueError(f"vocab_size {model.vocab_size} is below {MIN_VOCAB} (bytes and special tokens)")
-    if model.dtype not in _DTYPES:
-        raise ValueError(f"torch_dtype {model.dtype!r} is none of {', '.join(_DTYPES)}")
+    if model.dtype not in _FLOATS:
+        raise ValueError(f"torch_dtype {model.dtype!r} is none of {', '.join(_FLOATS)}")
     return config
 
 
 def _is_gate_bias(spec: TensorSpec) -> bool:
     return spec.part == "gate" and len(spec.shape) == 1
-
-
-def stored_tensors(model: ModelConfig) -> list[Stored]:
-    """All tensors of the published layout, in the order of the forward pass; the MTP module comes last."""
-    # R1 keeps the gates' biases in float32 whatever the checkpoint's type.
-    return [
-        Stored(spec, "F32" if _is_gate_bias(spec) else _DTYPES[model.dtype])
-        for spec in (*tensor_table(model), *mtp_table(model))
-    ]
 
 
 def random_values(spec: TensorSpec, seed: int) -> FloatArray:
@@ -252,52 +242,68 @@ def random_values(spec: TensorSpec, seed: int) -> FloatArray:
     return values
 
 
-def _to_bytes(values: FloatArray, dtype: str) -> bytes:
-    if dtype == "F32":
-        return values.astype("<f4", copy=False).tobytes()
-    bits = values.view(np.uint32)
-    rounded = bits + (0x7FFF + ((bits >> 16) & 1))  # to nearest, ties to even
-    return (rounded >> 16).astype("<u2").tobytes()
+def stored(spec: TensorSpec, dtype: str, torch_dtype: str) -> list[Stored]:
+    """The tensors that one of the model's is stored as in one of DTYPES; in `torch_dtype` what that leaves in
+    floats."""
+    if dtype == "fp8" and may_be_fp8(spec):
+        scales = Stored(spec.name + SCALE_SUFFIX, "F32", blocks(spec.shape, BLOCK), spec.part)
+        return [Stored(spec.name, FP8, spec.shape, spec.part), scales]
+    if dtype in FORMATS and is_quantized(spec):
+        return stored_as(spec.name, spec.shape, FORMATS[dtype])
+    # R1 keeps the gates' biases in float32 whatever the checkpoint's type.
+    kept = "F32" if _is_gate_bias(spec) else _FLOATS[torch_dtype]
+    return [Stored(spec.name, kept, spec.shape, spec.part)]
 
 
-def _write_values(file: BinaryIO, values: FloatArray, dtype: str) -> None:
-    flat = values.reshape(-1)
-    for start in range(0, flat.size, _WRITTEN_AT_ONCE):
-        file.write(_to_bytes(flat[start : start + _WRITTEN_AT_ONCE], dtype))
+def encoded(weight: Tensor, parts: list[Stored], dtype: str) -> list[Tensor]:
+    """A float32 tensor as the tensors of `stored`."""
+    if len(parts) == 1:
+        return [weight if parts[0].dtype == "F32" else weight.bfloat16()]
+    if dtype == "fp8":
+        return [*quantize(weight)]
+    q, scale = quantize_int(weight, FORMATS[dtype].bits, FORMATS[dtype].group_size)
+    return [to_words(q, FORMATS[dtype].bits), scale.bfloat16(), torch.tensor(weight.shape)]
 
 
 def write_weights(
-    folder: Path,
-    stored: Sequence[Stored],
-    values: Callable[[TensorSpec], FloatArray],
-    max_shard_bytes: int,
+    folder: Path, specs: Sequence[TensorSpec], seed: int, dtype: str, torch_dtype: str, max_shard_bytes: int
 ) -> None:
-    """Writes model-*-of-*.safetensors and their index; asks for the values of one tensor at a time."""
-    shards: list[list[Stored]] = [[]]
-    for tensor in stored:
-        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + tensor.num_bytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(tensor)
+    """Writes model-*-of-*.safetensors and their index, one tensor at a time."""
+    shards: list[dict[TensorSpec, list[Stored]]] = [{}]
+    num_bytes = total = 0
+    for spec in specs:
+        parts = stored(spec, dtype, torch_dtype)
+        size = sum(tensor.num_bytes for tensor in parts)
+        if shards[-1] and num_bytes + size > max_shard_bytes:
+            shards.append({})
+            num_bytes = 0
+        shards[-1][spec] = parts
+        num_bytes, total = num_bytes + size, total + size
     weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards, 1):
         file_name = f"model-{index:05}-of-{len(shards):05}.safetensors"
-        weight_map |= {tensor.spec.name: file_name for tensor in shard}
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for tensor in shard:
-            spec, end = tensor.spec, offset + tensor.num_bytes
-            header[spec.name] = {"dtype": tensor.dtype, "shape": spec.shape, "data_offsets": (offset, end)}
-            offset = end
-        packed = json.dumps(header, separators=(",", ":")).encode()
-        packed += b" " * (-len(packed) % 8)  # the format aligns the data to 8 bytes
-        with (folder / file_name).open("wb") as file:
-            file.write(len(packed).to_bytes(8, "little") + packed)
-            for tensor in shard:
-                _write_values(file, values(tensor.spec), tensor.dtype)
-    total = sum(tensor.num_bytes for tensor in stored)
-    _write_json(
-        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
+        plan = lay_out((tensor, spec.name) for spec, parts in shard.items() for tensor in parts)
+        weight_map |= dict.fromkeys(plan.tensors, file_name)
+        with new_file(folder / file_name, plan) as write:
+            for spec, parts in shard.items():
+                weight = torch.from_numpy(random_values(spec, seed))
+                for tensor, data in zip(parts, encoded(weight, parts, dtype), strict=True):
+                    write(raw(data), plan.tensors[tensor.name].offset)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def quantization(specs: Sequence[TensorSpec], dtype: str) -> Config:
+    """What config.json says of weights in `dtype`."""
+    if dtype in _FLOATS:
+        return {}
+    if dtype == "fp8":
+        return {"quantization_config": FP8_CONFIG}
+    in_floats = [
+        spec.name.removesuffix(".weight")
+        for spec in specs
+        if len(spec.shape) == 2 and spec.part != "embedding" and not is_quantized(spec)
+    ]
+    return {"quantization_config": quantization_config(FORMATS[dtype], sorted(in_floats))}
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -310,22 +316,29 @@ def make_checkpoint(
     seed: int = 0,
     max_shard_bytes: int = 1 << 30,
     model_type: str = "deepseek_v3",
+    dtype: str = "float32",
     **overrides: object,
 ) -> Path:
     """Writes the checkpoint to `path`, in place of an older one, and returns the path.
 
-    `overrides` are keys of config.json. Raises ValueError if they do not fit together, and
-    FileExistsError if `path` holds anything but a checkpoint.
+    `dtype` is one of DTYPES, `overrides` are keys of config.json; `torch_dtype` among them says what is not
+    quantized is stored in. Raises ValueError if they do not fit together, and FileExistsError if `path` holds
+    anything but a checkpoint.
     """
-    config = build_config(size, model_type, **overrides)
+    if dtype not in DTYPES:
+        raise ValueError(f"no dtype {dtype!r}; there are: {', '.join(DTYPES)}")
+    in_floats = dtype if dtype in _FLOATS else "bfloat16"
+    config = build_config(size, model_type, **{"torch_dtype": in_floats} | overrides)
     model = parse_config(config)
+    specs = [*tensor_table(model), *mtp_table(model)]
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise FileExistsError(f"{folder} is not empty and holds no checkpoint")
     for shard in folder.glob("*.safetensors"):
         shard.unlink()
-    write_weights(folder, stored_tensors(model), lambda spec: random_values(spec, seed), max_shard_bytes)
+    write_weights(folder, specs, seed, dtype, model.dtype, max_shard_bytes)
+    config |= quantization(specs, dtype)
     config |= make_tokenizer(folder, str(config["model_type"]), model.vocab_size)
     _write_json(folder / "config.json", config)
     return folder
@@ -349,21 +362,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model-type", choices=KINDS, default="deepseek_v3")
     parser.add_argument("--size", choices=SIZES, default="nano")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--max-shard-bytes", type=int, default=1 << 30, metavar="N")
     parser.add_argument(
         "--set", type=_override, action="append", default=[], metavar="KEY=VALUE", help="a key of config.json"
     )
     options = parser.parse_args(arguments)
     try:
-        overrides = {"torch_dtype": options.dtype} | dict(options.set)
         folder = make_checkpoint(
             options.path,
             options.size,
             options.seed,
             options.max_shard_bytes,
             options.model_type,
-            **overrides,
+            options.dtype,
+            **dict(options.set),
         )
     except (ValueError, OSError) as error:
         print(f"make_checkpoint: {error}", file=sys.stderr)

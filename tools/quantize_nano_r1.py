@@ -153,7 +153,7 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.monotonic()
     config = load_config(ASSETS)
-    table, mtp = tensor_table(config), mtp_table(config)
+    table, module = tensor_table(config), mtp_table(config)
     items = read_held_out(ASSETS / "heldout.jsonl")[:: options.every]
     encoder = ChatEncoder(Tokenizer.from_file(str(ASSETS / "tokenizer.json")))
     with tempfile.TemporaryDirectory() as scratch:
@@ -161,8 +161,8 @@ def main() -> None:
         tables = {}
         for name, how in FORMATS.items():
             stored[name] = Path(scratch) / name
-            errors = quantize_checkpoint(ASSETS, stored[name], table, how, mtp=mtp)
-            tables[name] = error_table(errors, {spec.name: spec.part for spec in (*table, *mtp)})
+            _, errors = quantize_checkpoint(ASSETS, stored[name], table, how, fp8_block=None, module=module)
+            tables[name] = error_table(errors, {spec.name: spec.part for spec in (*table, *module)})
             folders[name] = in_floats(stored[name], Path(scratch) / f"{name}-floats")
         sizes = {name: (folder / "model.safetensors").stat().st_size for name, folder in stored.items()}
         scores = measure(folders, encoder, items, options.samples, options.workers)

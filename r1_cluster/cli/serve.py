@@ -119,10 +119,10 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     from kernels.ops import for_device
     from r1_cluster.models.config import ModelConfigError
     from r1_cluster.models.family import load_config, tensor_table
-    from r1_cluster.models.fitting import check_fits
+    from r1_cluster.models.fitting import check_fits, check_fp8
     from r1_cluster.planning.layout import build_layout
     from r1_cluster.planning.limits import check_messages
-    from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError
+    from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError, tensors_here
 
     device = torch.device(service.layout.device)
     # A cluster that runs elsewhere may have GPUs that this machine has not: there, Ray's resources decide.
@@ -131,7 +131,14 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     try:
         model = load_config(service.model.path)
         check_fits(model, for_device(device), getattr(torch, service.dtype), service.engine.page_size)
-        Checkpoint(service.model.path, tensor_table(model), model.fp8_block, model.int_format).close()
+        table = tensor_table(model)
+        needed = {spec.name for spec in table}  # and no module that predicts further tokens
+        if service.cluster.address is None:
+            check_fp8(model, device, fp8_cache=service.engine.kv_cache_dtype == "fp8")
+        else:  # each worker looks for what it needs itself, on its own node
+            here = tensors_here(Path(service.model.path))
+            needed = needed if here is None else needed & here
+        Checkpoint(service.model.path, table, model.fp8_block, model.int_format, needed=needed).close()
     except (ModelConfigError, CheckpointError) as error:
         raise ConfigError(f"model.path: {error}") from None
     layout = build_layout(service.layout, model)

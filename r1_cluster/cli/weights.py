@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from r1_cluster.weights.verify import Report
 
 app = typer.Typer(
-    help="Looks into checkpoints, checks them, and casts them. No service has to run for it.",
+    help="Downloads checkpoints, checks them, and makes others of them. No service has to run for it.",
     no_args_is_help=False,
     rich_markup_mode="markdown",
 )
@@ -96,21 +96,41 @@ def verify(
     Nothing is changed. Ends with 0 for a sound checkpoint, with 1 for another.
     """
     from r1_cluster.models.config import ModelConfigError
-    from r1_cluster.models.family import load_config, mtp_table, tensor_table
+    from r1_cluster.models.family import load_config, mtp_table, read_config, tensor_table
     from r1_cluster.weights.verify import verify as check
 
     folder = _folder(path)
     table, module, block, integers, broken = None, [], None, None, []
+    stores_tied_head = False
     try:
         config = load_config(folder)
+        stores_tied_head = config != read_config(folder)
         table, module = tensor_table(config), mtp_table(config)
         block, integers = config.fp8_block, config.int_format
     except ModelConfigError as error:
         broken = [f"{error}; until that is put right, no tensor can be held against it"]
     with progress_bar("reading") as progress:
         report = check(folder, table, module, block, int_format=integers, progress=progress if data else None)
+    if stores_tied_head:
+        report.notes.append(_tied_head(folder, compare=data and not report.faults))
     _print_report(path, replace(report, faults=broken + report.faults), data)
     return 1 if broken or report.faults else 0
+
+
+def _tied_head(folder: Path, *, compare: bool) -> str:
+    """What to say of a head that is stored where config.json says that it is the embedding."""
+    from r1_cluster.models.family import EMBEDDING, HEAD
+    from r1_cluster.weights.verify import are_equal
+
+    what = f"config.json says that the head is the embedding (tie_word_embeddings), and {HEAD} is stored, too"
+    if not compare:
+        return f"{what}: it is used."
+    if are_equal(folder, EMBEDDING, HEAD):
+        return f"{what}, with the same numbers: it is used, and could be left out."
+    return (
+        f"{what}, with other numbers: it is used, as transformers 5 has it; other engines use the embedding. "
+        "If it is what is meant, set tie_word_embeddings to false."
+    )
 
 
 def _print_report(path: str, report: Report, data: bool) -> None:
@@ -181,68 +201,184 @@ def cast_command(
             wanted = "fp8"
         elif to is not None and to.lower() != wanted:
             raise ConfigError(f"--to: {to!r} is neither bf16 nor fp8")
-        table = [*tensor_table(config), *_present(folder, mtp_table(config))]
+        table, module, block = tensor_table(config), mtp_table(config), config.fp8_block
         with progress_bar(f"casting to {wanted.upper()}") as progress:
-            done = cast(folder, target, wanted, table, fp8_block=config.fp8_block, progress=progress)
+            done = cast(folder, target, wanted, table, fp8_block=block, module=module, progress=progress)
     print(f"{target} is {source} in {wanted.upper()}: {_words(done, started)}.")
     return 0
 
 
 @app.command("convert")
 def convert_command(
-    hf_ckpt_path: Annotated[str, typer.Option(metavar="SRC", help="The checkpoint's folder.")],
-    save_path: Annotated[Path, typer.Option(metavar="DST", help="An empty or a new folder.")],
-    n_experts: Annotated[int, typer.Option(help="How many routed experts a layer has; checked.")],
-    model_parallel: Annotated[int, typer.Option(min=1, help="How many ranks, and so how many files.")],
+    source: Annotated[
+        str | None, typer.Argument(metavar="SRC", help="The checkpoint's folder.", show_default=False)
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="An empty or a new folder.", show_default=False)
+    ] = None,
+    service: Annotated[
+        Path | None, typer.Option("--for", metavar="SERVICE.yaml", help="Whose layout the files are for.")
+    ] = None,
+    hf_ckpt_path: Annotated[
+        str | None, typer.Option(metavar="SRC", help="As DeepSeek's convert.py has it.")
+    ] = None,
+    save_path: Annotated[
+        Path | None, typer.Option(metavar="DST", help="As DeepSeek's convert.py has it.")
+    ] = None,
+    n_experts: Annotated[
+        int | None, typer.Option(help="As DeepSeek's: how many routed experts a layer has; checked.")
+    ] = None,
+    model_parallel: Annotated[
+        int | None, typer.Option(min=1, help="As DeepSeek's: how many ranks, and so how many files.")
+    ] = None,
 ) -> int:
-    """Converts a checkpoint for DeepSeek's own inference code: one file for each rank.
+    """Converts a checkpoint to other files: one for each worker of a service, or for each rank of DeepSeek's
+    own inference code.
 
-    The flags are those of its convert.py, and so are names, cuts and files (model0-mp16.safetensors, …): the
-    MTP module is left out, FP8 stays FP8. Goes on where an earlier run was broken off.
+    With --for, each worker's file has the tensors that it loads, in the order in which it loads them, so that
+    it reads one file from front to back. All types stay as they are, and with its index DST is a checkpoint
+    like any other: every other layout can load it, too.
+
+    With DeepSeek's flags, names, cuts and files are those of its convert.py (model0-mp16.safetensors, …): the
+    MTP module is left out, FP8 stays FP8.
+
+    Goes on where an earlier run was broken off.
     """
+    theirs = (hf_ckpt_path, save_path, n_experts, model_parallel)
+    if service is not None and any(value is not None for value in theirs):
+        raise ConfigError("name either --for SERVICE.yaml or DeepSeek's flags")
+    if service is not None:
+        if source is None or target is None:
+            raise ConfigError("SRC and DST are needed: r1-cluster weights convert SRC DST --for SERVICE.yaml")
+        return _convert_for(source, target, service)
+    if source is not None:
+        raise ConfigError("SRC DST is converted --for a SERVICE.yaml; DeepSeek's form has flags alone")
+    if hf_ckpt_path is None or save_path is None or n_experts is None or model_parallel is None:
+        raise ConfigError(
+            "name SRC DST --for SERVICE.yaml, or all four of DeepSeek's flags: "
+            "--hf-ckpt-path SRC --save-path DST --n-experts N --model-parallel N"
+        )
+    return _convert_for_ranks(hf_ckpt_path, save_path, n_experts, model_parallel)
+
+
+def _convert_for(source: str, target: Path, service: Path) -> int:
+    from r1_cluster.config import read_service
+    from r1_cluster.engine.parts import worker_tensors
+    from r1_cluster.models.family import load_config, mtp_table, tensor_table
+    from r1_cluster.planning.layout import build_layout
+    from r1_cluster.weights.per_worker import convert_for_workers
+
+    folder, started = _folder(source), time.monotonic()
+    asked = read_service(service)
+    with _rewriting():
+        config = load_config(folder)
+        layout = build_layout(asked.layout, config)
+        with progress_bar(f"converting for {asked.name}") as progress:
+            done = convert_for_workers(
+                folder,
+                target,
+                tensor_table(config),
+                worker_tensors(config, layout),
+                module=mtp_table(config),
+                fp8_block=config.fp8_block,
+                int_format=config.int_format,
+                progress=progress,
+            )
+    print(f"{target} is {source} for the workers of {asked.name}: {_words(done, started)}.")
+    return 0
+
+
+def _convert_for_ranks(source: str, target: Path, num_experts: int, ranks: int) -> int:
     from r1_cluster.models.deepseek import ARCHITECTURE
     from r1_cluster.models.deepseek_names import inference_name
     from r1_cluster.models.family import load_config, tensor_table
     from r1_cluster.weights.convert import convert
 
-    folder, started = _folder(hf_ckpt_path), time.monotonic()
+    folder, started = _folder(source), time.monotonic()
     with _rewriting():
-        config = _in_floats(hf_ckpt_path, load_config(folder))
+        config = _in_floats(source, load_config(folder))
         if config.architecture != ARCHITECTURE or config.moe is None:
-            raise ConfigError(f"{hf_ckpt_path} is {config.architecture}; DeepSeek's code runs {ARCHITECTURE}")
-        if n_experts != config.moe.n_routed_experts:
-            raise ConfigError(f"--n-experts is {n_experts}, config.json has {config.moe.n_routed_experts}")
-        with progress_bar(f"converting for {model_parallel} ranks") as progress:
+            raise ConfigError(f"{source} is {config.architecture}; DeepSeek's code runs {ARCHITECTURE}")
+        if num_experts != config.moe.n_routed_experts:
+            raise ConfigError(f"--n-experts is {num_experts}, config.json has {config.moe.n_routed_experts}")
+        with progress_bar(f"converting for {ranks} ranks") as progress:
             done = convert(
                 folder,
-                save_path,
+                target,
                 tensor_table(config),
-                model_parallel,
+                ranks,
                 rename=inference_name,
                 fp8_block=config.fp8_block,
                 progress=progress,
             )
-    print(f"{save_path} is {hf_ckpt_path} for {model_parallel} ranks: {_words(done, started)}.")
+    print(f"{target} is {source} for {ranks} ranks: {_words(done, started)}.")
     return 0
 
 
 @app.command("quantize")
 def quantize_command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint's folder, in floats or FP8.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="An empty or a new folder.")],
     to: Annotated[str, typer.Option(metavar="int8|int4", help="INT8 by rows, or INT4 by 128 columns.")],
 ) -> int:
     """Quantizes a checkpoint's matrices to INT8 or INT4, and shows by part how far they are off.
 
     Activations are not quantized. What is written is compressed-tensors' pack-quantized format, which other
-    engines read as well. DST is not there before it is whole; a run that was broken off begins anew.
+    engines read as well. Streams, and goes on where an earlier run was broken off, as `cast` does.
     """
-    from r1_cluster.cli.quantize import FORMATS, quantize
+    from r1_cluster.cli.quantize import FORMATS, error_table
+    from r1_cluster.models.family import load_config, mtp_table, tensor_table
+    from r1_cluster.weights.quantize import quantize_checkpoint
 
-    if to.lower() not in FORMATS:
+    how = FORMATS.get(to.lower())
+    if how is None:
         raise ConfigError(f"--to: {to!r} is neither {' nor '.join(FORMATS)}")
-    with progress_bar(f"quantizing to {to.upper()}") as progress:
-        return quantize(_folder(source), target, to.lower(), progress)
+    folder, started = _folder(source), time.monotonic()
+    with _rewriting():
+        config = _in_floats(source, load_config(folder))
+        table, module, block = tensor_table(config), mtp_table(config), config.fp8_block
+        with progress_bar(f"quantizing to {to.upper()}") as progress:
+            done, errors = quantize_checkpoint(
+                folder, target, table, how, fp8_block=block, module=module, progress=progress
+            )
+    print(error_table(errors, {spec.name: spec.part for spec in (*table, *module)}))
+    print(f"{target} is {source} in {to.upper()}: {_words(done, started)}.")
+    return 0
+
+
+@app.command("download")
+def download_command(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Such as deepseek-ai/DeepSeek-R1.")],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FOLDER", help="Where to (default: the hub's cache; with --for, its model.path)."
+        ),
+    ] = None,
+    service: Annotated[
+        Path | None, typer.Option("--for", metavar="SERVICE", help="Only what this service's workers need.")
+    ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Only what this worker of --for needs, such as stage-0; may be repeated."
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, a tag or a commit (default: main).")] = None,
+) -> int:
+    """Downloads a checkpoint from the hub: weights, configuration, tokenizer and template, and nothing else.
+
+    A download that was broken off, even killed, goes on when the same command is given again. Each file's
+    hash is held against the hub's before the file gets its name. With --for and --part a node gets only the
+    files that its own workers read. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they always
+    do.
+    """
+    from r1_cluster.cli.download import download
+
+    if part and service is None:
+        raise ConfigError("--part names a worker of a service: name the service's file with --for")
+    with _rewriting():
+        return download(repo, folder, service, part or [], revision)
 
 
 def _in_floats(name: str, config: ModelConfig) -> ModelConfig:
@@ -274,14 +410,6 @@ def _words(done: Outcome, started: float) -> str:
     files = f"{done.files:,} file{'s' * (done.files != 1)}, {size(done.num_bytes)}"
     kept = f", {done.kept:,} of them by an earlier run" if done.kept else ""
     return f"{files}{kept}, in {time.monotonic() - started:.0f} s"
-
-
-def _present(folder: Path, module: list[TensorSpec]) -> list[TensorSpec]:
-    """The MTP module's tensors if the checkpoint has any of them, for it may well be left out."""
-    from r1_cluster.weights.headers import read_headers
-
-    entries, _ = read_headers(folder)
-    return module if any(spec.name in entries for spec in module) else []
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from r1_cluster.comm.listener import Endpoint
+from r1_cluster.config import KvCacheDtype
 from r1_cluster.planning.layout import WorkerSpec
 from r1_cluster.records import HeldSequence
 
@@ -46,6 +47,7 @@ class WorkerBoot(msgspec.Struct, frozen=True):
     secret: bytes
     limits: StepLimits | None = None
     transport: Transport = "sockets"
+    kv_cache_dtype: KvCacheDtype | None = None
 
 
 class Topology(msgspec.Struct, frozen=True, array_like=True):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels import ROW_TILE
-from kernels.ops import DeviceOps
+from kernels.ops import Cache, DeviceOps
 from r1_cluster.models.batch import AttentionBatch, buckets
 from r1_cluster.models.network import MoeCall, StageModel
 from r1_cluster.records import StepPlan, pack_int32
@@ -87,7 +87,7 @@ class DecodeGraphs:
     def __init__(
         self,
         stage: StageModel,
-        caches: Sequence[Tensor],
+        caches: Sequence[Cache],
         page_size: int,
         *,
         max_num_seqs: int,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from r1_cluster.models.loader import Loader, Shard
 from r1_cluster.models.moe import ExpertModel, RouterModel
 from r1_cluster.models.network import StageModel
 from r1_cluster.planning.layout import Layout, WorkerSpec
-from r1_cluster.weights.tensors import Slices
+from r1_cluster.weights.tensors import Slices, TensorSpec
 
 
 class Parts(NamedTuple):
@@ -47,19 +46,24 @@ def worker_tensors(config: ModelConfig, layout: Layout) -> dict[str, list[str]]:
     tensors without data.
     """
     table = tensor_table(config)
-    shapes = {spec.name: spec.shape for spec in table}
-    shard = Shard(torch.device("meta"), torch.float32, deterministic=False)
-    found = {}
-    for worker in layout.workers:
-        source = _Shapes(shapes)
-        load_parts(
-            config, Loader.of(source, replace(shard, rank=worker.rank, ranks=worker.ranks), table), worker
-        )
-        found[worker.name] = [*source.asked]
-    return found
+    return {worker.name: _asked_for(config, worker, table) for worker in layout.workers}
 
 
-class _Shapes:
+def part_tensors(config: ModelConfig, spec: WorkerSpec) -> list[str]:
+    """Those of one worker: see `worker_tensors`."""
+    return _asked_for(config, spec, tensor_table(config))
+
+
+def _asked_for(config: ModelConfig, worker: WorkerSpec, table: list[TensorSpec]) -> list[str]:
+    source = _Recorder({spec.name: spec.shape for spec in table})
+    shard = Shard(
+        torch.device("meta"), torch.float32, deterministic=False, rank=worker.rank, ranks=worker.ranks
+    )
+    load_parts(config, Loader.of(source, shard, table), worker)
+    return [*source.asked]
+
+
+class _Recorder:
     """A source of tensors that have shapes and no data, all of them in floats: weights of few bits are asked
     for by the same names in the same order. `asked` are those that were."""
 

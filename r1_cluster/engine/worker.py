@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import cast
 
 import msgspec
@@ -40,7 +41,7 @@ from r1_cluster.comm.wire import (
 )
 from r1_cluster.engine.boot import Ready, StepLimits, Topology, WorkerBoot
 from r1_cluster.engine.held import HeldSequences
-from r1_cluster.engine.parts import load_parts
+from r1_cluster.engine.parts import load_parts, part_tensors
 from r1_cluster.engine.roles import (
     OtherRanksRouter,
     RemoteRouter,
@@ -51,13 +52,13 @@ from r1_cluster.engine.roles import (
 )
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.family import load_config, tensor_table
-from r1_cluster.models.fitting import check_fits
+from r1_cluster.models.fitting import check_fits, check_fp8
 from r1_cluster.models.loader import Loader, Shard
 from r1_cluster.models.moe import ExpertModel
 from r1_cluster.planning.layout import Layout, WorkerSpec
 from r1_cluster.planning.memory import check_room, worker_bytes
 from r1_cluster.records import StepPlan, StepResult
-from r1_cluster.weights.checkpoint import Checkpoint
+from r1_cluster.weights.checkpoint import Checkpoint, tensors_here
 
 logger = logging.getLogger(__name__)
 
@@ -127,13 +128,28 @@ class Worker:
         boot, spec = self.boot, self.spec
         config = load_config(boot.checkpoint)
         self.layout = Layout(boot.workers, config.num_hidden_layers)
+        fp8_cache = boot.kv_cache_dtype == "fp8"
         shard = Shard(
-            torch.device(boot.device), _DTYPES[boot.dtype], boot.deterministic, spec.rank, spec.ranks
+            torch.device(boot.device),
+            _DTYPES[boot.dtype],
+            boot.deterministic,
+            fp8_cache,
+            spec.rank,
+            spec.ranks,
         )
         check_fits(config, shard.ops, shard.dtype, boot.page_size)
-        began = time.monotonic()
+        check_fp8(config, shard.device, fp8_cache=fp8_cache)
         table = tensor_table(config)
-        with Checkpoint(boot.checkpoint, table, config.fp8_block, config.int_format) as checkpoint:
+        needed = {tensor.name for tensor in table}
+        here = tensors_here(Path(boot.checkpoint))
+        own = part_tensors(config, spec)
+        if here is not None and not needed <= here:  # a folder with the files of some workers alone
+            needed = set(own)
+        began = time.monotonic()
+        with Checkpoint(
+            boot.checkpoint, table, config.fp8_block, config.int_format, needed=needed
+        ) as checkpoint:
+            checkpoint.expect(own)
             loader = Loader.of(checkpoint, shard, table)
             self.experts, router, stage = load_parts(config, loader, spec)
             self.read_bytes, self.read_s = checkpoint.num_read, time.monotonic() - began
@@ -185,6 +201,7 @@ class Worker:
             max_num_seqs=limits.max_num_seqs,
             max_batch_tokens=limits.max_batch_tokens,
             max_context_len=min(limits.max_context_len, config.max_position_embeddings),
+            fp8_cache=self.boot.kv_cache_dtype == "fp8",
         )
         check_room(parts, free_bytes)
 

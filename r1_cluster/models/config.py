@@ -75,6 +75,11 @@ class MlaShape:
         """C + R: what one token keeps in the cache, in one layer."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
+    @property
+    def cache_scales(self) -> int:
+        """Scales that one token has in an FP8 cache, in one layer: the latent's and the rotated key's."""
+        return 2
+
 
 @dataclass(frozen=True)
 class GqaShape:
@@ -91,6 +96,11 @@ class GqaShape:
     def cache_width(self) -> int:
         """What one token keeps in the cache, in one layer: its keys and its values."""
         return 2 * self.num_key_value_heads * self.head_dim
+
+    @property
+    def cache_scales(self) -> int:
+        """Scales that one token has in an FP8 cache, in one layer: each head's key's and value's."""
+        return 2 * self.num_key_value_heads
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r1_cluster.models import deepseek, llama
 from r1_cluster.models.config import ModelConfig, ModelConfigError, UnsupportedModel
 from r1_cluster.models.config_json import Values
+from r1_cluster.weights.headers import lists
 from r1_cluster.weights.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -43,6 +44,15 @@ ARCHITECTURES = {
 
 
 def load_config(folder: str | Path) -> ModelConfig:
+    """Of the checkpoint in a folder: as `read_config`, but that a head that is stored is used, whatever
+    config.json says. transformers does so from version 5 on (`tie_weights` in its modeling_utils.py)."""
+    config = read_config(folder)
+    if config.tie_word_embeddings and lists(Path(folder), HEAD):
+        return replace(config, tie_word_embeddings=False)
+    return config
+
+
+def read_config(folder: str | Path) -> ModelConfig:
     """Reads FOLDER/config.json. Raises ModelConfigError or UnsupportedModel."""
     file = Path(folder) / "config.json"
     try:

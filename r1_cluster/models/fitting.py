@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kernels.launch import has_fp8
 from kernels.ops import ModelShape, Ops
 from r1_cluster.models.config import GqaShape, MlaShape, ModelConfig, UnsupportedModel
 
@@ -12,6 +13,16 @@ def check_fits(config: ModelConfig, ops: Ops, dtype: torch.dtype, page_size: int
     """Raises UnsupportedModel with all that stands in the way."""
     if faults := ops.faults(_shape(config, dtype, page_size)):
         raise UnsupportedModel("the device's kernels cannot serve this model: " + "; ".join(faults))
+
+
+def check_fp8(config: ModelConfig, device: torch.device, *, fp8_cache: bool) -> None:
+    """Raises UnsupportedModel where FP8 is asked of a device whose kernels have none."""
+    asked = ["engine.kv_cache_dtype fp8"] * fp8_cache + ["a checkpoint in FP8"] * (
+        config.fp8_block is not None
+    )
+    if asked and not has_fp8(device):
+        name = torch.cuda.get_device_name(device)
+        raise UnsupportedModel(f"{name} has no FP8, which is asked for by {' and by '.join(asked)}")
 
 
 def _shape(config: ModelConfig, dtype: torch.dtype, page_size: int) -> ModelShape:

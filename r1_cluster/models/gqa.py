@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.ops import Rotation
+from kernels.ops import Cache, Rotation
 from r1_cluster.models.batch import AttentionBatch
 from r1_cluster.models.config import GqaShape
 from r1_cluster.models.loader import Loader
@@ -30,16 +30,17 @@ class Gqa:
         self._qkv = loader.weight(*(f"{part}.weight" for part in _PARTS))
         self._bias: Tensor | None = None
         if shape.qkv_bias:
-            self._bias = torch.cat([loader.get(f"{part}.bias") for part in _PARTS])
+            self._bias = loader.stack(*(f"{part}.bias" for part in _PARTS))
         self._q_norm = loader.get("q_norm.weight") if shape.qk_norm else None
         self._k_norm = loader.get("k_norm.weight") if shape.qk_norm else None
         self._out = loader.weight("o_proj.weight")
 
-    def new_cache(self, num_pages: int, page_size: int) -> Tensor:
-        """Keys, then values, of each slot: [num_pages, page_size, 2, K, W], zeros."""
-        return self._shard.zeros(num_pages, page_size, 2, self._heads[1], self._width)
+    def new_cache(self, num_pages: int, page_size: int) -> Cache:
+        """Keys, then values, of each slot: [num_pages, page_size, 2, K, W], zeros; in FP8 each is scaled."""
+        heads = num_pages, page_size, 2, self._heads[1]
+        return self._shard.new_cache((*heads, self._width), heads)
 
-    def forward(self, x_TD: Tensor, batch: AttentionBatch, rotation: Rotation, cache_PS2KW: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: AttentionBatch, rotation: Rotation, cache_PS2KW: Cache) -> Tensor:
         """See `Attention.forward`; what is kept are keys and values."""
         qkv = self._ops.linear(x_TD, self._qkv, self._bias, tiled=self._tiled)
         q_THW, k_TKW, v_TKW = torch.split(qkv.view(len(qkv), -1, self._width), self._heads, 1)

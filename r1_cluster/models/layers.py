@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kernels.ops import Rotation
+from kernels.ops import Cache, Rotation
 from r1_cluster.models.batch import AttentionBatch
 from r1_cluster.models.loader import Loader
 
@@ -14,10 +14,10 @@ from r1_cluster.models.loader import Loader
 class Attention(Protocol):
     """One layer's attention, which knows what of a token its cache keeps."""
 
-    def new_cache(self, num_pages: int, page_size: int) -> Tensor:
+    def new_cache(self, num_pages: int, page_size: int) -> Cache:
         """An empty cache, its first dimension the pages."""
 
-    def forward(self, x_TD: Tensor, batch: AttentionBatch, rotation: Rotation, cache: Tensor, /) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: AttentionBatch, rotation: Rotation, cache: Cache, /) -> Tensor:
         """Normed hidden states [T, D] → [T, D]; writes what is kept of the new tokens to their slots."""
 
 

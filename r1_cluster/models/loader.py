@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from kernels.int_weight import group_scaled
-from kernels.ops import Ops, ScaledWeight, Weight, for_device
+from kernels.launch import native_fp8
+from kernels.ops import Cache, Fp8Cache, Ops, ScaledWeight, Weight, for_device
 from r1_cluster.weights.tensors import Slices, TensorSource, TensorSpec, layer_name, rank_slices
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Where and how a process computes its part of a model; `rank` of `ranks` of a stage where tensor
-    parallelism divides that."""
+    """Where and how a process computes its part of a model. `fp8_cache`: what attention keeps of its tokens
+    is rounded to FP8. It is the `rank` of so many `ranks` where tensor parallelism divides a stage."""
 
     device: torch.device
     dtype: torch.dtype
     deterministic: bool
+    fp8_cache: bool = False
     rank: int = 0
     ranks: int = 1
 
@@ -33,6 +35,13 @@ class Shard:
     def zeros(self, *sizes: int) -> Tensor:
         """In the compute dtype, on the device."""
         return torch.zeros(sizes, dtype=self.dtype, device=self.device)
+
+    def new_cache(self, sizes: Sequence[int], scale_sizes: Sequence[int]) -> Cache:
+        """Zeros of `sizes`; in FP8 with scales of `scale_sizes` beside them (`kernels.ops.Fp8Cache`)."""
+        if not self.fp8_cache:
+            return self.zeros(*sizes)
+        values = torch.zeros(*sizes, dtype=native_fp8(self.device), device=self.device)
+        return Fp8Cache(values, torch.zeros(*scale_sizes, dtype=torch.float32, device=self.device))
 
 
 @dataclass(frozen=True)
@@ -92,13 +101,15 @@ class Loader:
     def weight(self, *names: str) -> Weight:
         """Matrices of the same width, one below the other: as they are stored where they stay so, else in
         the compute dtype."""
-        if self.stays_scaled(*names):
-            return self._scaled(names)
+        return self._scaled(names) if self.stays_scaled(*names) else self.stack(*names)
+
+    def stack(self, *names: str) -> Tensor:
+        """Tensors one below the other, in the compute dtype."""
         if len(names) == 1:
             return self.get(names[0])
         rows = [self.shape(name)[0] for name in names]
-        width = self.shape(names[0])[1]
-        out = torch.empty(sum(rows), width, dtype=self.shard.dtype, device=self.shard.device)
+        rest = self.shape(names[0])[1:]
+        out = torch.empty(sum(rows), *rest, dtype=self.shard.dtype, device=self.shard.device)
         for part, name in zip(torch.split(out, rows), names):
             part.copy_(self.get(name))  # each copied once
         return out

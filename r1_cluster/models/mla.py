@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.ops import Rotation, Weight
+from kernels.ops import Cache, Rotation, Weight
 from r1_cluster.models.batch import AttentionBatch
 from r1_cluster.models.config import MlaShape
 from r1_cluster.models.loader import Loader
@@ -46,11 +46,12 @@ class Mla:
         self._value_up_HCV = self._kv_up_HOC[:, self._num_nope :].transpose(1, 2)
         self._out = loader.weight("o_proj.weight")
 
-    def new_cache(self, num_pages: int, page_size: int) -> Tensor:
-        """Latents [num_pages, page_size, C + R], zeros."""
-        return self._shard.zeros(num_pages, page_size, self._cache_width)
+    def new_cache(self, num_pages: int, page_size: int) -> Cache:
+        """Latents [num_pages, page_size, C + R], zeros; in FP8 latent and rotated key are scaled apart."""
+        slots = num_pages, page_size
+        return self._shard.new_cache((*slots, self._cache_width), (*slots, 2))
 
-    def forward(self, x_TD: Tensor, batch: AttentionBatch, rotation: Rotation, cache_PSL: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: AttentionBatch, rotation: Rotation, cache_PSL: Cache) -> Tensor:
         """See `Attention.forward`; what is kept are latents."""
         down = self._ops.linear(x_TD, self._down, tiled=self._tiled)
         self._ops.store_latents(
@@ -65,7 +66,7 @@ class Mla:
         attended_THV = self._attend(q_THQ, batch, cache_PSL)
         return self._ops.linear(attended_THV.flatten(1), self._out, tiled=self._tiled)
 
-    def _attend(self, q_THQ: Tensor, batch: AttentionBatch, cache_PSL: Tensor) -> Tensor:
+    def _attend(self, q_THQ: Tensor, batch: AttentionBatch, cache_PSL: Cache) -> Tensor:
         plan = batch.attention
         rows = plan.absorbed_rows
         if rows is None:
@@ -77,7 +78,7 @@ class Mla:
         self._ops.mla_expanded(q_THQ, cache_PSL, plan, self._kv_up_HOC, out_THV, scale=self._scale)
         return out_THV
 
-    def _attend_absorbed(self, q_AHQ: Tensor, batch: AttentionBatch, cache_PSL: Tensor) -> Tensor:
+    def _attend_absorbed(self, q_AHQ: Tensor, batch: AttentionBatch, cache_PSL: Cache) -> Tensor:
         q_AHC = self._ops.head_linear(q_AHQ[..., : self._num_nope], self._key_up_HNC, tiled=self._tiled)
         latent_AHC = self._ops.mla_absorbed(
             q_AHC, q_AHQ[..., self._num_nope :], cache_PSL, batch.attention, scale=self._scale

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import ROW_TILE
+from kernels.ops import Cache
 from r1_cluster.models.batch import AttentionBatch
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.family import ARCHITECTURES, EMBEDDING, FINAL_NORM, HEAD
@@ -57,7 +58,7 @@ class StageModel:
             self._head = loader.get(HEAD)
         self._rope_table = rope_table(config.rope, config.max_position_embeddings, self.shard.device)
 
-    def new_cache(self, num_pages: int, page_size: int) -> list[Tensor]:
+    def new_cache(self, num_pages: int, page_size: int) -> list[Cache]:
         """An empty cache for each own layer."""
         return [layer.attention.new_cache(num_pages, page_size) for layer in self._layers]
 
@@ -82,7 +83,7 @@ class StageModel:
         return self._add_up(x_TD.masked_fill_(elsewhere_T[:, None], 0))
 
     @torch.inference_mode()
-    def forward(self, x_TD: Tensor, batch: AttentionBatch, caches: Sequence[Tensor], moe: MoeCall) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: AttentionBatch, caches: Sequence[Cache], moe: MoeCall) -> Tensor:
         """Hidden states [num_rows, D] through the stage's layers; what is kept of new tokens goes to
         `caches`.
 
@@ -103,7 +104,7 @@ class StageModel:
             return hidden_TD
 
     def segments(
-        self, x_TD: Tensor, batch: AttentionBatch, caches: Sequence[Tensor]
+        self, x_TD: Tensor, batch: AttentionBatch, caches: Sequence[Cache]
     ) -> Generator[tuple[int, Tensor], Tensor, Tensor]:
         """`forward`, cut where a mixture of experts is asked: yields (layer, normed hidden states), is sent
         the experts' output, returns the hidden states. Its caller sets inference mode."""

@@ -35,8 +35,10 @@ def worker_bytes(
     max_batch_tokens: int,
     max_context_len: int,
     item_bytes: int = 2,
+    fp8_cache: bool = False,
 ) -> dict[str, int]:
-    """Bytes by part for what a worker hosts, in BF16 (`item_bytes`): only what its own roles need."""
+    """Bytes by part for what a worker hosts, in BF16 (`item_bytes`), its pages perhaps in FP8: only what its
+    own roles need."""
     num_tokens = max(max_batch_tokens, max_num_seqs)
     attention = _heads_of_rank(config.attention, worker.ranks)
     inner = -(-config.intermediate_size // worker.ranks)
@@ -44,7 +46,7 @@ def worker_bytes(
     if worker.stage is not None:
         first, last = worker.stage
         pages = (last - first) * num_pages * page_size
-        parts["pages"] = pages * attention.cache_width * item_bytes
+        parts["pages"] = pages * _slot_bytes(attention, item_bytes, fp8_cache)
         if expanded := _expanded(attention, max_context_len):
             parts["expanded keys and values"] = expanded * item_bytes
         row = 6 * config.hidden_size + _attention_row(attention) + 3 * inner
@@ -88,6 +90,13 @@ def _moe_bytes(
         slots = rows + min(num_experts, rows) * (_SLOT_BLOCK - 1)
         parts["experts' rows"] = slots * (2 * width + 3 * moe.moe_intermediate_size) * item_bytes
     return parts
+
+
+def _slot_bytes(attention: MlaShape | GqaShape, item_bytes: int, fp8_cache: bool) -> int:
+    """Of one token's place in one layer's pages; an FP8 cache has float32 scales beside it."""
+    if fp8_cache:
+        return attention.cache_width + 4 * attention.cache_scales
+    return attention.cache_width * item_bytes
 
 
 def _expanded(attention: MlaShape | GqaShape, max_context_len: int) -> int:

@@ -13,12 +13,14 @@ BLOCK = (128, 128)
 _LARGEST = 448.0  # of E4M3
 
 
-def dequantize(weight_NK: Tensor, scale_NK: Tensor, block: tuple[int, int]) -> Tensor:
-    """FP8 [N, K] times its blocks' scales [⌈N/block⌉, ⌈K/block⌉] in float32, rounded once, to BF16.
+def dequantize(
+    weight_NK: Tensor, scale_NK: Tensor, block: tuple[int, int], dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """FP8 [N, K] times its blocks' scales [⌈N/block⌉, ⌈K/block⌉] in float32, rounded once, to `dtype`.
 
     Source: DeepSeek-V3 inference/kernel.py, weight_dequant.
     """
-    return for_device(torch.device("cpu")).dequantize(weight_NK, scale_NK, block, torch.bfloat16)
+    return for_device(torch.device("cpu")).dequantize(weight_NK, scale_NK, block, dtype)
 
 
 def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:

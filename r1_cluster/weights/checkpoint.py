@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from types import TracebackType
 
@@ -22,6 +22,7 @@ from r1_cluster.weights.tensors import (
     INT_SHAPE_SUFFIX,
     PACKED_SUFFIX,
     SCALE_SUFFIX,
+    SUFFIXES,
     IntFormat,
     Slices,
     TensorSpec,
@@ -50,6 +51,41 @@ class CheckpointError(ValueError):
         super().__init__(f"the checkpoint {path} has {what}: " + "; ".join(shown))
 
 
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """The index's tensor → file as it is written; None where there is no index. Raises CheckpointError."""
+    file = folder / INDEX
+    if not file.exists():
+        return None
+    try:
+        listed = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        entries = {str(name): str(shard) for name, shard in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(folder, [f"{INDEX} has no readable weight_map ({error!r})"]) from error
+    if not entries:
+        raise CheckpointError(folder, [f"{INDEX} lists no tensors; download it again"])
+    return entries
+
+
+def files_of(index: Mapping[str, str], needed: Set[str] | None) -> set[str]:
+    """The files of an index that hold `needed` tensors (as the table names them; None: all), in whatever form
+    they are stored."""
+    if needed is None:
+        return set(index.values())
+    return {file for name, file in index.items() if name in needed or listed_name(name) in needed}
+
+
+def tensors_here(folder: Path) -> set[str] | None:
+    """What the index lists in files that are there, as the table names it, with all that belongs to it
+    (scales may lie in another file); None where no file is missing, or where there is no index. Raises
+    CheckpointError."""
+    index = weight_map(folder) or {}
+    missing = {file for file in set(index.values()) if not (folder / file).exists()}
+    if not missing:
+        return None
+    lacking = {listed_name(name) for name, file in index.items() if file in missing}
+    return {listed_name(name) for name in index} - lacking
+
+
 class Checkpoint:
     """A folder of safetensors files: headers are checked when it is opened, data is read when asked for."""
 
@@ -59,11 +95,16 @@ class Checkpoint:
         table: Iterable[TensorSpec] | None = None,
         fp8_block: tuple[int, int] | None = None,
         int_format: IntFormat | None = None,
+        *,
+        needed: Set[str] | None = None,
+        module: Iterable[TensorSpec] = (),
     ) -> None:
         """Checks the files against the index in both directions and, given a table, the tensors against it.
 
         `fp8_block` is the (rows, columns) that share one scale where weights are FP8, `int_format` how they
-        are stored where they are integers. Raises CheckpointError with all that is wrong.
+        are stored where they are integers. Of `needed` tensors (as the table names them; None: all) only the
+        files are opened, and others need not be there. The tensors of `module` are needed if any of them is
+        there: the MTP module's may well be left out. Raises CheckpointError with all that is wrong.
         """
         self.path = Path(path)
         self.fp8_block = fp8_block or (128, 128)
@@ -72,19 +113,23 @@ class Checkpoint:
         self._reader = FilesReader(self.path)
         self._identities: dict[str, Identity] = {}
         self._entries: dict[str, Entry] = {}
+        self._int_shapes: dict[str, tuple[int, ...]] = {}
         faults: list[str] = []
         index = self._read_index(faults)
         found: dict[str, dict[str, Entry]] = {}
-        for file in sorted(set(index.values())) if index is not None else [SINGLE]:
+        for file in sorted(files_of(index, needed)) if index is not None else [SINGLE]:
             with contextlib.suppress(OSError):  # which reading its header tells
                 self._identities[file] = identity((self.path / file).stat())
             found[file] = read_header(self.path / file, file, faults)
         self.files = frozenset(found)
         self._merge(index, found, faults)
         specs = {spec.name: spec for spec in table or ()}
+        module = [*module]
+        if any(spec.name in self._entries for spec in module):
+            specs |= {spec.name: spec for spec in module}
         self._shapes = {name: spec.shape for name, spec in specs.items()}
         if table is not None:
-            faults += self._faults_against(specs, index or {})
+            faults += self._faults_against(specs, index or {}, specs.keys() if needed is None else needed)
         if faults:
             raise CheckpointError(self.path, faults, self.files)
 
@@ -94,8 +139,8 @@ class Checkpoint:
             raise CheckpointError(
                 self.path, ["there is no such folder; name one with config.json and safetensors"]
             )
-        file = self.path / INDEX
-        if not file.exists():
+        entries = weight_map(self.path)
+        if entries is None:
             if not (self.path / SINGLE).exists():
                 raise CheckpointError(
                     self.path, [f"neither {INDEX} nor {SINGLE} is there; download it again"]
@@ -105,13 +150,6 @@ class Checkpoint:
                     self.path, [f"{SINGLE} is a link out of the folder: move the file into it"]
                 )
             return None
-        try:
-            weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-            entries = {str(name): str(shard) for name, shard in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(self.path, [f"{INDEX} has no readable weight_map ({error!r})"]) from error
-        if not entries:
-            raise CheckpointError(self.path, [f"{INDEX} lists no tensors; download it again"])
         root = self.path.resolve()
         inside = {shard for shard in entries.values() if self._is_inside(shard)}
         for shard in sorted(set(entries.values()) - inside):
@@ -143,15 +181,17 @@ class Checkpoint:
                     )
                 self._entries[name] = entry
         for name, file in (index or {}).items():
-            if found[file] and name not in found[file]:
+            if found.get(file) and name not in found[file]:
                 actual = self._entries.get(name)
                 where = f"it is in {actual.file}" if actual else "no file holds it"
                 faults.append(f"{INDEX} lists tensor {name} in {file}, {where}; download {file} again")
 
-    def _faults_against(self, table: Mapping[str, TensorSpec], index: Mapping[str, str]) -> list[str]:
+    def _faults_against(
+        self, table: Mapping[str, TensorSpec], index: Mapping[str, str], needed: Set[str]
+    ) -> list[str]:
         faults = []
-        for name, spec in table.items():
-            shape = spec.shape
+        for name in (name for name in table if name in needed):
+            shape = table[name].shape
             entry = self._entries.get(name)
             packed = self._entries.get(name + PACKED_SUFFIX)
             if packed is not None and entry is not None:
@@ -228,6 +268,11 @@ class Checkpoint:
                 )
         return faults
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Says which tensors will be asked for, in which order, so that they are brought from disk ahead."""
+        stored = (self._entries.get(name + suffix) for name in names for suffix in (*SUFFIXES, ""))
+        self._reader.expect((entry.file, entry.offset, entry.num_bytes) for entry in stored if entry)
+
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that the checkpoint does not hold."""
         return [name for name in names if name not in self._entries and self.int_bits(name) is None]
@@ -281,12 +326,15 @@ class Checkpoint:
 
     def _int_shape(self, name: str) -> tuple[int, ...]:
         """As it is stored, checked against the words and scales, and the table if that lists it."""
+        if name in self._int_shapes:
+            return self._int_shapes[name]
         entry = self._entry(name + INT_SHAPE_SUFFIX)
         shape = tuple(self._read(name + INT_SHAPE_SUFFIX, entry, None).tolist())
         expected = self._shapes.get(name, shape)
         if len(shape) != 2 or min(shape) < 1 or shape != expected or self._int_faults(name, shape):
             fault = f"{entry.file}: {name}{INT_SHAPE_SUFFIX} says {list(shape)}, which does not fit the rest"
             raise CheckpointError(self.path, [fault])
+        self._int_shapes[name] = shape
         return shape
 
     def get_scaled(self, name: str, slices: Slices | None = None) -> tuple[Tensor, Tensor]:

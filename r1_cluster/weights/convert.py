@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from r1_cluster.weights.blocks import BLOCK
 from r1_cluster.weights.headers import ITEM_BYTES
 from r1_cluster.weights.inventory import FP8, Stored
 from r1_cluster.weights.rewrite import Files, Outcome, Progress, Rewrite, RewriteError
-from r1_cluster.weights.stream import CHUNK_ITEMS, Reader, Write, lay_out, raw
+from r1_cluster.weights.stream import Reader, Write, copy, lay_out, raw
 from r1_cluster.weights.tensors import SCALE_SUFFIX, TensorSpec
 
 
@@ -47,8 +46,7 @@ def convert(
     """
     table = [*table]
     files = Files.of(source, table, fp8_block)
-    job = _Convert(files, target, table, ranks, rename=rename, block=fp8_block or BLOCK)
-    return job.run(progress)
+    return _Convert(files, target, table, ranks, rename=rename).run(progress)
 
 
 class _Convert(Rewrite):
@@ -60,10 +58,9 @@ class _Convert(Rewrite):
         ranks: int,
         *,
         rename: Callable[[str], str],
-        block: tuple[int, int],
     ) -> None:
         super().__init__(files, target)
-        self.ranks, self.block = ranks, block
+        self.ranks = ranks
         self.beside = [path for path in sorted(self.source.glob("*token*")) if path.is_file()]
         self.cuts: dict[str, dict[str, _Cut]] = {}
         experts = len({_expert(spec) for spec in table if spec.part == "experts"})
@@ -117,9 +114,7 @@ class _Convert(Rewrite):
                 continue
             entry = self.entries[name]
             begin = cut.start * (entry.num_bytes // entry.shape[0]) if cut.dim == 0 else 0
-            for done in range(0, placed.stored.num_bytes, CHUNK_ITEMS):
-                size = min(CHUNK_ITEMS, placed.stored.num_bytes - done)
-                write(memoryview(reader.read(name, begin + done, size)), placed.offset + done)
+            copy(reader, placed, write, begin)
 
 
 def _expert(spec: TensorSpec) -> int:

@@ -99,6 +99,18 @@ def _layout_faults(file: str, places: list[tuple[int, int, str]], num_bytes: int
         yield f"{file} has {num_bytes} bytes of data, its header expects {end}: it is cut off or broken"
 
 
+def lists(folder: Path, name: str) -> bool:
+    """Whether a checkpoint's index, or the header of its only file, lists a tensor. False where neither can
+    be read: whoever opens the checkpoint is told."""
+    try:
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return isinstance(weight_map, dict) and name in weight_map
+    except FileNotFoundError:
+        return name in read_header(folder / SINGLE, SINGLE, [])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
 def read_headers(folder: Path) -> tuple[dict[str, Entry], list[str]]:
     """All tensors of a folder's safetensors files, whatever its index says, and what is wrong with them."""
     faults: list[str] = []

@@ -29,18 +29,29 @@ class Published(NamedTuple):
         return hashlib.sha1(b"blob %d\0" % num_bytes, usedforsecurity=False)
 
 
+def downloads(folder: Path) -> Path:
+    """Where a folder of one's own keeps what is said of its files, and those that are under way."""
+    return folder / ".cache" / "huggingface" / "download"
+
+
+def metadata_of(path: Path) -> Path:
+    """Where it is said what the hub said of a file in a folder of one's own."""
+    return downloads(path.parent) / f"{path.name}.metadata"
+
+
 def published(path: Path) -> Published | None:
     """The hash that the hub has for a file, None where it has left nothing that says so."""
-    etag = ""
     if path.is_symlink() and path.resolve().parent.name == "blobs":
-        etag = path.resolve().name
-    else:
-        metadata = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
-        try:
-            lines = metadata.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
-            return None
-        etag = lines[1].strip().strip('"') if len(lines) > 1 else ""
+        return from_etag(path.resolve().name)
+    try:
+        lines = metadata_of(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return from_etag(lines[1].strip().strip('"')) if len(lines) > 1 else None
+
+
+def from_etag(etag: str) -> Published | None:
+    """None for what is neither of the two hashes."""
     if re.fullmatch("[0-9a-f]{64}", etag):
         return Published("sha256", etag)
     return Published("git", etag) if re.fullmatch("[0-9a-f]{40}", etag) else None

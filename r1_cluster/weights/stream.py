@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from r1_cluster.weights.blocks import dequantize
 from r1_cluster.weights.checkpoint import CheckpointError
 from r1_cluster.weights.headers import ITEM_BYTES, Entry
-from r1_cluster.weights.inventory import Stored
+from r1_cluster.weights.inventory import FP8, Stored
 from r1_cluster.weights.reading import FilesReader
 from r1_cluster.weights.tensors import SCALE_SUFFIX
 
@@ -53,16 +54,23 @@ class Planned(NamedTuple):
     num_bytes: int
 
 
-def lay_out(tensors: Iterable[tuple[Stored, str]]) -> Planned:
+def lay_out(tensors: Iterable[tuple[Stored, str]], *, as_given: bool = False) -> Planned:
     """A file of these tensors, each made of the one that is named with it.
 
     Readers map files and want each tensor aligned to its type: the widest types come first, as the format's
-    own writer has it.
+    own writer has it. `as_given` keeps the order of all tensors that any other may follow, whose bytes are a
+    multiple of the widest type's; those that are left come last.
     """
+    widest = max(ITEM_BYTES.values())
+
+    def place(pair: tuple[Stored, str]) -> int:
+        keeps_order = as_given and pair[0].num_bytes % widest == 0
+        return 0 if keeps_order else 1 + widest - ITEM_BYTES[pair[0].dtype]
+
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     placed: list[tuple[Stored, str, int]] = []
     end = 0
-    for stored, source in sorted(tensors, key=lambda pair: -ITEM_BYTES[pair[0].dtype]):
+    for stored, source in sorted(tensors, key=place):
         start, end = end, end + stored.num_bytes
         header[stored.name] = {
             "dtype": stored.dtype,
@@ -109,7 +117,18 @@ class Reader:
             data = self.read(name, first * row_bytes, step * row_bytes)
             yield first, torch.frombuffer(data, dtype=_TORCH_TYPES[entry.dtype]).view(-1, num_columns)
 
-    def scales(self, name: str) -> Tensor:
+    def floats(self, name: str, block: tuple[int, int], dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """A matrix's rows as `rows` has them, in `dtype`; FP8 times its scales, one per `block`."""
+        if self.entries[name].dtype != FP8:
+            for first, weight in self.rows(name):
+                yield first, weight.to(dtype)
+            return
+        scale, block_rows = self._scales(name), block[0]
+        for first, weight in self.rows(name, block_rows):
+            of_rows = scale[first // block_rows : -(-(first + len(weight)) // block_rows)]
+            yield first, dequantize(weight, of_rows, block, dtype)
+
+    def _scales(self, name: str) -> Tensor:
         """The float32 scales of an FP8 matrix, which must be positive and finite."""
         entry = self.entries[name + SCALE_SUFFIX]
         data = self.read(name + SCALE_SUFFIX, 0, entry.num_bytes)
@@ -129,6 +148,13 @@ class Reader:
 def raw(tensor: Tensor) -> memoryview:
     """A tensor's bytes, as files have them."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def copy(reader: Reader, placed: Placed, write: Write, begin: int = 0) -> None:
+    """Writes a tensor's bytes as its source has them, from its byte `begin` on. Raises CheckpointError."""
+    for done in range(0, placed.stored.num_bytes, CHUNK_ITEMS):
+        size = min(CHUNK_ITEMS, placed.stored.num_bytes - done)
+        write(memoryview(reader.read(placed.source, begin + done, size)), placed.offset + done)
 
 
 @contextmanager

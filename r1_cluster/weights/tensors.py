@@ -19,7 +19,8 @@ SCALE_SUFFIX = "_scale_inv"
 PACKED_SUFFIX, INT_SCALE_SUFFIX, INT_SHAPE_SUFFIX = "_packed", "_scale", "_shape"
 """An integer tensor is stored as three, its own name with these suffixes: see `integers`."""
 
-SUFFIXES = (SCALE_SUFFIX, PACKED_SUFFIX, INT_SCALE_SUFFIX, INT_SHAPE_SUFFIX)
+SUFFIXES = (SCALE_SUFFIX, INT_SHAPE_SUFFIX, PACKED_SUFFIX, INT_SCALE_SUFFIX)
+"""In the order in which a checkpoint is read; the tensor that has the name itself comes last."""
 
 _LAYERS = "model.layers."
 _BLOCK = 128

@@ -15,6 +15,7 @@ from r1_cluster.weights.headers import ITEM_BYTES, Entry, read_header
 from r1_cluster.weights.hub import Published, published
 from r1_cluster.weights.inventory import FP8
 from r1_cluster.weights.reading import identity
+from r1_cluster.weights.stream import Reader
 from r1_cluster.weights.tensors import INT_SCALE_SUFFIX, SCALE_SUFFIX, IntFormat, TensorSpec
 
 _CHUNK_BYTES = 4 << 20
@@ -79,6 +80,11 @@ def verify(
         listed = error.files
     if listed:
         report.faults += _files_beside(listed, entries)
+        if (missing := len(listed - entries.keys())) and entries:
+            report.notes.append(
+                f"{missing} of {len(listed)} files are not here. A node that hosts some parts of a layout "
+                "alone can do without: `r1-cluster weights download` looks at what such a node needs."
+            )
     if expected is not None:
         report.faults += _quantization_faults(found, expected, fp8_block)
     report.files, report.tensors = len(paths), len(found)
@@ -86,6 +92,20 @@ def verify(
     if progress is not None:
         _read_all(paths, report, progress)
     return report
+
+
+def are_equal(folder: Path, first: str, second: str) -> bool:
+    """Whether two tensors of a sound checkpoint are the same, bit for bit. Raises CheckpointError."""
+    with Checkpoint(folder) as checkpoint:
+        entries = checkpoint.entries
+    one, other = entries[first], entries[second]
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with Reader(folder, entries) as reader:
+        return all(
+            reader.read(first, start, _CHUNK_BYTES) == reader.read(second, start, _CHUNK_BYTES)
+            for start in range(0, one.num_bytes, _CHUNK_BYTES)
+        )
 
 
 def _files_beside(listed: frozenset[str], entries: dict[str, dict[str, Entry]]) -> Iterable[str]:

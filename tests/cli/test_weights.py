@@ -1,7 +1,10 @@
 """`r1-cluster weights`: what a person sees of it."""
 
 import pytest
+import torch
 from r1_files import write_r1
+from safetensors.torch import load_file, save_file
+from small_model import dense_values, write_checkpoint
 
 from r1_cluster.cli.main import main
 from r1_cluster.config import ASSETS
@@ -86,6 +89,29 @@ def test_verify_of_a_damaged_checkpoint(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "3 things are wrong with it" in out
     assert "config.json cannot be read" in out
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_head_that_is_stored_though_it_is_tied_is_a_remark(tmp_path, capsys, differs):
+    write_checkpoint(tmp_path / "a", dense_values(tie_word_embeddings=True))
+    tensors = load_file(tmp_path / "a/model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + differs
+    save_file(tensors, tmp_path / "a/model.safetensors")
+    words = (
+        "with other numbers: it is used, as transformers 5"
+        if differs
+        else "with the same numbers: it is used"
+    )
+    assert main(["weights", "verify", str(tmp_path / "a")]) == 0
+    assert f"lm_head.weight is stored, too, {words}" in capsys.readouterr().out
+    # What is written of it holds the head as well, and is read in the same way.
+    assert main(["weights", "quantize", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "int8"]) == 0
+    assert torch.equal(
+        load_file(tmp_path / "b/model.safetensors")["lm_head.weight"], tensors["lm_head.weight"]
+    )
+    capsys.readouterr()
+    assert main(["weights", "verify", "--no-data", str(tmp_path / "b")]) == 0
+    assert "lm_head.weight is stored, too: it is used." in capsys.readouterr().out
 
 
 def test_verify_of_what_is_not_there(tmp_path, capsys):

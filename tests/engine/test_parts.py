@@ -1,5 +1,7 @@
 """Which tensors a worker loads, and in which order: as told from config.json alone, and as it does."""
 
+import os
+
 import pytest
 import torch
 from small_model import (
@@ -13,15 +15,16 @@ from small_model import (
 )
 
 from r1_cluster.config import LayoutConfig
+from r1_cluster.engine.boot import WorkerBoot
 from r1_cluster.engine.parts import load_parts, worker_tensors
+from r1_cluster.engine.worker import Worker
 from r1_cluster.models.family import EMBEDDING, load_config, parse_config, tensor_table
 from r1_cluster.models.loader import Loader, Shard
 from r1_cluster.models.presets import presets
 from r1_cluster.planning.layout import build_layout
 from r1_cluster.weights.checkpoint import Checkpoint
+from r1_cluster.weights.reading import FilesReader
 from r1_cluster.weights.tensors import INT4, INT8
-
-pytestmark = pytest.mark.slow  # what torch imports for its first operations without data takes seconds
 
 MODELS = {
     "deepseek": config_values(),
@@ -109,6 +112,50 @@ def test_a_worker_asks_for_what_was_told_in_that_order(tmp_path, model, layout, 
         assert [*checkpoint.asked] == told[worker.name]
 
 
+@pytest.mark.parametrize("form", ["fp8", INT8], ids=str)
+def test_the_kernel_is_told_ahead_of_all_that_a_worker_reads_and_of_nothing_else(tmp_path, monkeypatch, form):
+    folder = tmp_path / "model"
+    config = write_checkpoint(folder, config_values(**FP8_SHAPE if form == "fp8" else {}))
+    if form == "fp8":
+        to_fp8(folder)
+    else:
+        quantize(folder, tmp_path / "int", form)
+        folder = tmp_path / "int"
+    told, read, read_into = [], [], FilesReader.read_into
+
+    def noting(self, file, offset, into):
+        read.append((offset, len(into)))
+        read_into(self, file, offset, into)
+
+    monkeypatch.setattr(FilesReader, "read_into", noting)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, offset, size, advice: told.append((offset, size)))
+    layout = laid_out("shards", config)
+    for name in ("stage-1", "router-1", "experts-1-copy-1"):
+        told.clear(), read.clear()
+        boot = WorkerBoot(
+            name=name,
+            incarnation="first",
+            workers=layout.workers,
+            checkpoint=str(folder),
+            dtype="float32",
+            device="cpu",
+            deterministic=True,
+            threads=1,
+            page_size=16,
+            num_pages=2,
+            lease_s=1.0,
+            step_timeout_s=1.0,
+            host="127.0.0.1",
+            link_ports=(21000, 23999),
+            secret=b"a secret for tests only",
+        )
+        worker = Worker(boot)
+        worker.close()
+        assert sorted(told) == sorted(read)
+        assert sum(size for _, size in read) == worker.read_bytes > 0
+
+
+@pytest.mark.slow
 def test_of_r1_itself_without_a_checkpoint():
     config = parse_config(presets()["DeepSeek-R1"])
     layout = {"kind": "disaggregated", "stages": 2, "expert_shards": 16}

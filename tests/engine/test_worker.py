@@ -109,7 +109,7 @@ def asks_for_what_it_needs(checkpoint, layout, name, monkeypatch):
         max_batch_tokens=64,
         max_context_len=200,
     )
-    cluster = SimpleNamespace(layout=layout, transport="sockets")
+    cluster = SimpleNamespace(layout=layout, transport="sockets", dtype="float32")
     boot = msgspec.structs.replace(Cluster.boot(cluster, checkpoint, name, 256, 5.0, 2.0), limits=limits)
     free = sum(parts.values())
     monkeypatch.setattr(worker_module, "free_device_bytes", lambda device: free)

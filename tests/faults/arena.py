@@ -67,11 +67,12 @@ def injecting(folder, poison=()):
 class Arena:
     """A running service with its observer. Whatever was stopped here and is still there at the end is ended."""
 
-    def __init__(self, folder, checkpoint, layout, requests=None, poison=(), **engine):
+    def __init__(self, folder, checkpoint, layout, requests=None, poison=(), dtype=None, **engine):
         self.folder = folder / "faults"
         self.requests = streams() if requests is None else requests
         environment = injecting(self.folder, poison)
-        sections = {"engine": {**ENGINE, **engine}, "serve": SERVE}
+        model = {"path": str(checkpoint), "name": "tiny", "dtype": dtype}
+        sections = {"model": model, "engine": {**ENGINE, **engine}, "serve": SERVE}
         name = f"faults-{secrets.token_hex(3)}"  # several may run on one machine
         for attempt in ("first", "second"):
             self.service = Service(folder, name, checkpoint, layout, environment, **sections)

@@ -29,6 +29,18 @@ def test_texts_of_a_dense_model_survive_a_killed_stage(tmp_path):
     assert_texts_survive(kind, LayoutConfig(kind="disaggregated", stages=3), "stage-1")
 
 
+@pytest.mark.parametrize("family", ["mla", "gqa"])
+def test_texts_over_an_fp8_cache_survive_a_killed_stage(tmp_path, family):
+    options = {"device": "cuda", "dtype": "bfloat16", "transport": "device", "kv_cache_dtype": "fp8"}
+    kind = settings(tmp_path, **options)
+    layout = LayoutConfig(kind="disaggregated", stages=2, expert_shards=1)
+    if family == "gqa":
+        layout = LayoutConfig(kind="disaggregated", stages=3)
+        values = dense_values("Qwen3ForCausalLM", **DENSE_KERNEL_SHAPE | {"num_hidden_layers": 3})
+        write_checkpoint(tmp_path, values)
+    assert_texts_survive(kind, layout, "stage-1")
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_fp8_weights_are_served(tmp_path, deterministic):
     """In deterministic mode the same texts alone and together; otherwise as many tokens as were asked for."""

@@ -184,6 +184,18 @@ def test_a_tied_head_is_read_by_the_last_stage_and_held_once_by_an_only_one(tmp_
     assert torch.equal(last._head, only._head)
 
 
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_head_that_is_stored_though_it_is_tied_is_used_as_by_transformers(tmp_path, differs):
+    write_checkpoint(tmp_path, dense_values("Qwen2ForCausalLM", tie_word_embeddings=True))
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.flip(0).contiguous() if differs else embedding.clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    rng = np.random.default_rng(3)
+    got, expected = both(tmp_path, rng, [], deterministic=True, bounds=[2])
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_plain_torch_asks_nothing_of_the_host_on_other_devices(tmp_path, deterministic):
     """Torch's `meta` plays a device without kernels of its own, such as npu: it has shapes and no values."""

@@ -340,3 +340,14 @@ def test_dense_tensors_are_those_of_transformers(architecture, tied):
     for spec in table:
         row = spec.name.split(".")[-2]
         assert spec.split_dim == (SPLIT | {"k_proj": 0, "v_proj": 0}).get(row), spec
+
+
+@pytest.mark.parametrize(
+    "index", [None, "", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"lm_head.weight": 3}}']
+)
+def test_whether_a_tied_head_is_stored_as_well(tmp_path, index):
+    """What cannot be read lists nothing here, and is told when the checkpoint is opened."""
+    (tmp_path / "config.json").write_text(json.dumps(dense_values(tie_word_embeddings=True)))
+    if index is not None:
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert load_config(tmp_path).tie_word_embeddings is not (index is not None and "lm_head" in index)

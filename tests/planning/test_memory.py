@@ -1,10 +1,14 @@
 import pytest
-from small_model import config_values, dense_values
+import torch
+from small_model import config_values, dense_values, write_checkpoint
 
 from r1_cluster.config import LayoutConfig
-from r1_cluster.models.family import parse_config
+from r1_cluster.models.family import parse_config, tensor_table
+from r1_cluster.models.loader import Loader, Shard
+from r1_cluster.models.network import StageModel
 from r1_cluster.planning.layout import build_layout
 from r1_cluster.planning.memory import OutOfDeviceMemory, check_room, worker_bytes
+from r1_cluster.weights.checkpoint import Checkpoint
 
 CONFIG = parse_config(config_values())
 LIMITS = {"num_pages": 10, "page_size": 16, "max_num_seqs": 8, "max_batch_tokens": 64, "max_context_len": 512}
@@ -28,6 +32,25 @@ def test_pages_are_what_the_caches_take():
     (first, last) = APART.stages[0][0].stage
     assert parts_of("stage-0")["pages"] == (last - first) * 10 * 16 * (16 + 8) * 2
     assert parts_of("stage-0", COLOCATED)["pages"] == CONFIG.num_hidden_layers * 10 * 16 * (16 + 8) * 2
+
+
+@pytest.mark.parametrize(
+    ("values", "scales"), [(config_values(), 2), (dense_values(num_key_value_heads=2, head_dim=16), 2 * 2)]
+)
+@pytest.mark.parametrize("fp8_cache", [False, True])
+def test_pages_are_what_a_stage_allocates(tmp_path, values, scales, fp8_cache):
+    """In FP8 a byte a number, and four a scale."""
+    config = write_checkpoint(tmp_path, values)
+    shard = Shard(torch.device("cpu"), torch.bfloat16, False, fp8_cache)
+    with Checkpoint(tmp_path, tensor_table(config)) as checkpoint:
+        stage = StageModel(config, Loader(checkpoint, shard), range(1, 3))
+    caches = stage.new_cache(LIMITS["num_pages"], LIMITS["page_size"])
+    parts = [[c] if isinstance(c, torch.Tensor) else [c.values, c.scale] for c in caches]
+    allocated = sum(part.nbytes for both in parts for part in both)
+    layout = build_layout(LayoutConfig(kind="disaggregated", stages=["0-0", "1-2"]), config)
+    assert parts_of("stage-1", layout, config, fp8_cache=fp8_cache)["pages"] == allocated
+    width = config.attention.cache_width
+    assert allocated == 2 * 10 * 16 * (width + 4 * scales if fp8_cache else 2 * width)
 
 
 def test_a_worker_needs_what_its_roles_need():

@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from dying_cast import run
 from make_checkpoint import MIN_VOCAB, build_config, main, make_checkpoint
 from safetensors import safe_open
+
+from r1_cluster.cli.main import main as weights_main
 
 TINY = {
     "hidden_size": 32,
@@ -225,7 +228,29 @@ def test_command_line_makes_a_dense_model(tmp_path, capsys):
     assert "no size 'nano576' of llama" in capsys.readouterr().err
 
 
-def test_a_tensor_larger_than_what_is_written_at_once(tmp_path, monkeypatch):
-    whole = digest(make_checkpoint(tmp_path / "whole", torch_dtype="bfloat16", **TINY))
-    monkeypatch.setattr("make_checkpoint._WRITTEN_AT_ONCE", 1000)
-    assert digest(make_checkpoint(tmp_path / "parts", torch_dtype="bfloat16", **TINY)) == whole
+@pytest.mark.parametrize("dtype", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("model_type", "shape"),
+    [("deepseek_v3", TINY | {"hidden_size": 150}), ("llama", DENSE), ("qwen2", DENSE), ("qwen3", DENSE)],
+)
+def test_few_bits_are_those_of_cast_and_quantize(tmp_path, model_type, shape, dtype):
+    options = {"model_type": model_type, "torch_dtype": "float32", "max_shard_bytes": 100_000, **shape}
+    floats = make_checkpoint(tmp_path / "float32", seed=3, **options)
+    made = make_checkpoint(tmp_path / dtype, seed=3, dtype=dtype, **options)
+    run(floats, tmp_path / "rewritten", dtype)
+    tensors, expected = read_tensors(made), read_tensors(tmp_path / "rewritten")
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name]), name
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (made, tmp_path / "rewritten")]
+    assert configs[0] == configs[1]
+
+
+def test_what_is_not_quantized_is_bfloat16(tmp_path):
+    found = {str(t.dtype) for t in read_tensors(make_checkpoint(tmp_path, dtype="fp8", **TINY)).values()}
+    assert found == {"torch.float8_e4m3fn", "torch.bfloat16", "torch.float32"}
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert weights_main(["weights", "verify", str(tmp_path)]) == 0
+    with pytest.raises(ValueError, match="no dtype 'fp4'; there are: float32, bfloat16, fp8, int8, int4"):
+        make_checkpoint(tmp_path, dtype="fp4")

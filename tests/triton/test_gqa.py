@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from kernels import gqa, reference
+from kernels.cpu_cache import quantize_rows
 
 BF16 = 2**-8
+FP8 = 2**-4
 D, PAGE = 32, 16
 
 
@@ -30,9 +32,18 @@ def paged(draw, context_lens, query_lens, num_heads, num_key_heads):
     return [q, *both.to(draw.device).unbind(2), *(x.to(draw.device) for x in (table, context, start))]
 
 
-def assert_attended(out, arguments):
+def in_fp8(arguments):
+    """(the same arguments over an FP8 cache, its scales); slots that hold NaN keep it, and so do their scales."""
     q, k, v, *rest = arguments
-    expected = reference.paged_attention(q.double(), k.double(), v.double(), *rest, 0.2)
+    values, scales = quantize_rows(torch.stack((k, v), 2), torch.float8_e4m3fn)
+    return [q, *values.unbind(2), *rest], scales.unbind(2)
+
+
+def assert_attended(out, arguments, scales=None):
+    q, k, v, *rest = arguments
+    if scales is None:
+        k, v = k.double(), v.double()
+    expected = reference.paged_attention(q.double(), k, v, *rest, 0.2, scales)
     scale = expected.abs().amax(-1, keepdim=True)
     assert ((out.double() - expected).abs() <= BF16 * scale + BF16 * expected.abs()).all()
 
@@ -45,6 +56,9 @@ def assert_attended(out, arguments):
 def test_paged_attention(draw, context_lens, query_lens, num_heads, num_key_heads):
     arguments = paged(draw, context_lens, query_lens, num_heads, num_key_heads)
     assert_attended(gqa.paged_attention(*arguments, 0.2, max_query_len=max(query_lens)), arguments)
+    rounded, scales = in_fp8(arguments)
+    out = gqa.paged_attention(*rounded, 0.2, scales, max_query_len=max(query_lens))
+    assert_attended(out, rounded, scales)
 
 
 def test_caches_of_their_own(draw):
@@ -67,13 +81,18 @@ def test_splits_are_merged(draw, monkeypatch):
     monkeypatch.setattr(gqa, "num_processors", lambda device: 64)
     arguments = paged(draw, [200, 3, 66], [1, 1, 4], 4, 2)
     assert_attended(gqa.paged_attention(*arguments, 0.2, max_query_len=4), arguments)
+    rounded, scales = in_fp8(arguments)
+    assert_attended(gqa.paged_attention(*rounded, 0.2, scales, max_query_len=4), rounded, scales)
 
 
 @pytest.mark.slow
-def test_deterministic_output_depends_neither_on_batch_nor_on_chunking(draw, monkeypatch):
+@pytest.mark.parametrize("fp8", [False, True])
+def test_deterministic_output_depends_neither_on_batch_nor_on_chunking(draw, monkeypatch, fp8):
     monkeypatch.setattr(gqa, "DETERMINISTIC_SPLIT", 64)
-    arguments = paged(draw, [150, 40], [30, 2], 4, 2)
-    together = gqa.paged_attention(*arguments, 0.2, max_query_len=30, deterministic=True)
+    arguments, scales = paged(draw, [150, 40], [30, 2], 4, 2), None
+    if fp8:
+        arguments, scales = in_fp8(arguments)
+    together = gqa.paged_attention(*arguments, 0.2, scales, max_query_len=30, deterministic=True)
     q, k, v, table, _, _ = arguments
     for query in (0, 8, 29):
         lengths = (torch.tensor([n], dtype=torch.int32, device=draw.device) for n in (121 + query,))
@@ -86,6 +105,7 @@ def test_deterministic_output_depends_neither_on_batch_nor_on_chunking(draw, mon
             *lengths,
             start,
             0.2,
+            scales,
             max_query_len=1,
             deterministic=True,
         )
@@ -110,3 +130,89 @@ def test_write_kv(draw, together):
     bound = BF16 * 2 * k.double().abs().amax(-1, keepdim=True)[kept]
     assert ((written - turned[kept]).abs() <= bound).all()
     assert int((~torch.isnan(caches[0][..., 0, 0])).sum()) == 4
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_write_kv_in_fp8(draw, together):
+    """Values are those of plain torch, bit for bit; rotated keys within half a step of the format."""
+    k, v = (draw.mixed(5, 3, D, dtype=torch.bfloat16).contiguous() for _ in range(2))
+    v[1, 2] = 0
+    angle, positions = draw.normal(20, D // 2), draw.integers(0, 20, 5)
+    slots = torch.tensor([17, -1, 3, 40, 0], device=draw.device)
+    shape = (3, PAGE, 2, 3)
+    values = torch.empty(*shape, D, dtype=torch.float8_e4m3fn, device=draw.device)
+    caches, scales = values.unbind(2), torch.empty(shape, device=draw.device).unbind(2)
+    if not together:
+        caches, scales = ([x.contiguous() for x in parts] for parts in (caches, scales))
+    for scale in scales:
+        scale.fill_(float("nan"))
+    gqa.write_kv(k, v, angle.cos(), angle.sin(), positions, slots, *caches, scales)
+    kept = slots >= 0
+    at = slots[kept]
+    mine = [
+        (cache.flatten(0, 1)[at].float(), scale.flatten(0, 1)[at, :, None])
+        for cache, scale in zip(caches, scales)
+    ]
+    q, scale = quantize_rows(v[kept], torch.float8_e4m3fn)
+    if draw.device == "cpu":
+        assert torch.equal(mine[1][0], q.float())
+        assert torch.equal(mine[1][1][..., 0], scale)
+    angles = (x[positions.long()].double() for x in (angle.cos(), angle.sin()))
+    turned = reference.rope(k.double(), *angles, False)
+    for (numbers, scale), exact in zip(mine, (turned[kept], v[kept].double())):
+        largest = exact.abs().amax(-1, keepdim=True)
+        bound = exact.abs() * FP8 + largest * (2**-10 / 448 + 1e-6)
+        assert ((numbers.double() * scale.double() - exact).abs() <= bound * 1.001 + 1e-15).all()
+    for scale in scales:
+        assert int((~torch.isnan(scale[..., 0])).sum()) == 4
+
+
+def test_nan_stays_in_an_fp8_cache(draw):
+    """What hid it would hide why a model fails; the heads beside it are not touched."""
+    k, v = (torch.ones(1, 2, D, dtype=torch.bfloat16, device=draw.device) for _ in range(2))
+    k[0, 1, 3], v[0, 1, 5] = float("nan"), float("inf")
+    angle = torch.zeros(1, D // 2, device=draw.device)
+    where = torch.zeros(1, dtype=torch.int64, device=draw.device)
+    caches = torch.zeros(1, PAGE, 2, 2, D, dtype=torch.float8_e4m3fn, device=draw.device).unbind(2)
+    scales = torch.zeros(1, PAGE, 2, 2, device=draw.device).unbind(2)
+    gqa.write_kv(k, v, angle.cos(), angle.sin(), where, where, *caches, scales)
+    for cache, scale in zip(caches, scales):
+        read = cache[0, 0].float() * scale[0, 0, :, None]
+        assert read[1].isnan().any()
+        assert torch.equal(read[0], torch.ones_like(read[0]))
+
+
+def test_an_fp8_cache_needs_its_scales(draw):
+    arguments = paged(draw, [20], [1], 2, 1)
+    rounded, scales = in_fp8(arguments)
+    with pytest.raises(AssertionError, match="a cache of another dtype"):
+        gqa.paged_attention(*rounded, 0.2, max_query_len=1)
+    with pytest.raises(AssertionError, match="an FP8 cache, and no other, has scales"):
+        gqa.paged_attention(*arguments, 0.2, scales, max_query_len=1)
+
+
+def test_fp8_slots_beyond_two_to_the_31_elements(draw):
+    """One slot on each side of 2^31 elements is written and read; memory is reserved, and two pages touched."""
+    heads, num_pages = 2, 2**31 // (PAGE * 2 * 2 * D) + 2
+    size = num_pages * PAGE * 2 * heads
+    bits = torch.tensor([], dtype=torch.uint8, device=draw.device)
+    bits.set_(torch.UntypedStorage(size * D, device=draw.device))
+    values = bits.view(num_pages, PAGE, 2, heads, D).view(torch.float8_e4m3fn)
+    scale = torch.tensor([], device=draw.device).set_(torch.UntypedStorage(size * 4, device=draw.device))
+    caches, scales = values.unbind(2), scale.view(num_pages, PAGE, 2, heads).unbind(2)
+    k, v = (draw.normal(PAGE + 1, heads, D, dtype=torch.bfloat16) for _ in range(2))
+    table = torch.tensor([[num_pages - 1, 1]], dtype=torch.int32, device=draw.device)
+    slots = torch.arange(PAGE + 1, device=draw.device) + (num_pages - 1) * PAGE
+    slots[-1] = PAGE
+    angle = torch.zeros(1, D // 2, device=draw.device)
+    where = torch.zeros(PAGE + 1, dtype=torch.int64, device=draw.device)
+    gqa.write_kv(k.clone(), v, angle.cos(), angle.sin(), where, slots, *caches, scales)
+    q = draw.normal(1, heads, D, dtype=torch.bfloat16)
+    context, start = (torch.tensor(x, dtype=torch.int32, device=draw.device) for x in ([PAGE + 1], [0, 1]))
+    out = gqa.paged_attention(q, *caches, table, context, start, 0.2, scales, max_query_len=1)
+    rounded = [
+        quantize_rows(torch.cat((x, x.new_zeros(PAGE - 1, heads, D))), torch.float8_e4m3fn) for x in (k, v)
+    ]
+    near = [x.view(2, PAGE, *x.shape[1:]) for pair in zip(*rounded) for x in pair]
+    order = torch.tensor([[0, 1]], dtype=torch.int32, device=draw.device)
+    assert_attended(out, [q, *near[:2], order, context, start], near[2:])

@@ -96,9 +96,9 @@ def recordings(monkeypatch):
 class Stage:
     """A stage with its router and, where `local`, its experts; else they are asked as over a link."""
 
-    def __init__(self, folder, local, dtype=torch.float32, deterministic=False):
+    def __init__(self, folder, local, dtype=torch.float32, deterministic=False, fp8_cache=False):
         config = load_config(folder)
-        shard = Shard(torch.device("cpu"), dtype, deterministic)
+        shard = Shard(torch.device("cpu"), dtype, deterministic, fp8_cache)
         with Checkpoint(folder, tensor_table(config), config.fp8_block, config.int_format) as checkpoint:
             loader = Loader(checkpoint, shard)
             model = StageModel(config, loader, range(config.num_hidden_layers))
@@ -176,8 +176,15 @@ def replays_as_eager(eager, replayed):
         chunks = [(s, rng.integers(0, 96, n)) for s, n in sizes]
         expected, got = eager.step(chunks), replayed.step(chunks)
         assert got == expected
-    for mine, theirs in zip(replayed.role.caches, eager.role.caches):
-        torch.testing.assert_close(mine[1:], theirs[1:], atol=1e-5, rtol=0)
+    for caches in zip(replayed.role.caches, eager.role.caches):
+        for mine, theirs in zip(*(parts(cache) for cache in caches), strict=True):
+            torch.testing.assert_close(mine[1:], theirs[1:], atol=1e-5, rtol=0)
+
+
+def parts(cache):
+    """A cache's tensors, float32."""
+    both = (cache,) if isinstance(cache, torch.Tensor) else (cache.values, cache.scale)
+    return [part.float() for part in both]
 
 
 @pytest.mark.slow
@@ -185,7 +192,8 @@ def replays_as_eager(eager, replayed):
 def test_replayed_steps_of_a_dense_model_are_those_of_the_model(folder, recordings, deterministic):
     made, record = recordings
     write_checkpoint(folder, dense_values("Qwen2ForCausalLM", **DENSE_KERNEL_SHAPE))
-    eager, replayed = (Stage(folder, True, deterministic=deterministic) for _ in range(2))
+    options = {"deterministic": deterministic, "fp8_cache": deterministic}  # each once
+    eager, replayed = (Stage(folder, True, **options) for _ in range(2))
     replayed.role.prepare(StepLimits(3, 1, 64), record)
     assert len(made) == (1 if deterministic else 3)  # a whole step each: no experts are asked
     replays_as_eager(eager, replayed)
@@ -269,6 +277,25 @@ def test_a_dense_decode_step_is_our_kernels_and_the_products_of_a_library(folder
     # A library's product adds Qwen2's biases itself; only residuals are added by torch, once, at the end.
     assert recording.operations.count("linear") == 4 * layers + 1
     assert recording.operations.count("add_") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [pytest.param("mla", marks=pytest.mark.system), "gqa"])
+def test_a_decode_step_over_an_fp8_cache_asks_and_launches_the_same(folder, recordings, family):
+    """Scales are read and written by the kernels that read and write what they belong to."""
+    _, record = recordings
+    if family == "gqa":
+        write_checkpoint(folder, dense_values("Qwen2ForCausalLM", **DENSE_KERNEL_SHAPE))
+    seen = []
+    for fp8_cache in (False, True):
+        stage = Stage(folder, True, torch.bfloat16, fp8_cache=fp8_cache)
+        stage.step([(0, [1, 2, 3, 4, 5]), (1, [3])])
+        recording, context = record()
+        with context:
+            stage.step([(0, [5]), (1, [9])])
+        assert set(recording.operations) - ALLOWED == set()
+        seen.append(recording.launches)
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.slow

@@ -102,10 +102,11 @@ def test_a_batch_without_queries_for_one_sequence(draw):
 
 
 @pytest.mark.slow
-def test_deterministic_output_depends_neither_on_batch_nor_on_chunking(draw, monkeypatch):
+@pytest.mark.parametrize("fp8", [False, True])
+def test_deterministic_output_depends_neither_on_batch_nor_on_chunking(draw, monkeypatch, fp8):
     """One query at a time, as decode computes it, equals the same queries in one chunk, bit by bit."""
     monkeypatch.setattr(mla_decode, "DETERMINISTIC_SPLIT", 64)
-    paged = Paged(draw, [150, 40], [30, 2], 4)
+    paged = Paged(draw, [150, 40], [30, 2], 4, fp8=fp8)
     together = paged.run(deterministic=True)
     assert_attended(together, paged.expected())
     queries = (paged.q_latent, paged.q_rope)
@@ -119,6 +120,7 @@ def test_deterministic_output_depends_neither_on_batch_nor_on_chunking(draw, mon
             torch.tensor([121 + query], dtype=torch.int32, device=draw.device),
             torch.tensor([0, 1], dtype=torch.int32, device=draw.device),
             0.1,
+            paged.scale_cache,
             max_query_len=1,
             deterministic=True,
         )

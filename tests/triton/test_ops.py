@@ -281,13 +281,13 @@ def test_deterministic_logits_do_not_depend_on_the_batch(triton_ops, tmp_path, h
     deterministic_logits_do_not_depend_on_the_batch(tmp_path)
 
 
-def deterministic_logits_do_not_depend_on_the_batch(tmp_path):
-    dtype = torch.bfloat16
+def deterministic_logits_do_not_depend_on_the_batch(tmp_path, fp8_cache=False):
+    options = {"deterministic": True, "dtype": torch.bfloat16, "device": DEVICE, "fp8_cache": fp8_cache}
     rng = np.random.default_rng(5)
     tokens = rng.integers(0, 96, 40)
-    alone = TritonModel(tmp_path, deterministic=True, dtype=dtype, device=DEVICE)
+    alone = TritonModel(tmp_path, **options)
     expected = alone.step([(0, tokens)])[0]
-    other = TritonModel(tmp_path, deterministic=True, dtype=dtype, device=DEVICE)
+    other = TritonModel(tmp_path, **options)
     other.step([(3, rng.integers(0, 96, 11)), (0, tokens[:17])])
     other.step([(0, tokens[17:39]), (3, rng.integers(0, 96, 2))])
     got = other.step([(3, [7]), (5, rng.integers(0, 96, 9)), (0, tokens[39:])])
@@ -308,6 +308,46 @@ def test_the_sampler_draws_as_plain_torch_does(triton_ops):
     got = sample(triton_ops, logits.to(DEVICE), specs)
     assert sum(a != b for a, b in zip(got, expected)) <= 1
     assert got[::4] == expected[::4]  # greedy
+
+
+# All tokens go to all experts: a choice that tips over would hide all else.
+ALL_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
+FP8_CACHES = {
+    "mla": config_values(**KERNEL_SHAPE | ALL_EXPERTS),
+    "gqa": dense_values("Qwen2ForCausalLM", **DENSE_KERNEL_SHAPE),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [pytest.param("mla", marks=system), "gqa"])
+def test_an_fp8_cache_holds_what_plain_torchs_does(monkeypatch, tmp_path, family):
+    """For the bounds see `test_fp8_weights_stay_fp8`."""
+    if DEVICE.type == "cuda":
+        pytest.skip("matrix units round float32 to TF32; the engine refuses float32 there")
+    write_checkpoint(tmp_path, FP8_CACHES[family])
+    plain, triton = pair(monkeypatch, tmp_path, deterministic=True, fp8_cache=True)
+    pairs = zip(torch.cat(run(triton)), torch.cat(run(plain)), strict=True)
+    errors = sorted(relative(got, expected) for got, expected in pairs)
+    assert errors[len(errors) // 2] < 1e-5, errors
+    assert errors[-1] < 0.1, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FP8_CACHES)
+def test_an_fp8_cache_beside_bfloat16_is_as_near_to_float32_as_plain_torch_is(monkeypatch, tmp_path, family):
+    """What is served on a device; see `test_fp8_weights_beside_bfloat16...`."""
+    write_checkpoint(tmp_path, FP8_CACHES[family])
+    exact = run(SmallModel(tmp_path, deterministic=False, fp8_cache=True))
+    plain, triton = pair(monkeypatch, tmp_path, deterministic=False, fp8_cache=True, dtype=torch.bfloat16)
+    for truth, other, mine in zip(exact, run(plain), run(triton), strict=True):
+        assert relative(mine, truth) < max(2 * relative(other, truth), 0.02)
+
+
+@pytest.mark.slow
+def test_deterministic_logits_over_an_fp8_cache_do_not_depend_on_the_batch(triton_ops, tmp_path):
+    """Of latents the kernel's own test holds it."""
+    write_checkpoint(tmp_path, FP8_CACHES["gqa"])
+    deterministic_logits_do_not_depend_on_the_batch(tmp_path, fp8_cache=True)
 
 
 @pytest.mark.parametrize(
