@@ -180,8 +180,8 @@ def _check_amount(service: Service, layout: Layout, resource: str, amount: float
 def place(service: Service, layout: Layout, engine: str) -> tuple[dict[str, PlacementGroup], dict[str, Seat]]:
     """Makes the engine's placement groups, or finds those that stand; (domain → group, worker → seat).
 
-    With `layout.spread` a bundle holds a stage's worker with its router, or an expert shard, each on a node of
-    its own; without, all of a group's bundles are packed. Spares are spread where nodes are.
+    With `layout.spread` a bundle holds a stage's worker with its router, or an expert shard, each on a node
+    of its own; without, all of a group's bundles are packed. Spares are spread where nodes are.
     """
     each = worker_resources(service)
     groups: dict[str, PlacementGroup] = {}

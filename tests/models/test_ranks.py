@@ -75,7 +75,7 @@ def logits_in_ranks(folder, count, dtype):
     plans = SmallModel(folder, deterministic=True, dtype=dtype)
 
     def work(rank):
-        shard = Shard(CPU, dtype, True, rank, count)
+        shard = Shard(CPU, dtype, True, rank=rank, ranks=count)
         with Checkpoint(folder, table, config.fp8_block, config.int_format) as checkpoint:
             parts = load_parts(config, Loader.of(checkpoint, shard, table), layout.workers[rank])
         router = None
@@ -153,8 +153,8 @@ def test_a_rank_keeps_scaled_what_is_cut_at_blocks(folder):
     table = tensor_table(config)
     down = "model.layers.0.mlp.down_proj.weight"
     with Checkpoint(folder("deepseek fp8"), table, config.fp8_block) as checkpoint:
-        two = Loader.of(checkpoint, Shard(CPU, torch.float32, True, 1, 2), table)
-        four = Loader.of(checkpoint, Shard(CPU, torch.float32, True, 1, 4), table)
+        two = Loader.of(checkpoint, Shard(CPU, torch.float32, True, rank=1, ranks=2), table)
+        four = Loader.of(checkpoint, Shard(CPU, torch.float32, True, rank=1, ranks=4), table)
         whole = Loader.of(checkpoint, Shard(CPU, torch.float32, True), table).get(down)
         assert two.stays_scaled(down)
         assert not four.stays_scaled(down)
