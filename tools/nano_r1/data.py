@@ -71,8 +71,8 @@ def is_held_out_item(example: Example) -> bool:
 
 
 def is_held_out_wording(example: Example) -> bool:
-    """Whether the wording is kept from training. No story is that has but one: what it asks would be shown in no
-    form at all."""
+    """Whether the wording is kept from training. No story is that has but one: what it asks would be shown in
+    no form at all."""
     if example.task == "story" and example.wording in _STORIES_OF_ONE_WORDING:
         return False
     return _bucket(f"{WORDING_SALT}|{example.task}|{example.wording}", WORDING_BUCKETS) == 0
