@@ -140,8 +140,10 @@ class Loader:
 
     def _cut_at(self, full: str, *blocks: int) -> bool:
         """Whether a rank's part of a matrix is one of whole blocks, but for those at the matrix's end."""
+        if (slices := self._slices(full)) is None:
+            return True
         shape = self.source.shape(full)
-        bounds = [part.indices(size)[:2] for part, size in zip(self._slices(full) or (), shape)]
+        bounds = [part.indices(size)[:2] for part, size in zip(slices, shape)]
         return all(
             not first % block and (not last % block or last == size)
             for (first, last), size, block in zip(bounds, shape, blocks)
