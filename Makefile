@@ -16,7 +16,7 @@ ALONE := cluster or serial
 LATER := system or matrix or models
 IN_PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: serve test test-fast test-system test-models test-faults check format clean
+.PHONY: serve test test-fast test-system test-models test-faults goldens check format clean
 
 serve: $(VENV)/.serve
 	@$(BIN)/r1-cluster serve $(SERVICE)
@@ -45,6 +45,12 @@ test-faults: $(VENV)/.test
 	rm -f $(STALLS)
 	$(BIN)/python -m pytest tests/faults -m "" --stalls $(STALLS)
 	$(BIN)/python benchmarks/failures.py $(STALLS)
+
+# What is shown and reported of the embedded model, anew after it was trained: some minutes.
+goldens: $(VENV)/.test
+	$(BIN)/python -m benchmarks.transcript
+	$(BIN)/python tools/quantize_nano_r1.py --samples 2
+	$(BIN)/python -m benchmarks.kv_cache --samples 1 --every 4
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
