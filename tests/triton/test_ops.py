@@ -274,11 +274,12 @@ def test_dense_deterministic_logits_do_not_depend_on_the_batch(triton_ops, tmp_p
 )
 def test_deterministic_logits_do_not_depend_on_the_batch(triton_ops, tmp_path, how):
     """The same sequence alone and among others, in other chunks, decoded or recomputed: the same bits."""
-    write_checkpoint(tmp_path, config_values(**KERNEL_SHAPE if how is None else INT_SHAPE))
+    folder = tmp_path / "float"
+    write_checkpoint(folder, config_values(**KERNEL_SHAPE if how is None else INT_SHAPE))
     if how is not None:
-        quantize(tmp_path, tmp_path / "int", how)
-        tmp_path = tmp_path / "int"
-    deterministic_logits_do_not_depend_on_the_batch(tmp_path)
+        quantize(folder, tmp_path / "int", how)
+        folder = tmp_path / "int"
+    deterministic_logits_do_not_depend_on_the_batch(folder)
 
 
 def deterministic_logits_do_not_depend_on_the_batch(tmp_path, fp8_cache=False):
