@@ -85,6 +85,7 @@ def test_cli_imports_actors_inside_its_commands_only():
             assert not any(name.split(".")[0] in ("actors", "ray") for name in names), path
 
 
+@pytest.mark.slow
 def test_nothing_imports_in_a_circle():
     script = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
     modules = [
@@ -99,6 +100,7 @@ def test_nothing_imports_in_a_circle():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [
@@ -117,6 +119,7 @@ def test_light_processes_import_no_torch(module):
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.slow
 def test_help_imports_neither_torch_nor_ray():
     script = (
         "import sys; from r1_cluster.cli.main import main; [main(words.split()) for words in sys.argv[1:]]\n"

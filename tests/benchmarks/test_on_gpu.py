@@ -73,6 +73,7 @@ def test_a_step_that_fails_keeps_no_other_from_running(run):
     assert "1 failed" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_ended_at_its_limit(run):
     done, rows, _ = run("*benchmarks.layers*--profile*) exec sleep 30;;", limit="2")
     assert done.returncode == 1

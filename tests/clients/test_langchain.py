@@ -45,6 +45,7 @@ def test_its_own_message_comes_back(model, server, streamed):
     assert server.prompts[-1].startswith("Be brief.") or "Be brief.<｜User｜>Hi" in server.prompts[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_answer_that_was_thought_alone_comes_back(model, server, streamed):
     server.answer = None

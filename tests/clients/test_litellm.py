@@ -39,6 +39,7 @@ def test_its_own_message_comes_back(complete, server, streamed):
     assert THOUGHT not in server.prompts[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_answer_that_was_thought_alone_comes_back(complete, server, streamed):
     server.answer = None

@@ -37,6 +37,7 @@ def broadcast_links(shards):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_shards", [1, 2, 3])
 def test_a_broadcast_step_is_a_sorted_one_in_another_order(num_shards):
     shards = split(8, num_shards)

@@ -129,6 +129,7 @@ def test_somebody_else_at_the_address_is_noticed(listener, secret):
     wait_until(lambda: listener.rejected == 1)
 
 
+@pytest.mark.slow
 def test_slow_peers_keep_nobody_waiting_and_are_dropped(secret):
     listener = Listener("server", secret, "127.0.0.1", (0, 0), handshake_timeout_s=2.0)
     address = (listener.address.host, listener.address.port)

@@ -20,6 +20,7 @@ def watched(endpoint, stopped=lambda: False):
     return thread
 
 
+@pytest.mark.slow
 def test_a_beating_engine_is_watched_until_it_ends():
     beats = []
     engine = pulse(beat=lambda: beats.append(1))
@@ -36,6 +37,7 @@ def test_a_beating_engine_is_watched_until_it_ends():
     assert not lives(engine.endpoint, "standby", SECRET)
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_is_a_vacancy():
     well = [True]
     engine = pulse(well=lambda: well[0])
@@ -49,6 +51,7 @@ def test_an_engine_that_hangs_is_a_vacancy():
     engine.close()
 
 
+@pytest.mark.slow
 def test_who_has_left_is_let_go_by_an_engine_that_does_not_beat():
     """It may stand by for days, and be watched again and again."""
     engine = pulse(well=lambda: False)

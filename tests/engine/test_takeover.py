@@ -27,6 +27,7 @@ def test_an_engine_of_an_old_epoch_is_refused(cluster):
     cluster.run(requests(1))
 
 
+@pytest.mark.slow
 def test_workers_leave_when_their_lease_ends(checkpoint):
     cluster = Cluster(checkpoint, LAYOUTS["disaggregated"], lease_s=2.0)
     cluster.run(requests(2))
@@ -38,6 +39,7 @@ def test_workers_leave_when_their_lease_ends(checkpoint):
     cluster.sink.close()
 
 
+@pytest.mark.slow
 def test_workers_wait_longer_for_their_first_engine(checkpoint):
     class SlowToLoad(Cluster):
         def begin(self, name, incarnation):
@@ -54,6 +56,7 @@ def test_workers_wait_longer_for_their_first_engine(checkpoint):
     cluster.sink.close()
 
 
+@pytest.mark.slow
 def test_an_engine_that_takes_over_reads_back_what_the_workers_hold(checkpoint):
     (request,) = requests(1, ignore_eos=True)
     request = msgspec.structs.replace(request, max_tokens=100)

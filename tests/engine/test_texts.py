@@ -8,6 +8,7 @@ from r1_cluster.records import Request, SamplingParams
 EXPECTED = {}
 
 
+@pytest.mark.slow
 def test_every_text_is_as_if_alone_and_the_same_in_every_layout(cluster):
     asked = requests(24)
     together = cluster.run(asked)
@@ -17,6 +18,7 @@ def test_every_text_is_as_if_alone_and_the_same_in_every_layout(cluster):
     assert together == EXPECTED.setdefault("texts", together)
 
 
+@pytest.mark.slow
 def test_preemption_and_micro_batches_change_no_text(checkpoint):
     asked = requests(12)
     plain = Cluster(checkpoint, LAYOUTS["disaggregated"])

@@ -121,6 +121,7 @@ def test_the_magnitude_of_r1_0528_qwen3_8b_is_one(tmp_path):
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(tmp_path, architecture, deterministic):

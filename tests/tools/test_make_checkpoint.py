@@ -66,6 +66,7 @@ def test_transformers_loads_all_but_the_mtp_module(tmp_path, overrides):
 DENSE = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": MIN_VOCAB + 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
     ("model_type", "name"),

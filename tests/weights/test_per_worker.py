@@ -113,6 +113,7 @@ def test_a_worker_reads_its_file_from_front_to_back(tmp_path, monkeypatch, model
         assert offset + size == (tmp_path / "out" / own).stat().st_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", presets())
 def test_published_tensors_can_all_follow_one_another(name):
     config = parse_config(presets()[name])
