@@ -4,6 +4,8 @@ import os
 import threading
 import time
 
+import pytest
+
 from r1_cluster.comm.listener import Listener
 from r1_cluster.engine.pulse import SILENCE_S, Pulse, lives, watch
 
