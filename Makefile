@@ -49,8 +49,8 @@ test-faults: $(VENV)/.test
 # What is shown and reported of the embedded model, anew after it was trained: some minutes.
 goldens: $(VENV)/.test
 	$(BIN)/python -m benchmarks.transcript
-	$(BIN)/python tools/quantize_nano_r1.py --samples 2
-	$(BIN)/python -m benchmarks.kv_cache --samples 1 --every 4
+	$(BIN)/python tools/quantize_nano_r1.py --samples 1
+	$(BIN)/python -m benchmarks.kv_cache --samples 0
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
