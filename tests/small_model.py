@@ -132,6 +132,20 @@ def dense_values(architecture="LlamaForCausalLM", **changes):
     return values | own | changes
 
 
+FAMILY = {
+    "deepseek": config_values(),
+    "llama": dense_values("LlamaForCausalLM"),
+    "qwen2": dense_values("Qwen2ForCausalLM", tie_word_embeddings=True),
+    "qwen3": dense_values("Qwen3ForCausalLM"),
+}
+
+
+def fit_for(stored, model):
+    """The values of one of the family for a checkpoint that is `stored` so."""
+    fp8 = FP8_SHAPE if model == "deepseek" else DENSE_FP8_SHAPE
+    return FAMILY[model] | (fp8 if stored == "fp8" else {})
+
+
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -183,6 +197,17 @@ def quantize(folder, target, how):
     config = load_config(folder)
     table, module = tensor_table(config), mtp_table(config)
     return quantize_checkpoint(folder, target, table, how, fp8_block=config.fp8_block, module=module)[1]
+
+
+def write_stored(folder, values, stored):
+    """A checkpoint in "float", in "fp8", which `values` must be fit for, or in integers → its folder."""
+    write_checkpoint(folder / "float", values)
+    if stored == "fp8":
+        to_fp8(folder / "float")
+    elif stored != "float":
+        quantize(folder / "float", folder / "int", stored)
+        return folder / "int"
+    return folder / "float"
 
 
 def to_floats(folder, target):

@@ -108,7 +108,7 @@ def local_dispatcher(experts: ExpertModel) -> Dispatcher:
     """For a router whose experts are all in its process, or whose rank adds these alone: on the device where
     it can, else by the host."""
     if experts.on_device:
-        return DeviceDispatcher(experts.share_of_mixture, experts.shard.device)
+        return DeviceDispatcher(experts.mixture, experts.shard.device)
     return LocalDispatcher(experts.forward, experts.num_experts, experts.experts)
 
 

@@ -110,11 +110,12 @@ class ExpertModel:
         """What these experts, or those of them that are `asked`, add to the mixture: Σ weight · expert(x)
         over the k that are theirs, [T, D], on the device that x came from. Where `on_device` alone."""
         device = self.shard.device
-        ids_TK = expert_ids_TK.to(device, torch.int32) - self.experts.start
+        ids_TK = expert_ids_TK.to(device, torch.int32)
         if asked is not None:
             theirs = torch.tensor([*asked, False], device=device)  # the last for whoever is not here
-            here = (ids_TK >= 0) & (ids_TK < len(self.experts))
-            ids_TK = torch.where(theirs[torch.where(here, ids_TK, -1)], ids_TK, -1)
+            own_TK = ids_TK - self.experts.start
+            here = (own_TK >= 0) & (own_TK < len(self.experts))
+            ids_TK = torch.where(theirs[torch.where(here, own_TK, -1)], ids_TK, -1)
         y_TD = self.mixture(layer, x_TD.to(device), weights_TK.to(device), ids_TK)
         return y_TD.to(x_TD.device)
 
@@ -139,19 +140,6 @@ class ExpertModel:
         """Whether `mixture` and `share` may be called."""
         return self._ops.HAS_MOE
 
-    def share_of_mixture(
-        self,
-        layer: int,
-        x_TD: Tensor,
-        weights_TK: Tensor,
-        expert_ids_TK: Tensor,
-        num_tokens: Tensor | None = None,
-    ) -> Tensor:
-        """`mixture` with the model's own numbers of experts."""
-        first = self.experts.start
-        own_TK = expert_ids_TK - first if first else expert_ids_TK
-        return self.mixture(layer, x_TD, weights_TK, own_TK, num_tokens)
-
     @torch.inference_mode()
     def mixture(
         self,
@@ -161,13 +149,14 @@ class ExpertModel:
         expert_ids_TK: Tensor,
         num_tokens: Tensor | None = None,
     ) -> Tensor:
-        """The mixture over these experts, numbered from 0; others' ids are left out: see `DeviceOps.moe`."""
+        """The mixture over these experts; others' ids are left out: see `DeviceOps.moe`."""
+        first = self.experts.start
         gate_up_e2FD, down_eDF = self._weights[layer]
         ops = cast(DeviceOps, self._ops)
         return ops.moe(
             x_TD,
             weights_TK,
-            expert_ids_TK,
+            expert_ids_TK - first if first else expert_ids_TK,
             gate_up_e2FD,
             down_eDF,
             num_tokens=num_tokens,

@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -49,7 +50,7 @@ class Layout:
     num_layers: int
     spares: tuple[WorkerSpec, ...] = ()
 
-    @property
+    @cached_property
     def stages(self) -> tuple[tuple[WorkerSpec, ...], ...]:
         """The ranks of each stage."""
         of_stages = [worker for worker in self.workers if worker.stage is not None]

@@ -11,7 +11,6 @@ _local_folder.py), so that its own tools find them.
 
 from __future__ import annotations
 
-import errno
 import glob
 import os
 import shutil
@@ -42,7 +41,7 @@ from huggingface_hub.utils._runtime import is_xet_available
 
 from r1_cluster.weights.headers import INDEX, SINGLE
 from r1_cluster.weights.hub import Published, downloads, from_etag, metadata_of, published
-from r1_cluster.weights.stream import locked, sync_folder, write_whole
+from r1_cluster.weights.stream import FULL, locked, sync, write_whole
 
 BESIDE = (
     "config.json",
@@ -61,7 +60,6 @@ BESIDE = (
 )
 """What is needed beside the weights, by this engine or another."""
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_ONCE = 8  # files, as huggingface_hub has it
 _CHUNK_BYTES = 4 << 20
 _MAX_FAILURES, _PAUSE_S = 5, 1.0
@@ -159,7 +157,7 @@ class Download:
             if name.endswith(".safetensors") and published(path) not in (None, remote.published):
                 path.unlink(missing_ok=True)
                 metadata_of(path).unlink(missing_ok=True)
-        sync_folder(self.folder)
+        sync(self.folder)
 
     def _fetch_missing(self, names: list[str], counter: _Counter) -> int:
         files = self.repo.files
@@ -236,7 +234,7 @@ class Download:
                 raise DownloadError(
                     f"{name} could not be had over Xet ({error}); {_KEPT}; {without}"
                 ) from error
-        _sync(partial)
+        sync(partial)
         found = _digest(partial, remote, lambda _: counter.check())
         if found != remote.published.value:
             partial.unlink()
@@ -264,7 +262,7 @@ class Download:
         """Leaves what the hub said of a file in a folder of one's own, in huggingface_hub's form."""
         path, value = self.folder / name, self.repo.files[name].published.value
         if self._blobs is None:
-            sync_folder(self.folder)
+            sync(self.folder)
             write_whole(metadata_of(path), f"{self.repo.commit}\n{value}\n{time.time()}\n".encode())
 
 
@@ -395,11 +393,6 @@ def _digest(path: Path, remote: Remote, more: Callable[[int], None]) -> str:
             digest.update(chunk)
             more(len(chunk))
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file)
 
 
 @contextmanager

@@ -11,14 +11,13 @@ end of their file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from r1_cluster.weights.headers import INDEX
 from r1_cluster.weights.inventory import Stored
-from r1_cluster.weights.rewrite import CONFIG, Files, Outcome, Progress, Rewrite, files_beside, to_json
-from r1_cluster.weights.stream import CHUNK_ITEMS, Reader, Write, lay_out, write_whole
+from r1_cluster.weights.rewrite import CONFIG, Files, Outcome, Progress, Rewrite, files_beside, write_index
+from r1_cluster.weights.stream import Reader, Write, copy, lay_out, write_whole
 from r1_cluster.weights.tensors import SUFFIXES, IntFormat, TensorSpec
 
 UNUSED = "mtp.safetensors"
@@ -75,13 +74,8 @@ class _PerWorker(Rewrite):
 
     def write_tensors(self, reader: Reader, file: str, write: Write) -> None:
         for placed in self.plan[file].tensors.values():
-            for start in range(0, placed.stored.num_bytes, CHUNK_ITEMS):
-                write(memoryview(reader.read(placed.source, start, CHUNK_ITEMS)), placed.offset + start)
+            copy(reader, placed, write)
 
     def finish(self) -> None:
-        weight_map = {name: file for file, plan in self.plan.items() for name in plan.tensors}
-        metadata = json.loads(self.index).get("metadata")
-        size = sum(self.entries[name].num_bytes for name in weight_map)
-        metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
-        write_whole(self.target / INDEX, to_json({"metadata": metadata, "weight_map": weight_map}))
+        write_index(self.target, self.plan, self.index)
         write_whole(self.target / CONFIG, self.config)

@@ -6,7 +6,6 @@ asked for has changed, else it starts over.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from r1_cluster.weights.headers import INDEX, Entry
 from r1_cluster.weights.inventory import FP8, Stored, blocks
 from r1_cluster.weights.reading import identity
 from r1_cluster.weights.stream import (
+    FULL,
     PARTIAL,
     Placed,
     Planned,
@@ -37,7 +37,7 @@ from r1_cluster.weights.stream import (
     locked,
     new_file,
     raw,
-    sync_folder,
+    sync,
     write_whole,
 )
 from r1_cluster.weights.tensors import SCALE_SUFFIX, IntFormat, TensorSpec
@@ -51,7 +51,6 @@ STATE = ".unfinished.json"
 CONFIG = "config.json"
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", PARTIAL)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RewriteError(ValueError):
@@ -174,7 +173,7 @@ class Rewrite(ABC):
             copy_whole(path, self.target / path.name)
         self.finish()
         (self.target / STATE).unlink()
-        sync_folder(self.target)
+        sync(self.target)
         return Outcome(len(self.plan), kept, sum(plan.num_bytes for plan in self.plan.values()))
 
     def _fingerprint(self) -> str:
@@ -200,7 +199,7 @@ class Rewrite(ABC):
         doomed = [*self.last, *(name + PARTIAL for name in writes)]
         for name in [*doomed, *([] if is_same else writes)]:
             (self.target / name).unlink(missing_ok=True)
-        sync_folder(self.target)
+        sync(self.target)
         finished = former["done"] if is_same else {}
         done = {file: finished[file] for file in self.plan if file in finished and self._is_whole(file)}
         self._save_state(fingerprint, done)
@@ -272,18 +271,22 @@ class CheckpointRewrite(Rewrite):
         return what.encode() + self.config + b"\0" + (self.index or b"")
 
     def finish(self) -> None:
-        placed = {name: (file, t) for file, plan in self.plan.items() for name, t in plan.tensors.items()}
         if self.index is not None:
-            metadata = json.loads(self.index).get("metadata")
-            size = sum(tensor.stored.num_bytes for _, tensor in placed.values())
-            metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
-            weight_map = {name: file for name, (file, _) in placed.items()}
-            write_whole(self.target / INDEX, to_json({"metadata": metadata, "weight_map": weight_map}))
+            write_index(self.target, self.plan, self.index)
         config = json.loads(self.config)
         config.pop("quantization_config", None)
         if (how := self.quantization_config()) is not None:
             config["quantization_config"] = how
         write_whole(self.target / CONFIG, to_json(config))
+
+
+def write_index(target: Path, plan: Mapping[str, Planned], former: bytes) -> None:
+    """Writes the index of a checkpoint's files, with the other metadata that its source's index has."""
+    metadata = json.loads(former).get("metadata")
+    size = sum(placed.stored.num_bytes for planned in plan.values() for placed in planned.tensors.values())
+    metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
+    weight_map = {name: file for file, planned in plan.items() for name in planned.tensors}
+    write_whole(target / INDEX, to_json({"metadata": metadata, "weight_map": weight_map}))
 
 
 def files_beside(source: Path) -> list[Path]:
@@ -332,7 +335,7 @@ def _os_errors_told(target: Path) -> Iterator[None]:
         raise RewriteError(f"somebody else writes to {target}; let it end") from None
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else str(error)
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise RewriteError(
                 f"there is no room left for {target} ({why}); what was finished is kept: make room, and the "
                 "same command goes on from there"

@@ -3,6 +3,7 @@ there in part."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -24,6 +25,8 @@ from r1_cluster.weights.tensors import SCALE_SUFFIX
 
 CHUNK_ITEMS = 4 << 20
 """Numbers in memory at a time; several copies of them may be, in several types."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the kernel says where there is no room for more."""
 PARTIAL = ".partial"
 """What the name of a file ends with while it is written."""
 
@@ -181,7 +184,7 @@ def write_whole(path: Path, data: bytes) -> None:
     """Writes a small file, which is there with all of its content or not at all."""
     partial = path.with_name(path.name + PARTIAL)
     partial.write_bytes(data)
-    _sync(partial)
+    sync(partial)
     _appear(partial, path)
 
 
@@ -189,13 +192,17 @@ def copy_whole(source: Path, target: Path) -> None:
     """Copies a file, which is there with all of its content or not at all."""
     partial = target.with_name(target.name + PARTIAL)
     shutil.copyfile(source, partial)
-    _sync(partial)
+    sync(partial)
     _appear(partial, target)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes durable which files there are."""
-    _sync(folder)
+def sync(path: Path) -> None:
+    """Makes a file's content durable, or which files a folder has."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 @contextmanager
@@ -211,15 +218,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _appear(partial: Path, path: Path) -> None:
     partial.rename(path)
-    sync_folder(path.parent)
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    sync(path.parent)
 
 
 def _write(file: int, data: memoryview, offset: int) -> None:

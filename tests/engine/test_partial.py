@@ -7,13 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_model import (
-    DENSE_FP8_SHAPE,
-    FP8_SHAPE,
-    config_values,
-    dense_values,
-    quantize,
-    to_fp8,
+    FAMILY,
+    fit_for,
     write_checkpoint,
+    write_stored,
 )
 
 from r1_cluster.config import LayoutConfig
@@ -27,12 +24,6 @@ from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError, files_of,
 from r1_cluster.weights.headers import INDEX
 from r1_cluster.weights.tensors import INT4, INT8, listed_name
 
-MODELS = {
-    "deepseek": config_values(),
-    "llama": dense_values("LlamaForCausalLM"),
-    "qwen2": dense_values("Qwen2ForCausalLM", tie_word_embeddings=True),
-    "qwen3": dense_values("Qwen3ForCausalLM"),
-}
 DENSE = {"kind": "disaggregated", "stages": 2}
 SHARDS = DENSE | {"expert_shards": 3}
 
@@ -67,18 +58,9 @@ class Files(Checkpoint):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stored", ["float", "fp8", INT8, INT4], ids=str)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", FAMILY)
 def test_a_worker_reads_from_all_of_its_files_and_no_other(tmp_path, model, stored):
-    values = MODELS[model]
-    if stored == "fp8":
-        values = values | (FP8_SHAPE if model == "deepseek" else DENSE_FP8_SHAPE)
-    folder = tmp_path / "model"
-    write_checkpoint(folder, values)
-    if stored == "fp8":
-        to_fp8(folder)
-    elif stored != "float":
-        quantize(folder, tmp_path / "int", stored)
-        folder = tmp_path / "int"
+    folder = write_stored(tmp_path, fit_for(stored, model), stored)
     spread(folder)
     config = load_config(folder)
     table = tensor_table(config)
@@ -103,7 +85,7 @@ def test_a_worker_reads_from_all_of_its_files_and_no_other(tmp_path, model, stor
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spread") / "model"
-    write_checkpoint(folder, MODELS["deepseek"])
+    write_checkpoint(folder, FAMILY["deepseek"])
     spread(folder)
     return folder
 

@@ -5,13 +5,9 @@ import os
 import pytest
 import torch
 from small_model import (
-    DENSE_FP8_SHAPE,
-    FP8_SHAPE,
-    config_values,
-    dense_values,
-    quantize,
-    to_fp8,
-    write_checkpoint,
+    FAMILY,
+    fit_for,
+    write_stored,
 )
 
 from r1_cluster.config import LayoutConfig
@@ -26,19 +22,13 @@ from r1_cluster.weights.checkpoint import Checkpoint
 from r1_cluster.weights.reading import FilesReader
 from r1_cluster.weights.tensors import INT4, INT8
 
-MODELS = {
-    "deepseek": config_values(),
-    "llama": dense_values("LlamaForCausalLM"),
-    "qwen2": dense_values("Qwen2ForCausalLM", tie_word_embeddings=True),
-    "qwen3": dense_values("Qwen3ForCausalLM"),
-}
 LAYOUTS = {
     "colocated": {"kind": "colocated"},
     "stages": {"kind": "disaggregated", "stages": 2},
     "shards": {"kind": "disaggregated", "stages": 2, "expert_shards": 3, "redundant_experts": 1},
 }
 CASES = [
-    (model, layout) for model in MODELS for layout in LAYOUTS if model == "deepseek" or layout != "shards"
+    (model, layout) for model in FAMILY for layout in LAYOUTS if model == "deepseek" or layout != "shards"
 ]
 
 
@@ -48,7 +38,7 @@ def laid_out(layout, config):
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_every_tensor_has_a_worker_that_loads_it(model, layout):
-    config = parse_config(MODELS[model])
+    config = parse_config(FAMILY[model])
     found = worker_tensors(config, laid_out(layout, config))
     assert [*found] == [worker.name for worker in laid_out(layout, config).workers]
     assert {name for names in found.values() for name in names} == {
@@ -93,17 +83,8 @@ class Noting(Checkpoint):
 @pytest.mark.parametrize("stored", ["float", "fp8", INT8, INT4], ids=str)
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_a_worker_asks_for_what_was_told_in_that_order(tmp_path, model, layout, stored):
-    values = MODELS[model]
-    if stored == "fp8":
-        values = values | (FP8_SHAPE if model == "deepseek" else DENSE_FP8_SHAPE)
-    config = write_checkpoint(tmp_path / "model", values)
-    folder = tmp_path / "model"
-    if stored == "fp8":
-        to_fp8(folder)
-    elif stored != "float":
-        quantize(folder, tmp_path / "int", stored)
-        folder = tmp_path / "int"
-        config = load_config(folder)
+    folder = write_stored(tmp_path, fit_for(stored, model), stored)
+    config = load_config(folder)
     told = worker_tensors(config, laid_out(layout, config))
     for worker in laid_out(layout, config).workers:
         with Noting(folder, tensor_table(config), config.fp8_block, config.int_format) as checkpoint:
@@ -114,13 +95,8 @@ def test_a_worker_asks_for_what_was_told_in_that_order(tmp_path, model, layout, 
 
 @pytest.mark.parametrize("form", ["fp8", INT8], ids=str)
 def test_the_kernel_is_told_ahead_of_all_that_a_worker_reads_and_of_nothing_else(tmp_path, monkeypatch, form):
-    folder = tmp_path / "model"
-    config = write_checkpoint(folder, config_values(**FP8_SHAPE if form == "fp8" else {}))
-    if form == "fp8":
-        to_fp8(folder)
-    else:
-        quantize(folder, tmp_path / "int", form)
-        folder = tmp_path / "int"
+    folder = write_stored(tmp_path, fit_for(form, "deepseek"), form)
+    config = load_config(folder)
     told, read, read_into = [], [], FilesReader.read_into
 
     def noting(self, file, offset, into):

@@ -27,16 +27,21 @@ def test_an_engine_of_an_old_epoch_is_refused(cluster):
     cluster.run(requests(1))
 
 
-@pytest.mark.slow
-def test_workers_leave_when_their_lease_ends(checkpoint):
-    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"], lease_s=2.0)
-    cluster.run(requests(2))
+def leave_by_themselves(cluster):
+    """The engine stops, and nobody stops its workers."""
     cluster.core.stop()
     for thread in cluster.threads:
         thread.join(10)
         assert not thread.is_alive()
     cluster.pulse.close()
     cluster.sink.close()
+
+
+@pytest.mark.slow
+def test_workers_leave_when_their_lease_ends(checkpoint):
+    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"], lease_s=2.0)
+    cluster.run(requests(2))
+    leave_by_themselves(cluster)
 
 
 @pytest.mark.slow
@@ -48,12 +53,7 @@ def test_workers_wait_longer_for_their_first_engine(checkpoint):
 
     cluster = SlowToLoad(checkpoint, LAYOUTS["disaggregated"], lease_s=0.5)
     cluster.run(requests(1))
-    cluster.core.stop()
-    for thread in cluster.threads:
-        thread.join(10)
-        assert not thread.is_alive()
-    cluster.pulse.close()
-    cluster.sink.close()
+    leave_by_themselves(cluster)
 
 
 @pytest.mark.slow

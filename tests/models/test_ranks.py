@@ -1,5 +1,7 @@
 """Each architecture's stages divided among ranks: logits are those of one process."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ranks import close, in_ranks, link_ranks, names_of
@@ -10,9 +12,7 @@ from small_model import (
     SmallModel,
     config_values,
     dense_values,
-    quantize,
-    to_fp8,
-    write_checkpoint,
+    write_stored,
 )
 
 from r1_cluster.comm.ranks import RankGroup
@@ -25,6 +25,7 @@ from r1_cluster.planning.layout import build_layout
 from r1_cluster.weights.checkpoint import Checkpoint
 from r1_cluster.weights.tensors import INT4, INT8, TensorSpec, rank_slices
 
+PLAN = SimpleNamespace(epoch=1, step=1, micro_batch=0)
 PROMPT = [5, 9, 2, 77, 31, 8, 8, 64, 3, 90, 17]
 # For FP8: hidden units and heads of whole blocks for two ranks, and of parts of blocks for four.
 WIDE = {
@@ -54,14 +55,9 @@ def folder(tmp_path_factory):
 
     def make(name):
         if name not in made:
-            path = tmp_path_factory.mktemp("model")
-            write_checkpoint(path / "a", MODELS[name])
-            made[name] = path / "a"
-            if "fp8" in name:
-                to_fp8(path / "a")
-            if "int" in name:
-                made[name] = path / "b"
-                quantize(path / "a", path / "b", INT8 if "int8" in name else INT4)
+            forms = {"fp8": "fp8", "int8": INT8, "int4": INT4}
+            form = next((how for word, how in forms.items() if word in name), "float")
+            made[name] = write_stored(tmp_path_factory.mktemp("model"), MODELS[name], form)
         return made[name]
 
     return make
@@ -97,10 +93,6 @@ def logits_in_ranks(folder, count, dtype):
         return in_ranks(count, work)
     finally:
         close(links)
-
-
-class PLAN:
-    epoch, step, micro_batch = 1, 1, 0
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -10,7 +10,7 @@ import torch
 from dying_cast import NO_ROOM, DyingCasts, run
 from r1_files import FP8_CONFIG, write_r1
 from safetensors.torch import load_file
-from small_model import config_values, dense_values, quantize, to_fp8, write_checkpoint
+from small_model import config_values, dense_values, write_stored
 
 from r1_cluster.cli.main import main
 from r1_cluster.config import LayoutConfig
@@ -62,19 +62,6 @@ def casts():
     made.close()
 
 
-def stored(folder, values, form):
-    """A checkpoint in a form → its folder."""
-    if form != "fp8":
-        write_checkpoint(folder / "float", values)
-        if form == "float":
-            return folder / "float"
-        quantize(folder / "float", folder / "int", form)
-        return folder / "int"
-    write_checkpoint(folder, values | WIDE)
-    to_fp8(folder)
-    return folder
-
-
 def reads(folder, layout, monkeypatch):
     """Worker → file → (offset, size) of each read, as its weights are loaded."""
     config, found = load_config(folder), {}
@@ -97,7 +84,7 @@ def reads(folder, layout, monkeypatch):
 @pytest.mark.parametrize("form", ["float", "fp8", INT8, INT4], ids=str)
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_a_worker_reads_its_file_from_front_to_back(tmp_path, monkeypatch, model, layout, form):
-    source = stored(tmp_path / "source", MODELS[model], form)
+    source = write_stored(tmp_path / "source", MODELS[model] | (WIDE if form == "fp8" else {}), form)
     run(source, tmp_path / "out", layout=LAYOUTS[layout])
     for worker, files in reads(tmp_path / "out", LAYOUTS[layout], monkeypatch).items():
         own = f"{worker.partition('-copy')[0]}.safetensors"  # an expert shard's copies read the shard's
@@ -161,7 +148,7 @@ def test_what_is_written_is_a_checkpoint_like_any_other(tmp_path, layout):
 @pytest.mark.slow
 def test_for_another_layout_it_is_converted_again(tmp_path):
     """From what was converted for one layout comes, byte for byte, what comes from the first checkpoint."""
-    source = stored(tmp_path / "source", MODELS["deepseek"], INT4)
+    source = write_stored(tmp_path / "source", MODELS["deepseek"], INT4)
     run(source, tmp_path / "direct", layout=LAYOUTS["stages"])
     run(source, tmp_path / "shards", layout=LAYOUTS["shards"])
     run(tmp_path / "shards", tmp_path / "again", layout=LAYOUTS["stages"])
