@@ -42,7 +42,7 @@ HEAD_TIMEOUT_S = 1.0
 
 def num_places(service: Service) -> int:
     """How many requests one engine holds, running or queued."""
-    return service.engine.max_num_seqs + service.engine.max_queued
+    return service.engine.max_num_seqs * service.layout.data_parallel + service.engine.max_queued
 
 
 class Engine:
@@ -115,8 +115,8 @@ class Engine:
             max_model_len(service, self._model),
             engine.micro_batches,
         )
-        allocator = PageAllocator(engine.num_pages, engine.page_size)
-        scheduler = Scheduler(limits, allocator, self._eos_ids, self._blank_ids)
+        allocators = [PageAllocator(engine.num_pages, engine.page_size) for _ in self._layout.first_stages]
+        scheduler = Scheduler(limits, allocators, self._eos_ids, self._blank_ids)
         scheduler.adopt(held)
         fan = TokenFan(name, self._secret, self._id)
         fan.epoch = pipeline.epoch
@@ -227,8 +227,12 @@ class Engine:
             "stale_dropped": core.pipeline.stale_dropped,
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
-            "pages_used": scheduler.allocator.num_used,
-            "pages": scheduler.allocator.num_pages,
+            "pages_used": scheduler.num_pages_used,
+            "pages": scheduler.num_pages,
+            "data_ranks": [
+                {"running": len(rank.running), "pages_used": rank.allocator.num_used}
+                for rank in scheduler.data_ranks
+            ],
             "preempted": scheduler.num_preempted,
             "steps": core.num_steps,
             "tokens": core.num_tokens,

@@ -54,7 +54,7 @@ class Supervisor:
         self._specs = {worker.name: worker for worker in (*layout.workers, *layout.spares)}
         self._actors: dict[str, _Seated] = {}
 
-    def assemble(self, term: int) -> tuple[Pipeline, dict[str, HeldSequence]]:
+    def assemble(self, term: int) -> tuple[Pipeline, list[dict[str, HeldSequence]]]:
         """Adopts the workers that live, or in the first term creates all, and links them; returns the way to
         them, and the sequences whose KV they hold. Who is missing then is for the engine to replace, which
         holds its requests meanwhile.
@@ -76,15 +76,17 @@ class Supervisor:
         pipeline = Pipeline(self.layout, members, epoch, self._service.engine.step_timeout_s)
         while True:
             # KV is of use only if every stage still has its part of the same.
-            eras = {
-                infos[rank.name]["kv_era"] if rank.name in members else 0
-                for stage in self.layout.stages
-                for rank in stage
-            }
-            whole = len(eras) == 1 and 0 not in eras
-            pipeline.kv_era = min(eras) if whole else epoch
+            for data_rank in range(len(self.layout.first_stages)):
+                eras = {
+                    infos[rank.name]["kv_era"] if rank.name in members else 0
+                    for stage in self.layout.stages
+                    for rank in stage
+                    if rank.data_rank == data_rank
+                }
+                whole = len(eras) == 1 and 0 not in eras
+                pipeline.kv_eras[data_rank] = min(eras) if whole else epoch
             try:
-                held = pipeline.link(epoch, read_back=whole)
+                held = pipeline.link(epoch, read_back=True)
             except WorkerLost as error:
                 logger.warning("%s cannot be adopted: %s", ", ".join(error.names), error)
                 for name in error.names:
@@ -92,7 +94,7 @@ class Supervisor:
                 epoch += 1
                 continue
             words = "%s: %d workers, epoch %d, %d sequences held"
-            logger.info(words, self.engine, len(members), epoch, len(held))
+            logger.info(words, self.engine, len(members), epoch, sum(map(len, held)))
             return pipeline, held
 
     def replace(

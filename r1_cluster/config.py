@@ -46,15 +46,18 @@ class LayoutConfig(_Section):
     `stages` and `expert_shards` are a count (split evenly) or a list of inclusive ranges such as
     ["0-1", "2-3"]. `redundant_experts` is how many further workers hold each expert shard; `spares` how many
     loaded-but-idle workers stand by for whoever dies. `tensor_parallel` is how many workers, its ranks, share
-    each stage's weights and heads. `spread` puts every worker of a stage, and every expert shard, on a node
+    each stage's weights and heads. In kind expert-parallel there are `data_parallel` data ranks, each with
+    requests and KV pages of its own, all attention weights, and its part of the experts; `redundant_experts`
+    is how many further ones hold each part. `spread` puts every worker of a stage, and every expert shard, on a node
     of its own.
     """
 
-    kind: Literal["colocated", "disaggregated"] = "colocated"
+    kind: Literal["colocated", "disaggregated", "expert-parallel"] = "colocated"
     stages: Annotated[int, Field(ge=1)] | list[str] = 1
     expert_shards: Annotated[int, Field(ge=1)] | list[str] = 1
     redundant_experts: Annotated[int, Field(ge=0)] = 0
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    data_parallel: Annotated[int, Field(ge=1)] = 1
     spares: Annotated[int, Field(ge=0)] = 0
     spread: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
@@ -62,7 +65,8 @@ class LayoutConfig(_Section):
 
 
 class Engine(_Section):
-    """The scheduler's limits. `page_size` counts tokens, `num_pages` pages per stage and layer.
+    """The scheduler's limits, which hold for each data rank. `page_size` counts tokens, `num_pages` pages per
+    stage and layer.
 
     `kv_cache_dtype: fp8` keeps KV in FP8 with scales, in about half of BF16's memory or a quarter of
     float32's, and rounds it (docs/kernels.md); if nothing is said, it is kept as it is computed.

@@ -92,7 +92,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     `seq_ids` are request ids. Sequence i has `num_cached[i]` tokens in its pages already and brings
     `num_new[i]` more, whose ids are the next ones in `tokens`. `pages` holds the page tables one behind the
     other, `num_pages[i]` entries each. Whoever holds the KV can run a plan again: it changes nothing that
-    was committed before it. `closed` names sequences that ended since the plan before.
+    was committed before it. `closed` names sequences that ended since the plan before. Each data rank has a
+    plan of its own in every step; one without sequences only takes part in what all do together.
     """
 
     epoch: int
@@ -106,6 +107,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     pages: bytes
     samples: list[SampleSpec]
     closed: list[str] = []
+    data_rank: int = 0
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
@@ -114,7 +116,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     `tokens[j]` answers `plan.samples[j]`; a negative one says that the row's logits are not numbers, which
     fails its request and no other. `lost` names peers that went missing during the step: the
     result is then tainted, and the step must be done again under the next epoch. `compute_s` is the
-    time that the model's own operators took, for the overhead figures.
+    time that the model's own operators took, for the overhead figures. `data_rank` is the plan's.
     """
 
     epoch: int
@@ -122,6 +124,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     tokens: list[int]
     lost: list[str] = []
     compute_s: float = 0.0
+    data_rank: int = 0
 
 
 class HeldSequence(msgspec.Struct, array_like=True):

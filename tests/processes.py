@@ -59,4 +59,4 @@ def assert_texts_survive(settings, layout, victim, count=8, max_tokens=40):
         assert engine.processes[victim] is not killed[0]
         assert engine.core.recovery.num_recoveries >= 1
         assert survived == together
-        assert engine.scheduler.allocator.num_used == 0
+        assert engine.scheduler.num_pages_used == 0

@@ -220,6 +220,6 @@ def outlive(cluster, name):
         thread.join()
         assert cluster.core.recovery.num_recoveries >= 1
         assert cluster.core.failure is None
-        assert cluster.scheduler.allocator.num_used == 0
+        assert cluster.scheduler.num_pages_used == 0
     finally:
         cluster.close()

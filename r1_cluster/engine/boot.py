@@ -54,14 +54,14 @@ class Topology(msgspec.Struct, frozen=True, array_like=True):
     """Where every worker listens, and which incarnation of it. Sent by the engine under a new epoch; the
     receiver answers with `Ready` once the links that it opens are up.
 
-    `kv_era` changes when a stage has lost its KV: what the others hold of before is of no use then. Stages
-    whose eras differ hold no sequence together.
+    `kv_eras` has one of each data rank, which changes when one of its stages has lost its KV: what the others
+    hold of before is of no use then. Stages whose eras differ hold no sequence together.
     """
 
     epoch: int
     endpoints: dict[str, Endpoint]
     incarnations: dict[str, str]
-    kv_era: int
+    kv_eras: list[int]
     read_back: bool = False
 
 

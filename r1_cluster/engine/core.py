@@ -118,7 +118,7 @@ class EngineCore:
         self._requests: dict[str, Request] = {}
         self._convicts = Convicts()
         self._num_canaries = 0
-        self._sent: dict[int, _Sent] = {}
+        self._sent: dict[tuple[int, int], _Sent] = {}  # by step and data rank
         self._ready_at = 0.0
         self._release_at = time.monotonic() + HELD_S
         self._thread = threading.Thread(target=self._run, name="engine-core", daemon=True)
@@ -296,8 +296,7 @@ class EngineCore:
             return
         self.fan.epoch = self.pipeline.epoch
         self._sent.clear()
-        for plan in plans:
-            self._send(plan, time.perf_counter())
+        self._send(plans, time.perf_counter())
 
     def _take_commands(self) -> None:
         while self._commands:
@@ -324,28 +323,37 @@ class EngineCore:
     def _send_plans(self) -> None:
         while self.scheduler.num_in_flight < self.scheduler.limits.micro_batches:
             started = time.perf_counter()
-            plan = self.scheduler.schedule(self.pipeline.epoch)
-            if plan is None:
+            plans = self.scheduler.schedule(self.pipeline.epoch)
+            if not plans:
                 return
             # A step that follows another at once began when that one's result arrived.
-            self._send(plan, self._ready_at or started)
+            self._send(plans, self._ready_at or started)
             self._ready_at = 0.0
 
-    def _send(self, plan: StepPlan, began_at: float) -> None:
-        self._sent[plan.step] = _Sent(time.perf_counter(), began_at if plan.num_new == [1] else None)
-        self.pipeline.send(plan)
+    def _send(self, plans: list[StepPlan], began_at: float) -> None:
+        """Sends plans of one time, which belong to one step unless they are sent again."""
+        lone = [plan for plan in plans if plan.num_new]
+        for plan in plans:
+            times_it = len(lone) == 1 and plan.num_new == [1]
+            sent = _Sent(time.perf_counter(), began_at if times_it else None)
+            self._sent[plan.step, plan.data_rank] = sent
+            self.pipeline.send(plan)
 
     def _finish(self, result: StepResult) -> None:
         """Commits a result, gets the next step going, and only then sends the tokens."""
-        sent = self._sent.pop(result.step, None)
+        sent = self._sent.pop((result.step, result.data_rank), None)
         if sent is None:
             return  # done again meanwhile
         if result.lost:
+            # The other data ranks say the same.
+            self._sent = {key: sent for key, sent in self._sent.items() if key[0] != result.step}
             raise WorkerLost(result.lost, "lost by their peers in a step", accused=True)
         arrived = time.perf_counter()
         finished = self.scheduler.commit(result)
-        self.num_steps += 1
-        if not result.tokens or max(result.tokens) >= 0:  # else not one row had a token, which is no health
+        complete = all(step != result.step for step, _ in self._sent)
+        self.num_steps += complete
+        # Where not one row had a token, that is no health.
+        if complete and (not result.tokens or max(result.tokens) >= 0):
             self.stepped_at = time.monotonic()
             if not self.recovery.under_way:
                 self.recovery.stepped()

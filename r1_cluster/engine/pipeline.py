@@ -49,8 +49,8 @@ class Member:
 
 
 class Pipeline:
-    """The engine's control links to its workers; plans go to the first stage, results come from the last
-    one (or from one that could not pass its part on).
+    """The engine's control links to its workers; plans go to the first stage of each data rank, results come
+    from the last one (or from one that could not pass its part on).
 
     `epoch` grows with every change among the workers; what comes under an older one is dropped.
 
@@ -64,19 +64,20 @@ class Pipeline:
         self.members = members
         self.epoch = epoch
         self.stale_dropped = 0
-        self.kv_era = epoch  # see `Topology`
+        self.kv_eras = [epoch] * len(layout.first_stages)  # see `Topology`
         self.assigned: set[str] = set()  # spares that are loading what a lost worker hosted
         self.answer_timeout_s = step_timeout_s + LINK_SLACK_S
         self._unanswered: dict[str, int] = {}
-        self._first = [rank.name for rank in layout.stages[0]]
+        self._first = [[rank.name for rank in ranks] for ranks in layout.first_stages]
 
     @property
     def spares(self) -> list[str]:
         """Members that wait for a role."""
         return [spare.name for spare in self.layout.spares if spare.name in self.members]
 
-    def link(self, epoch: int, *, read_back: bool = False) -> dict[str, HeldSequence]:
-        """Tells every worker where the others are, under a new epoch; returns what the first stage holds.
+    def link(self, epoch: int, *, read_back: bool = False) -> list[dict[str, HeldSequence]]:
+        """Tells every worker where the others are, under a new epoch; returns what each data rank's first
+        stage holds.
 
         Stages first, then routers, then experts: a stage answers when it is between steps, so that when
         routers and experts come to the new epoch, nobody waits for them under the old one. The last stage is
@@ -89,10 +90,10 @@ class Pipeline:
             epoch,
             {name: member.endpoint for name, member in there.items()},
             {name: member.incarnation for name, member in there.items()},
-            self.kv_era,
+            self.kv_eras,
             read_back,
         )
-        held: list[dict[str, HeldSequence]] = []
+        held: dict[str, dict[str, HeldSequence]] = {}
         # Of ranks the last comes first, for the same reason.
         stages = [[rank.name] for stage in reversed(self.layout.stages) for rank in reversed(stage)]
         others = [
@@ -107,14 +108,13 @@ class Pipeline:
                 if ready.unreachable:
                     peers = ", ".join(ready.unreachable)
                     raise WorkerLost(ready.unreachable, f"{name} cannot reach {peers}", accused=True)
-                if name in self._first:
-                    held.append(ready.held)
-        return common(held)
+                held[name] = ready.held
+        return [common([held[name] for name in names if name in held]) for names in self._first]
 
     def send(self, plan: StepPlan) -> None:
-        """Sends a plan to all ranks of the first stage; raises WorkerLost, EngineFailed."""
+        """Sends a plan to all ranks of its data rank's first stage; raises WorkerLost, EngineFailed."""
         header, body = Header(Kind.PLAN, plan.epoch, plan.step, -1, plan.micro_batch), pack(plan)
-        for name in self._first:
+        for name in self._first[plan.data_rank]:
             self._send(name, header, body)
 
     def heartbeat(self) -> None:

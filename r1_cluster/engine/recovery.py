@@ -59,11 +59,12 @@ class Recovery:
         self._wake = wake
         self._on_recovery = on_recovery
         self._roles = frozenset(worker.name for worker in pipeline.layout.workers)
-        self._stages = frozenset(rank.name for stage in pipeline.layout.stages for rank in stage)
+        # Whose death takes KV, and of which data rank.
+        self._kv_of = {rank.name: rank.data_rank for stage in pipeline.layout.stages for rank in stage}
         self._linked = self._present()
         self._arrivals: deque[tuple[str, Member | Exception]] = deque()
         self._spoiled = False
-        self._kv_lost = False
+        self._kv_lost: set[int] = set()
         self._began = 0.0
         self._lost: list[str] = []
         self._losses: dict[str, list[float]] = {}
@@ -92,7 +93,7 @@ class Recovery:
         absent = [spare for spare in spares if spare not in self._pipeline.members]
         for name in sorted(self.missing):
             self._spoil(name)
-            self._kv_lost |= name in self._stages
+            self._kv_lost |= {self._kv_of[name]} if name in self._kv_of else set()
             self._replace(name, self._take_spare(name), 0.0)
         for spare in absent:
             self._replace(spare, None, 0.0)
@@ -139,7 +140,7 @@ class Recovery:
             if times > MAX_RESTARTS:
                 raise EngineFailed(f"{name} was lost {times} times within {RESTART_WINDOW_S:.0f} s")
             self._spoil(name)
-            self._kv_lost |= name in self._stages
+            self._kv_lost |= {self._kv_of[name]} if name in self._kv_of else set()
             self._replace(name, self._take_spare(name), 0.0)
         if guilty:  # what is lost from now on, while all is put right, is not their doing
             self._excused_until = time.monotonic()
@@ -170,13 +171,13 @@ class Recovery:
         if self.blocked or not (self._spoiled or (idle and present != self._linked)):
             return None
         epoch = self._pipeline.epoch + 1
-        if self._kv_lost:
-            self._pipeline.kv_era = epoch
+        for data_rank in self._kv_lost:
+            self._pipeline.kv_eras[data_rank] = epoch
         self._pipeline.link(epoch)
         self._linked = present
-        if self._kv_lost:
-            self._scheduler.forget_kv()
-            self._kv_lost = False
+        self._scheduler.forget_kv(self._kv_lost)
+        self._kv_lost.clear()
+        self._scheduler.use(self._pipeline.layout.whole_data_ranks(self.missing))
         if self._spoiled:
             self._note()
         self._spoiled = False

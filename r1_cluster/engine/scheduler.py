@@ -3,18 +3,22 @@
 Decoding sequences come first, one token each; what the token budget leaves goes to prompts, in chunks,
 first come first served. When pages run out, the sequence that came last loses its pages and is computed
 again later ("preemption by recomputation"), which changes no text, only its time.
+
+With several data ranks each has a batch of its own in every step, perhaps an empty one; whoever waits is
+admitted where the fewest run.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from r1_cluster.engine.pages import OutOfPages, PageAllocator
+from r1_cluster.engine.data_rank import Batch, DataRank
+from r1_cluster.engine.pages import PageAllocator
 from r1_cluster.engine.sequence import Sequence, State
 from r1_cluster.engine.suspects import Suspects
-from r1_cluster.engine.takeover import Takeover
 from r1_cluster.records import (
     FinishReason,
     HeldSequence,
@@ -29,7 +33,7 @@ from r1_cluster.records import (
 
 @dataclass(frozen=True)
 class Limits:
-    """Scheduler limits; see `config.Engine`."""
+    """Scheduler limits, of each data rank; see `config.Engine`."""
 
     max_num_seqs: int
     max_batch_tokens: int
@@ -57,22 +61,20 @@ class Scheduler:
     def __init__(
         self,
         limits: Limits,
-        allocator: PageAllocator,
+        allocators: Iterable[PageAllocator],
         eos_ids: frozenset[int],
         blank_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """`blank_ids`: the tokens of white space alone, which a model may write before a thought."""
+        """`allocators`: the pages of each data rank. `blank_ids`: the tokens of white space alone, which a
+        model may write before a thought."""
         self.limits = limits
-        self.allocator = allocator
+        self.data_ranks = [DataRank(i, allocator) for i, allocator in enumerate(allocators)]
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
         self.num_preempted = 0
         self._eos_ids, self._blank_ids = eos_ids, blank_ids
         self._by_request: dict[str, Sequence] = {}
-        self._planned: dict[int, list[tuple[Sequence, int]]] = {}
-        self._closed: list[str] = []
+        self._planned: dict[int, dict[int, Batch]] = {}  # of each step what data ranks have not computed yet
         self._suspects = Suspects()
-        self._takeover = Takeover(allocator)
         self._next_step = 0
         self._next_turn = 0
 
@@ -84,13 +86,30 @@ class Scheduler:
     def idle(self) -> bool:
         return not self._by_request
 
+    @property
+    def running(self) -> list[Sequence]:
+        """Those of all data ranks."""
+        return [sequence for rank in self.data_ranks for sequence in rank.running]
+
+    @property
+    def num_pages(self) -> int:
+        return sum(rank.allocator.num_pages for rank in self.data_ranks)
+
+    @property
+    def num_pages_used(self) -> int:
+        return sum(rank.allocator.num_used for rank in self.data_ranks)
+
+    @property
+    def _present(self) -> list[DataRank]:
+        return [rank for rank in self.data_ranks if rank.present]
+
     def add(self, request: Request) -> None:
         """Queues a new request. The ingress has checked its length against `max_model_len` and the pages."""
         sequence = Sequence.of(request, self._eos_ids, self._blank_ids)
         self._by_request[request.request_id] = sequence
-        if self._takeover.join(sequence):
-            sequence.state = State.RUNNING
-            self.running.append(sequence)
+        holder = next((rank for rank in self.data_ranks if rank.takeover.join(sequence)), None)
+        if holder is not None:
+            holder.run(sequence)
         else:
             self.waiting.append(sequence)
 
@@ -112,9 +131,8 @@ class Scheduler:
         """A new request that is computed alone, and before all that is suspected."""
         self.add(request)
         sequence = self.waiting.pop()
-        sequence.state = State.RUNNING
         self._suspects.isolate(sequence)
-        self.running.insert(0, sequence)
+        self._present[0].run(sequence, first=True)
 
     def requests(self) -> list[Request]:
         """All that have not ended."""
@@ -132,69 +150,94 @@ class Scheduler:
         else:
             self._close(sequence)
 
-    def schedule(self, epoch: int) -> StepPlan | None:
-        """The next step's plan; None when nothing can be computed now. Suspects wait for all else to end."""
-        batch: list[tuple[Sequence, int]] = []
-        if any(sequence in self._suspects for sequence in self.running):
+    def schedule(self, epoch: int) -> list[StepPlan]:
+        """The next step's plans, one for each data rank that is there; none when nothing can be computed now.
+        Suspects wait for all else to end."""
+        batches: dict[int, Batch] = {rank.index: [] for rank in self._present}
+        if any(sequence in self._suspects for sequence in (*self.running, *self.waiting)):
             if self._planned:
-                return None
-            batch = self._pick_suspect()
-        if not batch:
-            batch = self._pick_decodes()
-            self._pick_prefills(batch)
-        if not batch:
-            return None
+                return []
+            self._pick_suspect(batches)
+        if not any(batches.values()):
+            for rank in self._present:
+                self._pick_decodes(rank, batches[rank.index])
+                self._pick_prefills(rank, batches[rank.index])
+            self._admit(batches)
+        if not any(batches.values()):
+            return []
         step = self._next_step
-        for sequence, _ in batch:
+        for sequence, _ in (each for batch in batches.values() for each in batch):
             sequence.state = State.IN_FLIGHT
             sequence.turn = self._next_turn
             self._next_turn += 1
         self._next_step += 1
-        self._planned[step] = batch
-        closed, self._closed = self._closed, []
-        return self._plan(epoch, step, batch, closed)
+        self._planned[step] = batches
+        plans = []
+        for index, batch in batches.items():
+            closed, self.data_ranks[index].closed = self.data_ranks[index].closed, []
+            plans.append(self._plan(epoch, step, index, batch, closed))
+        return plans
 
-    def adopt(self, held: dict[str, HeldSequence]) -> None:
-        """Reserves the pages of sequences that a former engine left on the workers, until their requests
-        come again (`add`) or `release_held` gives them up. On an engine that has no sequence yet."""
-        self._takeover.adopt(held)
+    def adopt(self, held: Iterable[dict[str, HeldSequence]]) -> None:
+        """Reserves the pages of sequences that a former engine left on the workers of each data rank, until
+        their requests come again (`add`) or `release_held` gives them up. On an engine that has no sequence
+        yet."""
+        for rank, sequences in zip(self.data_ranks, held):
+            rank.takeover.adopt(sequences)
 
     def release_held(self) -> int:
         """Frees what no request came back for; returns how many sequences that were."""
-        given_up = self._takeover.give_up()
-        self._closed.extend(given_up)
-        return len(given_up)
+        return sum(rank.give_up_held() for rank in self.data_ranks)
 
-    def forget_kv(self) -> None:
-        """A stage lost its pages: every sequence is computed again, in the order of admission; steps in
-        flight are as if they had never been planned."""
-        for step in list(self._planned):
-            self._unplan(step)
-        for sequence in self.running:
-            sequence.num_computed = 0
-        self.release_held()
+    def forget_kv(self, data_ranks: Collection[int]) -> None:
+        """A stage of each of these lost its pages: their sequences are computed again, in the order of
+        admission; their parts of steps in flight are as if they had never been planned."""
+        for rank in (self.data_ranks[index] for index in data_ranks):
+            for step in list(self._planned):
+                self._unplan(step, rank.index)
+            for sequence in rank.running:
+                sequence.num_computed = 0
+            rank.give_up_held()
+
+    def use(self, data_ranks: Collection[int]) -> None:
+        """From now on these are there, and no others, whose sequences go on elsewhere. Of a data rank that goes
+        the KV was lost, and `forget_kv` told so."""
+        for rank in self.data_ranks:
+            rank.present = rank.index in data_ranks
+            if not rank.present:
+                for sequence in reversed(list(rank.running)):
+                    self._requeue(rank, sequence)
 
     def suspect(self) -> tuple[list[Request], float]:
         """A worker died while the planned steps ran: see `Suspects.accuse`."""
-        batches = [[sequence for sequence, _ in batch] for batch in self._planned.values()]
+        batches = [[sequence for sequence, _ in batch] for _, _, batch in self._batches()]
         guilty, since = self._suspects.accuse(batches)
         return [sequence.request for sequence in guilty], since
 
     def replan(self, epoch: int) -> list[StepPlan]:
-        """Plans of all steps in flight, under a new epoch: what a lost peer spoiled is done again. A step
-        with an aborted sequence, or a suspected one in company, is not repeated: its sequences are planned
-        anew, the suspected ones alone."""
-        crowded = len(self._planned) > 1
-        for step, batch in list(self._planned.items()):
+        """Plans of all steps in flight, under a new epoch: what a lost peer spoiled is done again. The part of
+        a step with an aborted sequence, or a suspected one in company, is not repeated: its sequences are
+        planned anew, the suspected ones alone."""
+        in_flight = list(self._batches())
+        for step, index, batch in in_flight:
             sequences = [sequence for sequence, _ in batch]
-            in_company = (crowded or len(batch) > 1) and any(s in self._suspects for s in sequences)
+            crowded = len(in_flight) > 1 or len(batch) > 1
+            in_company = crowded and any(s in self._suspects for s in sequences)
             if in_company or any(s.state is State.ENDING for s in sequences):
-                self._unplan(step)
-        return [self._plan(epoch, step, batch, []) for step, batch in self._planned.items()]
+                self._unplan(step, index)
+        plans = []
+        for step, batches in list(self._planned.items()):
+            self._planned[step] = {rank.index: batches.get(rank.index, []) for rank in self._present}
+            plans += [self._plan(epoch, step, i, batch, []) for i, batch in self._planned[step].items()]
+        return plans
 
     def commit(self, result: StepResult) -> list[Finished]:
-        """Takes over what a step computed; returns one delta per sequence that got a token or ended."""
-        batch = self._planned.pop(result.step)
+        """Takes over what a data rank computed of a step; returns one delta per sequence that got a token or
+        ended."""
+        batches = self._planned[result.step]
+        batch = batches.pop(result.data_rank)
+        if not batches:
+            del self._planned[result.step]
         tokens = iter(result.tokens)
         deltas = []
         for sequence, num_new in batch:
@@ -207,20 +250,27 @@ class Scheduler:
 
     def check(self) -> None:
         """Raises AssertionError unless pages and sequences agree."""
-        self.allocator.check()
         live = {sequence.seq_id for sequence in (*self.running, *self.waiting)}
         assert len(live) == len(self._by_request)
-        held = sum(len(self.allocator.table(sequence.seq_id)) for sequence in self.running)
-        held += self._takeover.num_pages
-        assert held == self.allocator.num_used, f"{held} pages in tables, {self.allocator.num_used} in use"
-        for sequence in self.running:
-            table = self.allocator.table(sequence.seq_id)
-            assert len(table) >= self.allocator.pages_for(sequence.num_computed)
+        for rank in self.data_ranks:
+            rank.check()
 
-    def _unplan(self, step: int) -> None:
-        """A step in flight is as if it had never been planned."""
-        for sequence, _ in self._planned.pop(step):
+    def _batches(self) -> Iterator[tuple[int, int, Batch]]:
+        """Step, data rank and sequences of what is in flight."""
+        for step, batches in self._planned.items():
+            for index, batch in batches.items():
+                if batch:
+                    yield step, index, batch
+
+    def _unplan(self, step: int, data_rank: int) -> None:
+        """A data rank's part of a step in flight is as if it had never been planned; a step that nobody has a
+        part of is none."""
+        batches = self._planned[step]
+        for sequence, _ in batches.get(data_rank, []):
             self._landed(sequence)
+        batches[data_rank] = []
+        if not any(batches.values()):
+            del self._planned[step]
 
     def _landed(self, sequence: Sequence) -> bool:
         """A sequence's step is over; whether it was aborted meanwhile, and has ended."""
@@ -230,95 +280,112 @@ class Scheduler:
         sequence.state = State.RUNNING
         return False
 
-    def _pick_suspect(self) -> list[tuple[Sequence, int]]:
-        for sequence in self.running:
-            if sequence in self._suspects and sequence.state is State.RUNNING:
-                chunk = min(sequence.num_missing, self.limits.max_batch_tokens)
-                if self._make_room(sequence, sequence.num_computed + chunk, taken=[]):
-                    return [(sequence, chunk)]
-        return []
+    def _pick_suspect(self, batches: dict[int, Batch]) -> None:
+        for rank in self._present:
+            for sequence in rank.running:
+                if sequence in self._suspects and sequence.state is State.RUNNING:
+                    chunk = min(sequence.num_missing, self.limits.max_batch_tokens)
+                    if self._make_room(rank, sequence, sequence.num_computed + chunk, taken=[]):
+                        batches[rank.index].append((sequence, chunk))
+                        return
+        for sequence in self.waiting:
+            if sequence in self._suspects and (rank := self._freest(sequence, batches)):
+                self.waiting.remove(sequence)
+                self._start(rank, sequence, batches[rank.index])
+                return
 
-    def _pick_decodes(self) -> list[tuple[Sequence, int]]:
-        batch: list[tuple[Sequence, int]] = []
+    def _pick_decodes(self, rank: DataRank, batch: Batch) -> None:
         ready = [
             s
-            for s in self.running
+            for s in rank.running
             if s.state is State.RUNNING and s not in self._suspects and s.num_missing == 1
         ]
         share = -(-len(ready) // max(1, self.limits.micro_batches - self.num_in_flight))
         # A takeover may leave more sequences than there may be.
-        size = min(share, self._decode_budget(), self.limits.max_num_seqs)
+        size = min(share, self._decode_budget(rank), self.limits.max_num_seqs)
         # Where there are more than a step has room for they take turns: who waits longest comes first.
         ready.sort(key=lambda sequence: sequence.turn)
         for sequence in ready[:size]:
             # One before it may have taken its pages.
             running = sequence.state is State.RUNNING
-            if running and self._make_room(sequence, sequence.num_computed + 1, taken=batch):
+            if running and self._make_room(rank, sequence, sequence.num_computed + 1, taken=batch):
                 batch.append((sequence, 1))
-        return batch
 
-    def _decode_budget(self) -> int:
+    def _decode_budget(self, rank: DataRank) -> int:
         """Tokens of a step that decodes may take. A quarter is kept for prompts while one waits: else they
         would starve where as many sequences may decode as a step has tokens."""
         budget = self.limits.max_batch_tokens
-        prefilling = any(s.num_missing > 1 for s in self.running)
-        admissible = bool(self.waiting) and len(self.running) < self.limits.max_num_seqs
+        prefilling = any(s.num_missing > 1 for s in rank.running)
+        admissible = bool(self.waiting) and len(rank.running) < self.limits.max_num_seqs
         return budget - max(budget // 4, min(1, budget - 1)) if prefilling or admissible else budget
 
-    def _pick_prefills(self, batch: list[tuple[Sequence, int]]) -> None:
-        budget = self.limits.max_batch_tokens - len(batch)
-        for sequence in list(self.running):
+    def _pick_prefills(self, rank: DataRank, batch: Batch) -> None:
+        budget = self._left(batch)
+        for sequence in list(rank.running):
             if budget <= 0:
                 return
             # What decodes in this step misses one token, and is running still.
             if sequence.num_missing <= 1 or sequence.state is not State.RUNNING or sequence in self._suspects:
                 continue
             chunk = min(sequence.num_missing, budget)
-            if self._make_room(sequence, sequence.num_computed + chunk, taken=batch):
+            if self._make_room(rank, sequence, sequence.num_computed + chunk, taken=batch):
                 batch.append((sequence, chunk))
                 budget -= chunk
-        while budget > 0 and self.waiting and len(self.running) < self.limits.max_num_seqs:
-            sequence = self.waiting[0]
-            # All of it must fit now: admitting what would soon have to be preempted computes twice.
-            if self.allocator.pages_for(len(sequence.tokens) + 1) > self.allocator.num_free:
+
+    def _admit(self, batches: dict[int, Batch]) -> None:
+        """First come, first served; a suspect is not admitted in company."""
+        while self.waiting and self.waiting[0] not in self._suspects:
+            rank = self._freest(self.waiting[0], batches)
+            if rank is None:
                 return
-            self.waiting.popleft()
-            sequence.state = State.RUNNING
-            self.running.append(sequence)
-            chunk = min(len(sequence.tokens), budget)
-            self.allocator.grow(sequence.seq_id, chunk)
-            batch.append((sequence, chunk))
-            budget -= chunk
+            self._start(rank, self.waiting.popleft(), batches[rank.index])
 
-    def _make_room(self, sequence: Sequence, num_tokens: int, taken: list[tuple[Sequence, int]]) -> bool:
+    def _freest(self, sequence: Sequence, batches: dict[int, Batch]) -> DataRank | None:
+        """Of the data ranks that have room for a sequence in this step, the one where the fewest run."""
+        fitting = [
+            rank
+            for rank in self._present
+            if len(rank.running) < self.limits.max_num_seqs
+            and self._left(batches[rank.index]) > 0
+            and rank.fits(sequence)
+        ]
+        return min(fitting, key=lambda rank: len(rank.running), default=None)
+
+    def _start(self, rank: DataRank, sequence: Sequence, batch: Batch) -> None:
+        rank.run(sequence)
+        chunk = min(len(sequence.tokens), self._left(batch))
+        rank.allocator.grow(sequence.seq_id, chunk)
+        batch.append((sequence, chunk))
+
+    def _left(self, batch: Batch) -> int:
+        return self.limits.max_batch_tokens - sum(num_new for _, num_new in batch)
+
+    def _make_room(self, rank: DataRank, sequence: Sequence, num_tokens: int, taken: Batch) -> bool:
         """Grows `sequence`, preempting later ones until it fits; False if it must wait for this step."""
-        while True:
-            try:
-                self.allocator.grow(sequence.seq_id, num_tokens)
-                return True
-            except OutOfPages:
-                planned = {other for other, _ in taken}
-                spare = (s for s in reversed(self.running) if not s.in_flight and s not in planned)
-                victim = next(spare, None)
-                if victim is None:
-                    return False
-                self._preempt(victim)
-                if victim is sequence:
-                    return False
+        while not rank.grow(sequence, num_tokens):
+            planned = {other for other, _ in taken}
+            spare = (s for s in reversed(rank.running) if not s.in_flight and s not in planned)
+            victim = next(spare, None)
+            if victim is None:
+                return False
+            self._requeue(rank, victim)
+            self.num_preempted += 1
+            if victim is sequence:
+                return False
+        return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _requeue(self, rank: DataRank, sequence: Sequence) -> None:
+        """A sequence loses its place and pages, and waits before all others."""
         sequence.state = State.WAITING
-        self.running.remove(sequence)
-        self.allocator.release(sequence.seq_id)
+        rank.running.remove(sequence)
+        rank.give_back(sequence)
         sequence.num_computed = 0
-        # Its pages are others' from now on: the first stage must not offer them to a next engine.
-        self._closed.append(sequence.seq_id)
         self.waiting.appendleft(sequence)
-        self.num_preempted += 1
 
-    def _plan(self, epoch: int, step: int, batch: list[tuple[Sequence, int]], closed: list[str]) -> StepPlan:
+    def _plan(self, epoch: int, step: int, data_rank: int, batch: Batch, closed: list[str]) -> StepPlan:
         tokens = array("i")
-        tables = [self.allocator.table(sequence.seq_id) for sequence, _ in batch]
+        allocator = self.data_ranks[data_rank].allocator
+        tables = [allocator.table(sequence.seq_id) for sequence, _ in batch]
         samples = []
         for index, (sequence, num_new) in enumerate(batch):
             end = sequence.num_computed + num_new
@@ -337,6 +404,7 @@ class Scheduler:
             pages=b"".join(table.tobytes() for table in tables),
             samples=samples,
             closed=closed,
+            data_rank=data_rank,
         )
 
     def _append(self, sequence: Sequence, token: int) -> Finished:
@@ -368,8 +436,13 @@ class Scheduler:
         return refused(sequence.request, Refusal("failed_row"))
 
     def _close(self, sequence: Sequence) -> None:
-        (self.waiting if sequence.state is State.WAITING else self.running).remove(sequence)
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+            for rank in self.data_ranks:  # one may still hold what a former engine had computed of it
+                rank.closed.append(sequence.seq_id)
+        else:
+            rank = self.data_ranks[sequence.data_rank]
+            rank.running.remove(sequence)
+            rank.give_back(sequence)
         self._suspects.clear(sequence)
-        self.allocator.release(sequence.seq_id)
-        self._closed.append(sequence.seq_id)
         del self._by_request[sequence.request.request_id]

@@ -26,6 +26,7 @@ class Sequence:
 
     `turn` counts on whenever a sequence is planned: who has the lowest waits longest. `stop_ids` are the
     tokens that end it now. `undecided`: the model may still open a thought, through which stops sleep.
+    `data_rank` is where it runs, once it does.
     """
 
     request: Request
@@ -35,6 +36,7 @@ class Sequence:
     state: State = State.WAITING
     turn: int = -1
     undecided: bool = False
+    data_rank: int = 0
 
     @classmethod
     def of(cls, request: Request, eos_ids: frozenset[int], blank_ids: frozenset[int]) -> Sequence:

@@ -28,7 +28,8 @@ Span = tuple[int, int]
 class WorkerSpec(msgspec.Struct, frozen=True):
     """One worker process. `stage` and `router` are layer spans, `experts` a span of routed experts; a spare
     has none of them. By tensor parallelism it is the `rank` of so many `ranks` that divide its stage and
-    what else is there with that."""
+    what else is there with that. With data parallelism its stage computes the sequences of `data_rank`, and
+    `copies` are spans of routed experts that it holds for the death of others."""
 
     name: str
     stage: Span | None = None
@@ -36,6 +37,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     experts: Span | None = None
     rank: int = 0
     ranks: int = 1
+    data_rank: int = 0
+    copies: tuple[Span, ...] = ()
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -52,9 +55,27 @@ class Layout:
 
     @cached_property
     def stages(self) -> tuple[tuple[WorkerSpec, ...], ...]:
-        """The ranks of each stage."""
+        """The ranks of each stage, those of a data rank one after the other."""
         of_stages = [worker for worker in self.workers if worker.stage is not None]
-        return tuple(tuple(ranks) for _, ranks in itertools.groupby(of_stages, lambda w: w.stage))
+        groups = itertools.groupby(of_stages, lambda worker: (worker.data_rank, worker.stage))
+        return tuple(tuple(ranks) for _, ranks in groups)
+
+    @cached_property
+    def first_stages(self) -> tuple[tuple[WorkerSpec, ...], ...]:
+        """The ranks of each data rank's first stage, who are sent its plans."""
+        return tuple(ranks for ranks in self.stages if ranks[0].stage is not None and not ranks[0].stage[0])
+
+    def whole_data_ranks(self, missing: Collection[str]) -> list[int]:
+        """Those that can compute without the workers named."""
+        broken = {worker.data_rank for worker in self.workers if worker.name in missing and worker.stage}
+        return [rank for rank in range(len(self.first_stages)) if rank not in broken]
+
+    def exchange_of(self, worker: WorkerSpec) -> tuple[WorkerSpec, ...]:
+        """Those with whom a worker exchanges rows at every mixture, it among them, by data rank; none where
+        its experts are asked in another way."""
+        if len(self.first_stages) == 1:
+            return ()
+        return tuple(other for other in self.workers if other.rank == worker.rank)
 
     def ranks_of(self, worker: WorkerSpec) -> tuple[WorkerSpec, ...]:
         """All ranks of a worker's stage, it among them."""
@@ -63,7 +84,7 @@ class Layout:
     def has_its_experts(self, worker: WorkerSpec) -> bool:
         """Whether all experts that a worker's router asks are in the same process; with ranks, those that it
         adds to the mixture."""
-        both = worker.router is not None and worker.experts is not None
+        both = worker.router is not None and worker.experts is not None and not self.exchange_of(worker)
         return both and (worker.ranks > 1 or self.shards == (worker,))
 
     @property
@@ -71,10 +92,22 @@ class Layout:
         return tuple(worker for worker in self.workers if worker.experts is not None)
 
     def can_do_without(self, missing: Collection[str]) -> bool:
-        """Whether a step needs none of the workers named: each is an expert shard with another host."""
-        spans = {worker.experts for worker in self.shards if worker.name not in missing}
+        """Whether a step needs none of the workers named: their experts have another host, and a data rank is
+        left that can compute. One that lacks a worker takes no part with its others either."""
+        whole = self.whole_data_ranks(missing)
         lost = [worker for worker in self.workers if worker.name in missing]
-        return all(worker.roles == ("experts",) and worker.experts in spans for worker in lost)
+        spans = {span for w in self.takes_part(missing) for span in (w.experts, *w.copies)}
+        replaced = all(shard.experts in spans for shard in self.shards)
+        return bool(whole) and replaced and all(worker.experts is not None for worker in lost)
+
+    def takes_part(self, missing: Collection[str]) -> list[WorkerSpec]:
+        """The workers of a step without those named."""
+        whole = self.whole_data_ranks(missing)
+        return [
+            worker
+            for worker in self.workers
+            if worker.name not in missing and (worker.stage is None or worker.data_rank in whole)
+        ]
 
     def router_of(self, stage: WorkerSpec) -> WorkerSpec | None:
         """The worker whose router serves `stage`: itself, where it has one. None where the stage has dense
@@ -91,18 +124,19 @@ class Layout:
         if worker.stage is not None:
             ranks = self.ranks_of(worker)
             targets.extend(other.name for other in ranks[worker.rank + 1 :])
+            targets.extend(o.name for o in self.exchange_of(worker) if o.data_rank > worker.data_rank)
             if following := self.following(worker):
                 targets.append(following)
             router = self.router_of(worker)
             if router is not None and router != worker:
                 targets.append(router.name)
-        if worker.router is not None and not self.has_its_experts(worker):
+        if worker.router is not None and not self.has_its_experts(worker) and not self.exchange_of(worker):
             targets.extend(shard.name for shard in self.shards if shard != worker)
         return tuple(targets)
 
     def following(self, worker: WorkerSpec) -> str | None:
         """Whom a stage's worker gives hidden states: the same rank of the next stage. None of the last."""
-        stages = self.stages
+        stages = [ranks for ranks in self.stages if ranks[0].data_rank == worker.data_rank]
         index = stages.index(self.ranks_of(worker))
         return stages[index + 1][worker.rank].name if index + 1 < len(stages) else None
 
@@ -110,6 +144,14 @@ class Layout:
 def build_layout(config: LayoutConfig, model: ModelConfig) -> Layout:
     """The layout of a service on a model; raises ConfigError with the numbers where it cannot be."""
     num_layers, moe_layers = model.num_hidden_layers, model.moe_layers
+    spares = tuple(WorkerSpec(f"spare-{i}") for i in range(config.spares))
+    if config.kind == "expert-parallel":
+        return Layout(tuple(_expert_parallel(config, model)), num_layers, spares)
+    if config.data_parallel > 1:
+        raise ConfigError(
+            f"layout.data_parallel: {config.data_parallel} data ranks are those of kind: expert-parallel; "
+            f"for engines side by side, which share nothing, use engine.replicas: {config.data_parallel}"
+        )
     _check_ranks(config.tensor_parallel, model)
     stages = _spans(config.stages, num_layers, "layout.stages", "layers")
     shards: list[Span] = []
@@ -118,7 +160,6 @@ def build_layout(config: LayoutConfig, model: ModelConfig) -> Layout:
     else:
         num_experts = model.moe.n_routed_experts
         shards = _spans(config.expert_shards, num_experts, "layout.expert_shards", "experts")
-    spares = tuple(WorkerSpec(f"spare-{i}") for i in range(config.spares))
     if config.kind == "colocated":
         if len(stages) > 1 or len(shards) > 1:
             raise ConfigError(
@@ -134,7 +175,8 @@ def build_layout(config: LayoutConfig, model: ModelConfig) -> Layout:
             ]
         if config.redundant_experts:
             raise ConfigError(
-                "layout.redundant_experts: expert shards have further hosts in kind: disaggregated alone"
+                "layout.redundant_experts: in kind: colocated all experts are in one place; expert shards have "
+                "further hosts in disaggregated and expert-parallel"
             )
         return Layout(tuple(only), num_layers, spares)
     workers = [
@@ -145,6 +187,49 @@ def build_layout(config: LayoutConfig, model: ModelConfig) -> Layout:
     for copy in range(1, config.redundant_experts + 1):
         workers += [WorkerSpec(f"experts-{i}-copy-{copy}", experts=span) for i, span in enumerate(shards)]
     return Layout(tuple(workers), num_layers, spares)
+
+
+def _expert_parallel(config: LayoutConfig, model: ModelConfig) -> list[WorkerSpec]:
+    """Workers with every role. Experts are divided among the ranks of tensor parallelism, and each one's among
+    the data ranks: a rank sends tokens to its peers of the same rank alone, and adds up with the others."""
+    data_ranks, ranks, copies = config.data_parallel, config.tensor_parallel, config.redundant_experts
+    if model.moe is None:
+        raise ConfigError(
+            "layout.kind: expert-parallel divides experts, and the model has none: use colocated, with "
+            "tensor_parallel where one device is not enough, or engine.replicas for more requests"
+        )
+    if config.stages != 1 or config.expert_shards != 1:
+        raise ConfigError(
+            "layout.stages and layout.expert_shards: in kind: expert-parallel every data rank has all layers, "
+            "and as many experts as data_parallel says: leave them out"
+        )
+    _check_ranks(ranks, model)
+    num_experts = model.moe.n_routed_experts
+    if data_ranks < 2 or data_ranks * ranks > num_experts:
+        most = num_experts // ranks
+        words = f"at least 2 data ranks, and at most {most}" if most > 1 else "at least 2 data ranks, too many"
+        raise ConfigError(
+            f"layout.data_parallel: {data_ranks} data ranks of {ranks} workers are asked for; "
+            f"kind: expert-parallel has {words} for {num_experts} experts"
+        )
+    if copies >= data_ranks:
+        raise ConfigError(
+            f"layout.redundant_experts: {copies} further hosts of each part of the experts are asked for, "
+            f"but there are only {data_ranks - 1} other data ranks"
+        )
+    spans = _spans(data_ranks * ranks, num_experts, "layout.data_parallel", "experts")
+    layers = (0, model.num_hidden_layers)
+    workers = []
+    for data_rank in range(data_ranks):
+        for each in _ranks(f"dp-{data_rank}", layers, ranks):
+            own = spans[each.rank * data_ranks : (each.rank + 1) * data_ranks]
+            further = tuple(sorted(own[(data_rank + i) % data_ranks] for i in range(1, copies + 1)))
+            workers.append(
+                msgspec.structs.replace(
+                    each, router=layers, experts=own[data_rank], data_rank=data_rank, copies=further
+                )
+            )
+    return workers
 
 
 def _ranks(stage: str, span: Span, num_ranks: int) -> list[WorkerSpec]:

@@ -19,7 +19,7 @@ def texts_of(checkpoint, layout, asked, **options):
         together = cluster.run(asked)
         for request in asked[::5]:
             assert cluster.run([request]) == {request.request_id: together[request.request_id]}
-        assert cluster.scheduler.allocator.num_used == 0
+        assert cluster.scheduler.num_pages_used == 0
         cluster.scheduler.check()
         return together
     finally:

@@ -14,7 +14,7 @@ def test_every_text_is_as_if_alone_and_the_same_in_every_layout(cluster):
     together = cluster.run(asked)
     for request in asked[::6]:
         assert cluster.run([request]) == {request.request_id: together[request.request_id]}
-    assert cluster.scheduler.allocator.num_used == 0
+    assert cluster.scheduler.num_pages_used == 0
     assert together == EXPECTED.setdefault("texts", together)
 
 
@@ -84,5 +84,5 @@ def test_abort_frees_the_pages(cluster):
     cluster.core.abort("long", 0)
     assert cluster.ends.get(timeout=10) == ("long", None)
     cluster.run(requests(1))
-    assert cluster.scheduler.allocator.num_used == 0
+    assert cluster.scheduler.num_pages_used == 0
     cluster.scheduler.check()
