@@ -7,7 +7,7 @@ process or a link to another one is not the role's business.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -35,6 +35,9 @@ from r1_cluster.models.batch import AttentionBatch, buckets
 from r1_cluster.models.moe import ExpertModel, RouterModel
 from r1_cluster.models.network import StageModel
 from r1_cluster.records import StepPlan
+
+BROADCAST_TOKENS = 64
+"""Steps of so many tokens are broadcast to expert shards on devices: cheaper than to learn where they go."""
 
 
 class Router(Protocol):
@@ -127,26 +130,27 @@ class OtherRanksRouter:
 
 
 class RemoteRouter:
-    """A stage's way to a router in another process."""
+    """A stage's way to the router `name` in another process, to which a link is found in `links`."""
 
-    def __init__(self, name: str, timeout_s: float) -> None:
+    def __init__(self, name: str, links: Mapping[str, Link], timeout_s: float) -> None:
         self.name = name
-        self.link: Link | None = None
+        self._links = links
         self.idle_s = 0.0
         self._lost: list[str] = []
         self._timeout_s = timeout_s
 
     def forward(self, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        if self.link is None or self.name in self._lost:
+        link = self._links.get(self.name)
+        if link is None or self.name in self._lost:
             self._lost.append(self.name)
             return torch.zeros_like(x_TD)
         try:
-            return self._ask(self.link, tag, x_TD, num_tokens)
+            return self._ask(link, tag, x_TD, num_tokens)
         except Unsendable:
             raise
         except LinkError:
             # The step is finished with zeros, so that everybody stays in lock-step, and then done again.
-            self.link.close()
+            link.close()
             self._lost.append(self.name)
             return torch.zeros_like(x_TD)
 
@@ -171,7 +175,8 @@ class RemoteRouter:
 
     def take_lost(self) -> list[str]:
         """See `Router.take_lost`."""
-        if self.link is not None and self.link.closed:
+        link = self._links.get(self.name)
+        if link is not None and link.closed:
             self._lost.append(self.name)
         lost, self._lost = self._lost, []
         return list(dict.fromkeys(lost))

@@ -9,7 +9,8 @@ from small_model import DENSE_KERNEL_SHAPE, dense_values, write_checkpoint
 
 from benchmarks.processes import LocalEngine
 from r1_cluster.config import LayoutConfig
-from r1_cluster.engine import worker as worker_module
+from r1_cluster.engine import loading
+from r1_cluster.engine.worker import Worker
 from r1_cluster.models.family import load_config
 from r1_cluster.planning.layout import build_layout
 
@@ -60,12 +61,12 @@ def test_a_worker_keeps_its_pages_as_it_is_told_and_asks_for_as_much_memory(
     config = load_config(tmp_path)
     local = SimpleNamespace(settings=kind, layout=build_layout(COLOCATED, config))
     asked = []
-    monkeypatch.setattr(worker_module, "free_device_bytes", lambda device: 1)
-    monkeypatch.setattr(worker_module, "check_room", lambda parts, free: asked.append(parts["pages"]))
+    monkeypatch.setattr(loading, "free_device_bytes", lambda device: 1)
+    monkeypatch.setattr(loading, "check_room", lambda parts, free: asked.append(parts["pages"]))
     boot = LocalEngine._boot(local, "stage-0", "first")
     # What is asked for is a device's, which computes in BF16.
     width = config.attention.cache_width + 4 * 2 if said else 2 * config.attention.cache_width
-    worker = worker_module.Worker(boot)
+    worker = Worker(boot)
     try:
         assert asked == [config.num_hidden_layers * kind.num_pages * kind.page_size * width]
         for cache in worker.stage.caches:

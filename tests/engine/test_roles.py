@@ -52,8 +52,7 @@ def router(folder):
 
 def behind_link(stage, answer):
     """The stage, its router in another process, as far as it can see."""
-    stage.moe = RemoteRouter("router-0", 5.0)
-    stage.moe.link = LocalLink("router-0", answer)
+    stage.moe = RemoteRouter("router-0", {"router-0": LocalLink("router-0", answer)}, 5.0)
     return stage
 
 

@@ -11,7 +11,7 @@ from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.listener import connect
 from r1_cluster.comm.wire import Header, Kind, LinkClosed
 from r1_cluster.config import LayoutConfig
-from r1_cluster.engine import worker as worker_module
+from r1_cluster.engine import loading
 from r1_cluster.engine.boot import StepLimits
 from r1_cluster.engine.worker import Worker
 from r1_cluster.models.family import load_config
@@ -112,7 +112,7 @@ def asks_for_what_it_needs(checkpoint, layout, name, monkeypatch):
     cluster = SimpleNamespace(layout=layout, transport="sockets", dtype="float32")
     boot = msgspec.structs.replace(Cluster.boot(cluster, checkpoint, name, 256, 5.0, 2.0), limits=limits)
     free = sum(parts.values())
-    monkeypatch.setattr(worker_module, "free_device_bytes", lambda device: free)
+    monkeypatch.setattr(loading, "free_device_bytes", lambda device: free)
     Worker(boot).close()
     free -= 1
     with pytest.raises(OutOfDeviceMemory, match=next(iter(parts))):
