@@ -62,9 +62,16 @@ class RandomSource:
         return self._has_fp8 and "_proj" in name
 
     def get(
-        self, name: str, dtype: torch.dtype, device: torch.device, slices: Slices | None = None
+        self,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        slices: Slices | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert slices is None, "there is one rank"
+        if out is not None:
+            return out.copy_(self.get(name, dtype, device))
         shape = self.shape(name)
         if len(shape) == 1:
             return torch.ones(shape, dtype=dtype, device=device)
@@ -76,11 +83,15 @@ class RandomSource:
     def get_int(self, name: str, slices: Slices | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         raise AssertionError(f"{name} is no integer tensor")
 
-    def get_scaled(self, name: str, slices: Slices | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def get_scaled(
+        self, name: str, slices: Slices | None = None, out: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         rows, columns = self.shape(name)
         values = torch.randn(rows, columns, device=self._device, dtype=torch.bfloat16)
         blocks = (-(-rows // 128), -(-columns // 128))
         scale = torch.full(blocks, columns**-0.5, dtype=torch.float32, device=self._device)
+        if out is not None:
+            return out.copy_(values), scale
         return values.to(torch.float8_e4m3fn), scale
 
 

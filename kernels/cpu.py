@@ -53,9 +53,10 @@ def faults(shape: ModelShape) -> list[str]:
 def block_scaled(values: Tensor, scale: Tensor, block: tuple[int, int], device: torch.device) -> GroupScaled:
     """See `Ops.block_scaled`. Each row gets its blocks' scales, so that blocks of any size may be stacked."""
     num_rows, width = values.shape
-    padded = F.pad(values.view(torch.uint8), (0, -width % block[1])).view(values.dtype)
+    if width % block[1]:
+        values = F.pad(values.view(torch.uint8), (0, -width % block[1])).view(values.dtype)
     scales = scale.float().repeat_interleave(block[0], 0)[:num_rows]
-    return GroupScaled(padded.to(device), scales.to(device), width)
+    return GroupScaled(values.to(device), scales.to(device), width)
 
 
 def linear(x_TI: Tensor, weight_OI: Weight, bias_O: Tensor | None = None, *, tiled: bool) -> Tensor:

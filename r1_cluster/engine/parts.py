@@ -78,7 +78,12 @@ class _Recorder:
         return self._shapes[name]
 
     def get(
-        self, name: str, dtype: torch.dtype, device: torch.device, slices: Slices | None = None
+        self,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        slices: Slices | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         self.asked[name] = None
         whole = torch.empty(self._shapes[name], dtype=dtype, device=device)
@@ -90,7 +95,10 @@ class _Recorder:
     def int_bits(self, name: str) -> int | None:
         return None
 
-    def get_scaled(self, name: str, slices: Slices | None = None) -> tuple[Tensor, Tensor]:
+    def get_scaled(
+        self, name: str, slices: Slices | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         raise TypeError(f"{name} is in floats here")
 
-    get_int = get_scaled
+    def get_int(self, name: str, slices: Slices | None = None) -> tuple[Tensor, Tensor]:
+        raise TypeError(f"{name} is in floats here")

@@ -74,9 +74,9 @@ class Loader:
         slices = self._slices(self.prefix + name)
         return shape if slices is None else _sizes(slices, shape)
 
-    def get(self, name: str) -> Tensor:
-        """One tensor in the compute dtype."""
-        return self._get(name, self.shard.dtype)
+    def get(self, name: str, out: Tensor | None = None) -> Tensor:
+        """One tensor in the compute dtype; in `out`, which is contiguous, where that is given."""
+        return self._get(name, self.shard.dtype, out)
 
     def get_float32(self, name: str) -> Tensor:
         """One tensor in float32, whatever the compute dtype."""
@@ -111,8 +111,21 @@ class Loader:
         rest = self.shape(names[0])[1:]
         out = torch.empty(sum(rows), *rest, dtype=self.shard.dtype, device=self.shard.device)
         for part, name in zip(torch.split(out, rows), names):
-            part.copy_(self.get(name))  # each copied once
+            self.get(name, part)
         return out
+
+    def fill(self, into: ScaledWeight, *names: str) -> None:
+        """As `weight` gives matrices that stay as they are stored, into a weight that is there already;
+        straight from disk where that has the device's format."""
+        first_row = first_scale = 0
+        for name in names:
+            num_rows = self.shape(name)[0]
+            values = into.values[first_row : first_row + num_rows]
+            part = self._as_stored(self.prefix + name, values)
+            if part.values.data_ptr() != values.data_ptr():
+                values.view(torch.uint8).copy_(part.values.view(torch.uint8))
+            into.scale[first_scale : first_scale + len(part.scale)] = part.scale
+            first_row, first_scale = first_row + num_rows, first_scale + len(part.scale)
 
     def _scaled(self, names: Sequence[str]) -> ScaledWeight:
         parts = [self._as_stored(self.prefix + name) for name in names]
@@ -123,16 +136,19 @@ class Loader:
         values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(dtype)
         return replace(parts[0], values=values, scale=torch.cat([part.scale for part in parts]))
 
-    def _as_stored(self, name: str) -> ScaledWeight:
+    def _as_stored(self, name: str, place: Tensor | None = None) -> ScaledWeight:
+        """`place`: where its values may be read to, should they lie there as they do on disk."""
         bits, slices = self.source.int_bits(name), self._slices(name)
         if bits is not None:
             return group_scaled(*self.source.get_int(name, slices), bits, self.shard.device)
-        values, scale = self.source.get_scaled(name, slices)
+        shape = self.source.shape(name) if slices is None else _sizes(slices, self.source.shape(name))
+        fits = place is not None and place.is_cpu and place.shape == shape
+        values, scale = self.source.get_scaled(name, slices, place if fits else None)
         return self.shard.ops.block_scaled(values, scale, self.source.fp8_block, self.shard.device)
 
-    def _get(self, name: str, dtype: torch.dtype) -> Tensor:
+    def _get(self, name: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         full = self.prefix + name
-        return self.source.get(full, dtype, self.shard.device, self._slices(full))
+        return self.source.get(full, dtype, self.shard.device, self._slices(full), out)
 
     def _slices(self, full: str) -> Slices | None:
         spec = self.table.get(full)

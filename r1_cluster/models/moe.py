@@ -177,30 +177,25 @@ def _load_experts(loader: Loader, experts: range) -> tuple[Weight, Weight]:
     down = torch.empty(len(experts), width, hidden, dtype=shard.dtype, device=shard.device)
     for i, expert in enumerate(experts):
         own = loader.under(str(expert))
-        gate_up[i, :hidden] = own.get("gate_proj.weight")
-        gate_up[i, hidden:] = own.get("up_proj.weight")
-        down[i] = own.get("down_proj.weight")
+        own.get("gate_proj.weight", gate_up[i, :hidden])
+        own.get("up_proj.weight", gate_up[i, hidden:])
+        own.get("down_proj.weight", down[i])
     return gate_up, down
 
 
 def _load_scaled_experts(loader: Loader, experts: range) -> tuple[ScaledWeight, ScaledWeight]:
     """As `_load_experts`, as they are stored."""
     stacks: list[ScaledWeight] = []
-    for i, expert in enumerate(experts):
-        for j, names in enumerate(_PARTS):
-            weight = loader.under(str(expert)).weight(*names)
-            assert not isinstance(weight, Tensor)
-            if i == 0:
-                stacks.append(_empty_stack(weight, len(experts)))
-            stacks[j].values[i].view(torch.uint8).copy_(weight.values.view(torch.uint8))
-            stacks[j].scale[i] = weight.scale
+    for names in _PARTS:
+        first = loader.under(str(experts.start)).weight(*names)
+        assert not isinstance(first, Tensor)
+        values, scale = (x.new_empty(len(experts), *x.shape) for x in (first.values, first.scale))
+        values[0].view(torch.uint8).copy_(first.values.view(torch.uint8))
+        scale[0] = first.scale
+        stacks.append(replace(first, values=values, scale=scale))
+    for i, expert in enumerate(experts[1:], 1):
+        for stack, names in zip(stacks, _PARTS):
+            place = replace(stack, values=stack.values[i], scale=stack.scale[i])
+            loader.under(str(expert)).fill(place, *names)
     gate_up, down = stacks
     return gate_up, down
-
-
-def _empty_stack(weight: ScaledWeight, count: int) -> ScaledWeight:
-    return replace(
-        weight,
-        values=weight.values.new_empty(count, *weight.values.shape),
-        scale=weight.scale.new_empty(count, *weight.scale.shape),
-    )

@@ -282,14 +282,28 @@ class Checkpoint:
         return self._entry(name).shape if self.int_bits(name) is None else self._int_shape(name)
 
     def get(
-        self, name: str, dtype: torch.dtype, device: torch.device, slices: Slices | None = None
+        self,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        slices: Slices | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Reads one tensor, or a slice of it, from disk, and nothing else; converts to `dtype`.
 
         FP8 and integer matrices are multiplied by their scales. Slices are one per dimension, of step 1.
-        Raises CheckpointError where the tensor is missing, the file has changed, or a scale is not positive
-        and finite.
+        `out` is filled straight from disk where it has the dtype of the file and lies on the host. Raises
+        CheckpointError where the tensor is missing, the file has changed, or a scale is not positive and
+        finite.
         """
+        if out is None:
+            return self._get(name, dtype, device, slices, None)
+        found = self._get(name, dtype, device, slices, out)
+        return out if found is out else out.copy_(found)
+
+    def _get(
+        self, name: str, dtype: torch.dtype, device: torch.device, slices: Slices | None, out: Tensor | None
+    ) -> Tensor:
         if self.int_bits(name) is not None:
             rows, columns = slices or (slice(None), slice(None))
             stored = group_scaled(*self.get_int(name, (rows, slice(None))), 8, torch.device("cpu"))
@@ -298,7 +312,8 @@ class Checkpoint:
         entry = self._entry(name)
         if entry.dtype == "F8_E4M3":
             return self._get_fp8(name, entry, dtype, slices).to(device)
-        return self._read(name, entry, slices).to(device=device, dtype=dtype)
+        straight = out if out is not None and _DTYPES[entry.dtype] == dtype and out.is_cpu else None
+        return self._read(name, entry, slices, straight).to(device=device, dtype=dtype)
 
     def is_fp8(self, name: str) -> bool:
         """Whether a tensor is stored in FP8, with block scales beside it. Raises CheckpointError."""
@@ -337,7 +352,9 @@ class Checkpoint:
         self._int_shapes[name] = shape
         return shape
 
-    def get_scaled(self, name: str, slices: Slices | None = None) -> tuple[Tensor, Tensor]:
+    def get_scaled(
+        self, name: str, slices: Slices | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `TensorSource.get_scaled`. Raises CheckpointError as `get`."""
         entry = self._entry(name)
         scale = self._scales(name, entry)
@@ -345,7 +362,7 @@ class Checkpoint:
             bounds = [part.indices(size)[:2] for part, size in zip(slices, entry.shape)]
             blocks = [slice(first // b, -(-last // b)) for (first, last), b in zip(bounds, self.fp8_block)]
             scale = scale[blocks[0], blocks[1]]
-        return self._read(name, entry, slices), scale
+        return self._read(name, entry, slices, out), scale
 
     def _scales(self, name: str, entry: Entry) -> Tensor:
         if len(entry.shape) != 2:
@@ -374,11 +391,15 @@ class Checkpoint:
         out = for_device(torch.device("cpu")).dequantize(weight, scale[blocks], self.fp8_block, dtype)
         return out[tuple(slice(start - f, None) for f, (start, _) in zip(first, bounds))]
 
-    def _read(self, name: str, entry: Entry, slices: Slices | None) -> Tensor:
-        """Rows are read as they lie in the file, none but those that are asked for; columns are cut then."""
+    def _read(self, name: str, entry: Entry, slices: Slices | None, out: Tensor | None = None) -> Tensor:
+        """Rows are read as they lie in the file, none but those that are asked for; columns are cut then. Into
+        `out`, which is returned, if given."""
         rows = slices[0].indices(entry.shape[0])[:2] if slices else (0, *entry.shape)[:2]
         num_rows = max(rows[1] - rows[0], 0) if entry.shape else 1
-        tensor = torch.empty((num_rows, *entry.shape[1:]) if entry.shape else (), dtype=_DTYPES[entry.dtype])
+        sizes = (num_rows, *entry.shape[1:]) if entry.shape else ()
+        straight = out is not None and out.shape == sizes
+        tensor = out if straight else torch.empty(sizes, dtype=_DTYPES[entry.dtype])
+        assert tensor is not None
         row_bytes = entry.num_bytes // max(entry.shape[0], 1) if entry.shape else entry.num_bytes
         try:
             if self._reader.identity(entry.file) != self._identities[entry.file]:
@@ -388,7 +409,11 @@ class Checkpoint:
         except (OSError, EOFError) as error:
             fault = f"{entry.file}: tensor {name} cannot be read ({error or 'the file ends before it does'})"
             raise CheckpointError(self.path, [fault]) from error
-        return tensor[(slice(None), *slices[1:])].contiguous() if slices else tensor
+        if straight:
+            return tensor
+        if slices:
+            tensor = tensor[(slice(None), *slices[1:])].contiguous()
+        return tensor if out is None else out.copy_(tensor)
 
     def _entry(self, name: str) -> Entry:
         entry = self._entries.get(name)

@@ -90,16 +90,24 @@ class TensorSource(Protocol):
         """A tensor's shape, without reading it."""
 
     def get(
-        self, name: str, dtype: torch.dtype, device: torch.device, slices: Slices | None = None
+        self,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        slices: Slices | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """One tensor, or a slice of it, in `dtype`, whatever it is stored in."""
+        """One tensor, or a slice of it, in `dtype`, whatever it is stored in; in `out`, which is as it should
+        be and contiguous, where that is given."""
 
     def is_fp8(self, name: str) -> bool:
         """Whether a tensor is stored in FP8, with block scales beside it."""
 
-    def get_scaled(self, name: str, slices: Slices | None = None) -> tuple[Tensor, Tensor]:
+    def get_scaled(
+        self, name: str, slices: Slices | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """An FP8 matrix as it is stored, and its float32 block scales; or a slice that begins and, unless the
-        matrix ends there, ends with a block."""
+        matrix ends there, ends with a block. In `out`, if given: see `get`."""
 
     def int_bits(self, name: str) -> int | None:
         """8 or 4 for a matrix that is stored in integers with scales beside it, None for others."""
