@@ -100,8 +100,10 @@ class LocalEngine:
         fan.epoch = 1
         fan.attach("sink", self._sink.endpoint)
         limits = Limits(settings.max_num_seqs, settings.max_batch_tokens, settings.max_context_len)
-        allocator = PageAllocator(settings.num_pages, settings.page_size)
-        self.scheduler = Scheduler(limits, allocator, frozenset())  # requests end by their lengths
+        allocators = [
+            PageAllocator(settings.num_pages, settings.page_size) for _ in self.pipeline.layout.first_stages
+        ]
+        self.scheduler = Scheduler(limits, allocators, frozenset())  # requests end by their lengths
         self.core = EngineCore(
             self.scheduler,
             self.pipeline,

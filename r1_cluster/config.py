@@ -48,8 +48,8 @@ class LayoutConfig(_Section):
     loaded-but-idle workers stand by for whoever dies. `tensor_parallel` is how many workers, its ranks, share
     each stage's weights and heads. In kind expert-parallel there are `data_parallel` data ranks, each with
     requests and KV pages of its own, all attention weights, and its part of the experts; `redundant_experts`
-    is how many further ones hold each part. `spread` puts every worker of a stage, and every expert shard, on a node
-    of its own.
+    is how many further ones hold each part. `spread` puts every worker of a stage, and every expert shard, on
+    a node of its own.
     """
 
     kind: Literal["colocated", "disaggregated", "expert-parallel"] = "colocated"

@@ -30,6 +30,7 @@ LAYOUTS = {
     "colocated": {"kind": "colocated"},
     "disaggregated": {"kind": "disaggregated", "stages": 2, "expert_shards": 3},
     "four stages": {"kind": "disaggregated", "stages": 4, "expert_shards": 1},
+    "expert-parallel": {"kind": "expert-parallel", "data_parallel": 3},
 }
 DENSE_LAYOUTS = {
     "colocated": {"kind": "colocated"},
@@ -79,9 +80,8 @@ class Cluster:
         fan.epoch = 1
         fan.attach("sink", self.sink.endpoint)
         defaults = {"max_num_seqs": 16, "max_batch_tokens": 64, "max_model_len": 200}
-        self.scheduler = Scheduler(
-            Limits(**{**defaults, **limits}), PageAllocator(num_pages, PAGE_SIZE), frozenset({1})
-        )
+        allocators = [PageAllocator(num_pages, PAGE_SIZE) for _ in self.layout.first_stages]
+        self.scheduler = Scheduler(Limits(**{**defaults, **limits}), allocators, frozenset({1}))
         self.core = EngineCore(
             self.scheduler,
             self.pipeline,

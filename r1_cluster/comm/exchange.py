@@ -50,7 +50,7 @@ class _Rows(NamedTuple):
 
 @dataclass
 class _Under:
-    """A dispatch that is under way. The sorted rows of rank i begin at `bounds[i]` and end at `bounds[i + 1]`."""
+    """A dispatch that is under way. The sorted rows of rank i are `bounds[i]` to `bounds[i + 1]`."""
 
     tag: StepTag
     x_TD: Tensor
@@ -141,9 +141,10 @@ class Exchange(Lockstep):
         header = Header(Kind.COMBINE, *under.tag)
         parts = self._swap(header, messages, lambda peer: self._answer_of(peer, under, deadline))
         parts[own] = answers[own]
-        y_ND = torch.cat([under.x_TD.new_zeros(under.bounds[0], under.x_TD.shape[1])] + [
-            parts[name] for name in self._names
-        ])
+        y_ND = torch.cat(
+            [under.x_TD.new_zeros(under.bounds[0], under.x_TD.shape[1])]
+            + [parts[name] for name in self._names]
+        )
         self.idle_s += time.perf_counter() - began
         return sum_rows(y_ND, under.order, under.weights_TK, under.num_tokens)
 
@@ -192,7 +193,11 @@ class Exchange(Lockstep):
         if not num_rows and not message.tensors:
             return under.x_TD[:0]
         shape, dtype = (num_rows, under.x_TD.shape[1]), under.x_TD.dtype
-        if len(message.tensors) != 1 or message.tensors[0].shape != shape or message.tensors[0].dtype != dtype:
+        if (
+            len(message.tensors) != 1
+            or message.tensors[0].shape != shape
+            or message.tensors[0].dtype != dtype
+        ):
             found = [f"{x.dtype} {list(x.shape)}" for x in message.tensors]
             self._refuse(peer, f"{found} came where {dtype} {list(shape)} was due")
         return message.tensors[0].to(under.x_TD.device)

@@ -1,7 +1,7 @@
 """Workers that go through a step side by side, with a link between each two of them.
 
 Each knows what it must get from every other one, and when. One that loses another gives the step up and tells
-the rest, which would else wait for it: one's death is all's, and nobody is left in an exchange that never ends.
+the rest, which would else wait for it: one's death is all's, and nobody is left in a step that never ends.
 """
 
 from __future__ import annotations

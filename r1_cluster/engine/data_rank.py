@@ -16,7 +16,8 @@ Batch = list[tuple[Sequence, int]]
 class DataRank:
     """A data rank as the scheduler sees it. An engine has one, or as many as `layout.data_parallel` says.
 
-    `closed` are sequences whose pages here became free since the plan before. `present`: its stages are there.
+    `closed` are sequences whose pages here became free since the plan before; `present`, whether its stages
+    are there.
     """
 
     index: int

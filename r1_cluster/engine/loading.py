@@ -44,6 +44,7 @@ class Loaded(NamedTuple):
     stage: StageRole | None
     read_bytes: int
     read_s: float
+    copies: tuple[ExpertModel, ...]
 
 
 def load_roles(boot: WorkerBoot, spec: WorkerSpec, links: Mapping[str, Link]) -> Loaded:
@@ -78,8 +79,8 @@ def load_roles(boot: WorkerBoot, spec: WorkerSpec, links: Mapping[str, Link]) ->
             moe = moe or OtherRanksRouter()
         stage = StageRole(parts.stage, moe, ranks, num_pages=boot.num_pages, page_size=boot.page_size)
     if shard.device.type == "cuda" and boot.limits is not None:
-        _prepare(boot.limits, config, stage, router, parts.experts)
-    return Loaded(layout, parts.experts, router, stage, read_bytes, read_s)
+        _prepare(boot.limits, config, stage, router, parts)
+    return Loaded(layout, parts.experts, router, stage, read_bytes, read_s, parts.copies)
 
 
 def free_device_bytes(device: torch.device) -> int | None:
@@ -143,7 +144,8 @@ def _rank_group(
         return None
     names = [rank.name for rank in layout.ranks_of(spec)]
     # Longer than the first rank waits for its router, so that each blames the one that is silent.
-    return RankGroup(names, spec.rank, links, boot.step_timeout_s + 1.0)
+    longer_s = 0.0 if layout.exchange_of(spec) else 1.0
+    return RankGroup(names, spec.rank, links, boot.step_timeout_s + longer_s)
 
 
 def _prepare(
@@ -151,14 +153,16 @@ def _prepare(
     config: ModelConfig,
     stage: StageRole | None,
     router: RouterRole | None,
-    experts: ExpertModel | None,
+    parts: Parts,
 ) -> None:
     """Compiles, tunes and records before the first step, which has no time for it."""
     if stage is not None:
         stage.prepare(limits)
-    elif router is not None:
+    if router is not None and router.dispatcher is None:  # else its stage has called it
         router.model.warm_up(limits.max_batch_tokens)
-    elif experts is not None and config.moe is not None:
+    if parts.experts is not None and config.moe is not None and (router is None or router.dispatcher is None):
         top_k = config.moe.num_experts_per_tok
-        experts.warm_up(limits.max_batch_tokens * top_k)
-        experts.warm_up_shares(min(BROADCAST_TOKENS, limits.max_batch_tokens), top_k)
+        for experts in (parts.experts, *parts.copies):
+            experts.warm_up(limits.max_batch_tokens * top_k)
+        if router is None:
+            parts.experts.warm_up_shares(min(BROADCAST_TOKENS, limits.max_batch_tokens), top_k)

@@ -17,11 +17,13 @@ from r1_cluster.weights.tensors import Slices, TensorSpec
 
 
 class Parts(NamedTuple):
-    """A worker's parts of the model; None where it does not host that role."""
+    """A worker's parts of the model; None where it does not host that role. `copies` are experts that it
+    holds for the death of others."""
 
     experts: ExpertModel | None
     router: RouterModel | None
     stage: StageModel | None
+    copies: tuple[ExpertModel, ...] = ()
 
 
 def load_parts(config: ModelConfig, loader: Loader, spec: WorkerSpec) -> Parts:
@@ -34,7 +36,8 @@ def load_parts(config: ModelConfig, loader: Loader, spec: WorkerSpec) -> Parts:
         router = RouterModel(config, loader, layers)
     if spec.stage is not None:
         stage = StageModel(config, loader, range(*spec.stage))
-    return Parts(experts, router, stage)
+    copies = tuple(ExpertModel(config, loader, config.moe_layers, range(*span)) for span in spec.copies)
+    return Parts(experts, router, stage, copies)
 
 
 def worker_tensors(config: ModelConfig, layout: Layout) -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from kernels.ops import for_device
 from r1_cluster.comm.dispatch import LinkDispatcher
+from r1_cluster.comm.exchange import Exchange, ExpertSpan
 from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.links import Link, LocalLink, TcpLink
 from r1_cluster.comm.listener import connect
@@ -14,6 +15,7 @@ from r1_cluster.comm.transports import backend_for
 from r1_cluster.comm.wire import LinkError, Message
 from r1_cluster.engine.boot import Topology, WorkerBoot
 from r1_cluster.engine.roles import BROADCAST_TOKENS, RouterRole
+from r1_cluster.models.moe import ExpertModel
 from r1_cluster.planning.layout import Layout, WorkerSpec
 
 
@@ -86,6 +88,27 @@ class Peers:
             router.dispatcher = LinkDispatcher(links, spans, self._boot.step_timeout_s, broadcast)
         except ValueError:  # somebody is missing; there will be another topology before the next step
             router.dispatcher = None
+
+    def exchange(
+        self, router: RouterRole, topology: Topology, layout: Layout, spec: WorkerSpec, own: list[ExpertModel]
+    ) -> None:
+        """Gives the router of `spec` an exchange with those of its peers that take part; none where `spec`
+        itself takes no part. `own` are its experts."""
+        there = layout.takes_part([w.name for w in layout.workers if w.name not in topology.endpoints])
+        group = [worker for worker in layout.exchange_of(spec) if worker in there]
+        router.dispatcher = None
+        if spec in group:
+            router.dispatcher = Exchange(
+                [worker.name for worker in group],
+                group.index(spec),
+                self.links,
+                # Longer than the ranks of a stage wait for each other, so that each blames who is silent.
+                self._boot.step_timeout_s + 0.5,
+                num_experts=own[0].num_experts,
+                hosts=[[range(*span) for span in (w.experts, *w.copies) if span is not None] for w in group],
+                own=[ExpertSpan(model.experts, model.forward) for model in own],
+                device="cpu" if self._groups is None else self._groups.backend.device,
+            )
 
     def close(self) -> None:
         """Closes every link; peers notice at once."""

@@ -7,13 +7,14 @@ process or a link to another one is not the role's business.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 
 from r1_cluster.comm.device_dispatch import DeviceDispatcher
 from r1_cluster.comm.dispatch import Dispatcher, LocalDispatcher, StepTag
+from r1_cluster.comm.exchange import Exchange
 from r1_cluster.comm.links import Link, recv_epoch
 from r1_cluster.comm.ranks import RankGroup
 from r1_cluster.comm.wire import (
@@ -76,6 +77,20 @@ class RouterRole:
         self.dispatcher.dispatch(tag, x_TD.to(device), weights_TK.to(device), ids_TK.to(device), num_tokens)
         shared_TD = self.model.shared(tag.layer, x_TD)  # while the experts work
         return self.dispatcher.combine().to(x_TD.device).add_(shared_TD)
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """Its way to experts, where that is an exchange with other ranks."""
+        return self.dispatcher if isinstance(self.dispatcher, Exchange) else None
+
+    def take_part(self, tag: StepTag, x_0D: torch.Tensor) -> None:
+        """A mixture of other ranks' tokens, of which some go to the experts here; `x_0D` has no rows. Raises
+        PeersLost, Unsendable."""
+        assert self.exchange is not None, "only an exchange goes on without tokens of one's own"
+        weights_01 = torch.zeros(0, 1, device=self.exchange.device)
+        ids_01 = torch.zeros(0, 1, dtype=torch.int64, device=self.exchange.device)
+        self.exchange.dispatch(tag, x_0D.to(self.exchange.device), weights_01, ids_01, 0)
+        self.exchange.combine()
 
     def take_lost(self) -> list[str]:
         """See `Router.take_lost`."""
@@ -209,12 +224,16 @@ class StageRole:
         the first. Returns the hidden states and, on the last stage, one token per `plan.samples`. By then
         the device has done its work, and `compute_s` is how long the model's operators took, in whatever
         process. Of several ranks the first has the tokens, the others an empty list. Raises Unsendable,
-        RanksLost."""
+        PeersLost."""
         if self.ranks is not None:
             self.ranks.begin(plan.epoch, plan.step, plan.micro_batch)
-        batch = AttentionBatch.from_plan(plan, self.page_size, self.model.shard)
         began, idle_s = time.perf_counter(), self._idle_s
-        result = self._run(plan, batch, x_TD)
+        result: tuple[torch.Tensor, list[int] | None]
+        if plan.seq_ids:
+            batch = AttentionBatch.from_plan(plan, self.page_size, self.model.shard)
+            result = self._run(plan, batch, x_TD)
+        else:
+            result = self._take_part(plan), []
         self.compute_s = time.perf_counter() - began - (self._idle_s - idle_s)
         return result
 
@@ -251,6 +270,22 @@ class StageRole:
                 return out_TD, []
             logits_SV = torch.cat(columns, 1)
         return out_TD, sample(self.model.ops, logits_SV, plan.samples)
+
+    def _take_part(self, plan: StepPlan) -> torch.Tensor:
+        """A step in which other data ranks have tokens, and this one has none. Returns no hidden states."""
+        assert isinstance(self.moe, RouterRole), "only with an exchange is a plan without sequences sent"
+        x_0D = self.model.hidden(0)
+        for layer in self.model.config.moe_layers:
+            self.moe.take_part(StepTag(plan.epoch, plan.step, layer, plan.micro_batch), x_0D)
+        return x_0D
+
+    def give_up(self, names: Sequence[str]) -> None:
+        """Tells all who compute this step together with this stage that it ends without a result, because of
+        whom."""
+        router = self.moe if isinstance(self.moe, RouterRole) else None
+        for group in (self.ranks, router.exchange if router is not None else None):
+            if group is not None:
+                group.give_up(names)
 
     def prepare(self, limits: StepLimits, record: Recorder | None = None) -> None:
         """Compiles and tunes the kernels for every size of step, and records the decode steps. On a device

@@ -200,8 +200,8 @@ class Scheduler:
             rank.give_up_held()
 
     def use(self, data_ranks: Collection[int]) -> None:
-        """From now on these are there, and no others, whose sequences go on elsewhere. Of a data rank that goes
-        the KV was lost, and `forget_kv` told so."""
+        """From now on these are there, and no others, whose sequences go on elsewhere. The KV of a data rank
+        that goes was lost, and `forget_kv` told so."""
         for rank in self.data_ranks:
             rank.present = rank.index in data_ranks
             if not rank.present:
@@ -215,8 +215,8 @@ class Scheduler:
         return [sequence.request for sequence in guilty], since
 
     def replan(self, epoch: int) -> list[StepPlan]:
-        """Plans of all steps in flight, under a new epoch: what a lost peer spoiled is done again. The part of
-        a step with an aborted sequence, or a suspected one in company, is not repeated: its sequences are
+        """Plans of all steps in flight, under a new epoch: what a lost peer spoiled is done again. The part
+        of a step with an aborted sequence, or a suspected one in company, is not repeated: its sequences are
         planned anew, the suspected ones alone."""
         in_flight = list(self._batches())
         for step, index, batch in in_flight:
@@ -289,9 +289,10 @@ class Scheduler:
                         batches[rank.index].append((sequence, chunk))
                         return
         for sequence in self.waiting:
-            if sequence in self._suspects and (rank := self._freest(sequence, batches)):
+            freest = self._freest(sequence, batches) if sequence in self._suspects else None
+            if freest is not None:
                 self.waiting.remove(sequence)
-                self._start(rank, sequence, batches[rank.index])
+                self._start(freest, sequence, batches[freest.index])
                 return
 
     def _pick_decodes(self, rank: DataRank, batch: Batch) -> None:

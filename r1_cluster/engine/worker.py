@@ -20,7 +20,7 @@ import torch
 from r1_cluster.comm.dispatch import handle
 from r1_cluster.comm.links import Link, Pollable, TcpLink, wait_any
 from r1_cluster.comm.listener import Listener
-from r1_cluster.comm.ranks import RanksLost
+from r1_cluster.comm.lockstep import PeersLost
 from r1_cluster.comm.wakeup import Wakeup
 from r1_cluster.comm.wire import (
     Flags,
@@ -81,6 +81,7 @@ class Worker:
         self.loaded = False
         self.spec = next((w for w in self.boot.workers if w.name == name), WorkerSpec(name))
         self.experts: ExpertModel | None = None
+        self._copies: tuple[ExpertModel, ...] = ()
         self.router: RouterRole | None = None
         self.stage: StageRole | None = None
         self.kv_era = 0
@@ -89,7 +90,8 @@ class Worker:
         self.read_bytes, self.read_s = 0, 0.0
         if self.spec.roles:
             loaded = load_roles(self.boot, self.spec, self._links)
-            self.layout, self.experts, self.router, self.stage, self.read_bytes, self.read_s = loaded
+            self.layout, self.experts, self.router, self.stage = loaded[:4]
+            self.read_bytes, self.read_s, self._copies = loaded[4:]
         self.load_s = time.monotonic() - started
         if self.read_bytes:
             read = self.read_bytes / 1e9
@@ -133,6 +135,7 @@ class Worker:
         self.peers.close()
         # Their memory and descriptors go now, not when the circle of a worker and its links is collected.
         self.stage = self.router = self.experts = None
+        self._copies = ()
 
     def _accept(self) -> None:
         hello, link = self.listener.accept(0)
@@ -185,6 +188,8 @@ class Worker:
                 self._reply(link, *self.router.answer(message))
             except Unsendable as error:
                 self._refuse(link, message.header._replace(kind=int(Kind.MOE_RESULT)), error)
+        elif kind in (Kind.DISPATCH, Kind.COMBINE) and self.router is not None and self.router.exchange:
+            self.router.exchange.deliver(link.peer, message)
         elif kind in (Kind.DISPATCH, Kind.BROADCAST) and self.experts is not None:
             reply = self._answer_experts(message)
             self._reply(link, reply.header, list(reply.tensors), reply.body)
@@ -195,8 +200,8 @@ class Worker:
             self._reply(link, message.header, [], b"")
         elif kind == Kind.CONTROL:
             topology = unpack(message.body, Topology)
-            if topology.kv_era != self.kv_era:
-                self.kv_era = topology.kv_era
+            if topology.kv_eras[self.spec.data_rank] != self.kv_era:
+                self.kv_era = topology.kv_eras[self.spec.data_rank]
                 self.held = HeldSequences()
             ready = Ready(self._connect(topology), self.held.all() if topology.read_back else {})
             self._reply(link, message.header, [], pack(ready))
@@ -225,7 +230,13 @@ class Worker:
     def _connect(self, topology: Topology) -> list[str]:
         """Links this worker to its peers; returns those that could not be reached."""
         unreachable = self.peers.connect(topology, self.layout, self.spec)
-        if self.router is not None and not self.layout.has_its_experts(self.spec) and not unreachable:
+        if self.router is None or unreachable or self.layout.has_its_experts(self.spec):
+            return unreachable
+        if self.layout.exchange_of(self.spec):
+            assert self.experts is not None
+            own = [self.experts, *self._copies]
+            self.peers.exchange(self.router, topology, self.layout, self.spec, own)
+        else:
             self.peers.link_experts(self.router, self.layout, self.spec, self._answer_experts)
         return unreachable
 
@@ -238,7 +249,9 @@ class Worker:
             x_TD, tokens = self.stage.forward(plan, x_TD)
             compute_s += self.stage.compute_s
             self._pass_on(plan, x_TD, tokens, compute_s, before)
-        except RanksLost as error:
+        except PeersLost as error:
+            if error.names:  # else others were ahead, who know why
+                self.stage.give_up(error.names)
             if lost := [*error.names, *self.stage.take_lost()]:
                 self._give_result(plan, [], lost, compute_s)
         except Unsendable as error:
@@ -279,7 +292,7 @@ class Worker:
             self._give_result(plan, tokens or [], lost, compute_s)
 
     def _give_result(self, plan: StepPlan, tokens: list[int], lost: list[str], compute_s: float) -> None:
-        result = StepResult(plan.epoch, plan.step, tokens, lost, compute_s)
+        result = StepResult(plan.epoch, plan.step, tokens, lost, compute_s, plan.data_rank)
         if self._control is not None:
             header = Header(Kind.RESULT, plan.epoch, plan.step, -1, plan.micro_batch)
             self._reply(self._control, header, [], pack(result))

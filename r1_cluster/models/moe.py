@@ -164,7 +164,7 @@ class ExpertModel:
         )
 
 
-_PARTS = (("gate_proj.weight", "up_proj.weight"), ("down_proj.weight",))
+_PARTS: tuple[tuple[str, ...], ...] = (("gate_proj.weight", "up_proj.weight"), ("down_proj.weight",))
 
 
 def _load_experts(loader: Loader, experts: range) -> tuple[Weight, Weight]:
@@ -186,16 +186,16 @@ def _load_experts(loader: Loader, experts: range) -> tuple[Weight, Weight]:
 def _load_scaled_experts(loader: Loader, experts: range) -> tuple[ScaledWeight, ScaledWeight]:
     """As `_load_experts`, as they are stored."""
     stacks: list[ScaledWeight] = []
-    for names in _PARTS:
-        first = loader.under(str(experts.start)).weight(*names)
+    for part in _PARTS:
+        first = loader.under(str(experts.start)).weight(*part)
         assert not isinstance(first, Tensor)
         values, scale = (x.new_empty(len(experts), *x.shape) for x in (first.values, first.scale))
         values[0].view(torch.uint8).copy_(first.values.view(torch.uint8))
         scale[0] = first.scale
         stacks.append(replace(first, values=values, scale=scale))
     for i, expert in enumerate(experts[1:], 1):
-        for stack, names in zip(stacks, _PARTS):
+        for stack, part in zip(stacks, _PARTS):
             place = replace(stack, values=stack.values[i], scale=stack.scale[i])
-            loader.under(str(expert)).fill(place, *names)
+            loader.under(str(expert)).fill(place, *part)
     gate_up, down = stacks
     return gate_up, down

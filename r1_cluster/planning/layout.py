@@ -175,8 +175,8 @@ def build_layout(config: LayoutConfig, model: ModelConfig) -> Layout:
             ]
         if config.redundant_experts:
             raise ConfigError(
-                "layout.redundant_experts: in kind: colocated all experts are in one place; expert shards have "
-                "further hosts in disaggregated and expert-parallel"
+                "layout.redundant_experts: in kind: colocated all experts are in one place; they have"
+                " further hosts in disaggregated and expert-parallel"
             )
         return Layout(tuple(only), num_layers, spares)
     workers = [
@@ -190,8 +190,9 @@ def build_layout(config: LayoutConfig, model: ModelConfig) -> Layout:
 
 
 def _expert_parallel(config: LayoutConfig, model: ModelConfig) -> list[WorkerSpec]:
-    """Workers with every role. Experts are divided among the ranks of tensor parallelism, and each one's among
-    the data ranks: a rank sends tokens to its peers of the same rank alone, and adds up with the others."""
+    """Workers with every role. Experts are divided among the ranks of tensor parallelism, and each one's
+    among the data ranks: a rank sends tokens to its peers of the same rank alone, and adds up with the others.
+    """
     data_ranks, ranks, copies = config.data_parallel, config.tensor_parallel, config.redundant_experts
     if model.moe is None:
         raise ConfigError(
@@ -200,14 +201,16 @@ def _expert_parallel(config: LayoutConfig, model: ModelConfig) -> list[WorkerSpe
         )
     if config.stages != 1 or config.expert_shards != 1:
         raise ConfigError(
-            "layout.stages and layout.expert_shards: in kind: expert-parallel every data rank has all layers, "
-            "and as many experts as data_parallel says: leave them out"
+            "layout.stages and layout.expert_shards: in kind: expert-parallel every data rank has all layers "
+            "and its part of the experts, as data_parallel says: leave them out"
         )
     _check_ranks(ranks, model)
     num_experts = model.moe.n_routed_experts
     if data_ranks < 2 or data_ranks * ranks > num_experts:
         most = num_experts // ranks
-        words = f"at least 2 data ranks, and at most {most}" if most > 1 else "at least 2 data ranks, too many"
+        words = (
+            f"at least 2 data ranks, and at most {most}" if most > 1 else "at least 2 data ranks, too many"
+        )
         raise ConfigError(
             f"layout.data_parallel: {data_ranks} data ranks of {ranks} workers are asked for; "
             f"kind: expert-parallel has {words} for {num_experts} experts"

@@ -52,6 +52,17 @@ def check_messages(service: Service, model: ModelConfig) -> None:
             f"engine.max_batch_tokens: the hidden states of {num_rows} tokens take {hidden_bytes} bytes, a "
             f"message between workers at most {wire.MAX_PAYLOAD_BYTES}, which is {most} tokens of this model"
         )
+    if service.layout.kind == "expert-parallel":
+        assert model.moe is not None, "the layout was built"
+        # Were all rows of a data rank for the experts of one other.
+        top_rows = num_rows * model.moe.num_experts_per_tok
+        if top_rows * row_bytes > wire.MAX_PAYLOAD_BYTES:
+            most = wire.MAX_PAYLOAD_BYTES // (row_bytes * model.moe.num_experts_per_tok)
+            raise ConfigError(
+                f"engine.max_batch_tokens: the rows of {num_rows} tokens for experts take "
+                f"{top_rows * row_bytes} bytes, a message between workers at most {wire.MAX_PAYLOAD_BYTES}, "
+                f"which is {most} tokens of this model"
+            )
     ranks = service.layout.tensor_parallel
     if ranks == 1:
         return

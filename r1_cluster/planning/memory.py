@@ -60,7 +60,13 @@ def worker_bytes(
     if config.moe is not None:
         here = layout.has_its_experts(worker)
         parts |= _moe_bytes(
-            config.moe, config.hidden_size, worker, here=here, num_tokens=num_tokens, item_bytes=item_bytes
+            config.moe,
+            config.hidden_size,
+            worker,
+            here=here,
+            num_tokens=num_tokens,
+            num_sources=max(len(layout.exchange_of(worker)), 1),
+            item_bytes=item_bytes,
         )
     if num_links := _num_links(layout, worker):
         parts["links"] = num_links * _LINK_BYTES
@@ -68,9 +74,17 @@ def worker_bytes(
 
 
 def _moe_bytes(
-    moe: MoeShape, width: int, worker: WorkerSpec, *, here: bool, num_tokens: int, item_bytes: int
+    moe: MoeShape,
+    width: int,
+    worker: WorkerSpec,
+    *,
+    here: bool,
+    num_tokens: int,
+    num_sources: int,
+    item_bytes: int,
 ) -> dict[str, int]:
-    """Of a router's and an expert shard's rows; `here` are both, and tokens are not sorted to be sent."""
+    """Of a router's and an expert shard's rows; `here` are both, and tokens are not sorted to be sent. So many
+    routers may send all that they have to these experts at a time: more than one where they exchange rows."""
     top_k = moe.num_experts_per_tok
     # What `LinkDispatcher` sends at once, were all of it for one shard.
     most = max(MAX_PAYLOAD_BYTES // (top_k * width * item_bytes), 1)
@@ -86,7 +100,10 @@ def _moe_bytes(
             parts["rows to and from experts"] = (rows * (4 * item_bytes + 4) + num_piece * 4) * width
     if worker.experts is not None:
         num_experts = worker.experts[1] - worker.experts[0]
-        rows = num_piece * min(top_k, num_experts)
+        rows = num_sources * num_piece * min(top_k, num_experts)
+        if num_sources > 1:
+            # All of it in the order of ranks, in that of experts, and so the answers.
+            parts["rows of all ranks"] = rows * 4 * width * item_bytes
         slots = rows + min(num_experts, rows) * (_SLOT_BLOCK - 1)
         parts["experts' rows"] = slots * (2 * width + 3 * moe.moe_intermediate_size) * item_bytes
     return parts

@@ -392,8 +392,8 @@ class Checkpoint:
         return out[tuple(slice(start - f, None) for f, (start, _) in zip(first, bounds))]
 
     def _read(self, name: str, entry: Entry, slices: Slices | None, out: Tensor | None = None) -> Tensor:
-        """Rows are read as they lie in the file, none but those that are asked for; columns are cut then. Into
-        `out`, which is returned, if given."""
+        """Rows are read as they lie in the file, none but those that are asked for; columns are cut then.
+        Into `out`, which is returned, if given."""
         rows = slices[0].indices(entry.shape[0])[:2] if slices else (0, *entry.shape)[:2]
         num_rows = max(rows[1] - rows[0], 0) if entry.shape else 1
         sizes = (num_rows, *entry.shape[1:]) if entry.shape else ()

@@ -8,7 +8,8 @@ import pytest
 import torch
 from ranks import close, in_ranks, link_ranks, names_of
 
-from r1_cluster.comm.ranks import AT_ONCE_BYTES, RankGroup, RanksLost
+from r1_cluster.comm.lockstep import AT_ONCE_BYTES, PeersLost
+from r1_cluster.comm.ranks import RankGroup
 from r1_cluster.comm.wire import Header, Kind, Message
 
 NOTICED_S = 5.0
@@ -75,7 +76,7 @@ def give_up(groups, who):
     def work(rank):
         if rank not in who:
             return None
-        with pytest.raises(RanksLost) as caught:
+        with pytest.raises(PeersLost) as caught:
             groups[rank].add(torch.ones(3, 4))
         return caught.value.names, time.monotonic() - began
 
@@ -126,7 +127,7 @@ def test_one_that_died_before_the_last_part_of_a_large_sum(linked):
             for link in links[2].values():
                 link.close()
             return None
-        with pytest.raises(RanksLost) as caught:
+        with pytest.raises(PeersLost) as caught:
             groups[rank].add(mine[rank])
         return caught.value.names
 
@@ -171,11 +172,11 @@ def test_what_came_early_is_taken_first_and_in_order(linked):
 def test_a_rank_that_is_behind_gives_up_and_accuses_nobody(linked):
     groups, links = linked(2)
     links[0]["rank-1"].send(Header(Kind.REDUCE, 2, 1, 0, 0, 3), [torch.ones(3, 4)])
-    with pytest.raises(RanksLost) as caught:
+    with pytest.raises(PeersLost) as caught:
         groups[1].add(torch.ones(3, 4))
     assert caught.value.names == []
     groups[1].deliver("rank-0", Message(Header(Kind.REDUCE, 2, 1, 0, 0, 3), [torch.ones(3, 4)], b""))
-    with pytest.raises(RanksLost) as caught:
+    with pytest.raises(PeersLost) as caught:
         groups[1].add(torch.ones(3, 4))
     assert caught.value.names == []
 
@@ -195,7 +196,7 @@ def test_a_rank_that_is_behind_gives_up_and_accuses_nobody(linked):
 def test_nonsense_is_a_loss(linked, header, tensors):
     groups, links = linked(2)
     links[0]["rank-1"].send(header, tensors)
-    with pytest.raises(RanksLost) as caught:
+    with pytest.raises(PeersLost) as caught:
         groups[1].add(torch.ones(3, 4))
     assert caught.value.names == ["rank-0"]
     assert links[1]["rank-0"].closed

@@ -29,7 +29,7 @@ class Pipeline:
 
     def __init__(self):
         self.layout = LAYOUT
-        self.epoch = self.kv_era = 1
+        self.epoch, self.kv_eras = 1, [1]
         self.members = {worker.name: Member(None, None, "") for worker in LAYOUT.workers}
         self.assigned = set()
         self.spares = []
@@ -71,7 +71,7 @@ class Harness:
         self.pipeline, self.fan, self.ends = Pipeline(), Fan(), []
         numbers = {"max_num_seqs": 4, "max_batch_tokens": 64, "max_model_len": 100, **limits}
         self.core = EngineCore(
-            Scheduler(Limits(**numbers), PageAllocator(32, 8), frozenset()),
+            Scheduler(Limits(**numbers), [PageAllocator(32, 8)], frozenset()),
             self.pipeline,
             self.fan,
             lease_s=10.0,

@@ -19,7 +19,7 @@ class Pipeline:
 
     def __init__(self, layout):
         self.layout = layout
-        self.epoch = self.kv_era = 1
+        self.epoch, self.kv_eras = 1, [1]
         self.members = {w.name: Member(None, None, "") for w in (*layout.workers, *layout.spares)}
         self.assigned = set()
         self.silent = []
@@ -53,7 +53,7 @@ class Harness:
         model = parse_config(config_values())
         config = LayoutConfig(kind="disaggregated", stages=2, expert_shards=2, **layout)
         self.pipeline = Pipeline(build_layout(config, model))
-        self.scheduler = Scheduler(Limits(4, 64, 100), PageAllocator(16, 8), frozenset())
+        self.scheduler = Scheduler(Limits(4, 64, 100), [PageAllocator(16, 8)], frozenset())
         self.replaced = []
         self.noted = []
         self.recovery = Recovery(
@@ -74,7 +74,7 @@ def test_nothing_is_computed_until_a_lost_stage_is_back():
     assert it.recovery.advance(idle=False) is None
     it.recovery.arrived("stage-0", Member(None, None, "again"))
     assert it.recovery.advance(idle=False) == []
-    assert it.pipeline.epoch == it.pipeline.kv_era == 2
+    assert (it.pipeline.epoch, it.pipeline.kv_eras) == (2, [2])
     assert not it.recovery.under_way
     assert it.noted == [["stage-0"]]
 
@@ -86,7 +86,7 @@ def test_a_copy_takes_over_at_once_and_the_lost_shard_joins_between_two_steps():
     assert it.recovery.advance(idle=False) == []
     assert "experts-1" not in it.pipeline.links[-1]
     assert not it.recovery.under_way
-    assert it.pipeline.kv_era == 1  # no KV was lost
+    assert it.pipeline.kv_eras == [1]  # no KV was lost
     it.recovery.arrived("experts-1", Member(None, None, "again"))
     assert it.recovery.under_way
     assert it.recovery.advance(idle=False) is None
@@ -197,7 +197,7 @@ def test_a_worker_that_dies_all_the_time_ends_the_engine():
 
 def run(it, name):
     """A step of one request, alone among suspects, in which stage-0 dies; the requests that are guilty of it."""
-    plan = it.scheduler.schedule(it.pipeline.epoch)
+    (plan,) = it.scheduler.schedule(it.pipeline.epoch)
     assert plan is None or plan.seq_ids == [name]
     guilty = it.recovery.lose(["stage-0"])
     it.recovery.arrived("stage-0", Member(None, None, "again"))
@@ -217,7 +217,7 @@ def test_kills_of_convicted_requests_count_against_nobody():
         assert run(it, f"poison-{i}") == [f"poison-{i}"]
         it.scheduler.abort(f"poison-{i}")
         ask(it, f"canary-{i}", NOBODY)
-        plan = it.scheduler.schedule(it.pipeline.epoch)
+        (plan,) = it.scheduler.schedule(it.pipeline.epoch)
         it.scheduler.commit(StepResult(plan.epoch, plan.step, [7]))
         it.recovery.stepped()
         it.scheduler.abort(f"canary-{i}")

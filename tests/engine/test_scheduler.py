@@ -30,7 +30,14 @@ def request(name, prompt, max_tokens=5, **kwargs):
 
 def scheduler(num_pages=16, page_size=4, **limits):
     defaults = {"max_num_seqs": 8, "max_batch_tokens": 16, "max_model_len": 64}
-    return Scheduler(Limits(**{**defaults, **limits}), PageAllocator(num_pages, page_size), frozenset({1}))
+    return Scheduler(Limits(**{**defaults, **limits}), [PageAllocator(num_pages, page_size)], frozenset({1}))
+
+
+def plan_of(sched, epoch):
+    """The next step's plan, of an engine with one data rank; None where there is none."""
+    plans = sched.schedule(epoch)
+    assert len(plans) <= 1
+    return plans[0] if plans else None
 
 
 def guilty(sched):
@@ -76,7 +83,7 @@ def expected(prompt, max_tokens, limit=64):
 def collect(sched, workers, texts, max_in_flight=1, order=lambda plans: plans.pop(0)):
     plans = []
     for _ in range(2000):
-        while sched.num_in_flight < max_in_flight and (plan := sched.schedule(epoch=1)) is not None:
+        while sched.num_in_flight < max_in_flight and (plan := plan_of(sched, 1)) is not None:
             plans.append(plan)
             sched.check()
         if not plans:
@@ -96,15 +103,15 @@ def test_one_request_is_chunked_and_decoded():
     collect(sched, FakeWorkers(4), texts)
     assert texts["a"] == expected(prompt, 6)
     assert sched.idle
-    assert sched.allocator.num_used == 0
+    assert sched.num_pages_used == 0
 
 
 def test_a_decode_shares_its_step_with_a_prompts_chunk():
     sched, workers = scheduler(max_batch_tokens=8), FakeWorkers(4)
     sched.add(request("a", [5, 6, 7]))
-    sched.commit(workers.run(sched.schedule(1)))
+    sched.commit(workers.run(plan_of(sched, 1)))
     sched.add(request("b", list(range(2, 22))))
-    plan = sched.schedule(1)
+    plan = plan_of(sched, 1)
     assert plan.num_new == [1, 7]
     assert [spec.index for spec in plan.samples] == [0]
 
@@ -121,26 +128,26 @@ def test_abort_of_waiting_running_and_in_flight():
     sched, workers = scheduler(max_num_seqs=1), FakeWorkers(4)
     sched.add(request("a", [5, 6, 7], 50))
     sched.add(request("b", [5, 6], 50))
-    plan = sched.schedule(1)
+    plan = plan_of(sched, 1)
     sched.abort("b")
     sched.abort("a")
-    assert sched.allocator.num_used == 1
+    assert sched.num_pages_used == 1
     assert sched.commit(workers.run(plan)) == []
     sched.check()
     assert sched.idle
-    assert sched.allocator.num_used == 0
+    assert sched.num_pages_used == 0
     sched.abort("never seen")
 
 
 def test_closed_sequences_are_announced_once():
     sched, workers = scheduler(), FakeWorkers(4)
     sched.add(request("a", [5, 6, 7], 1))
-    sched.commit(workers.run(sched.schedule(1)))
+    sched.commit(workers.run(plan_of(sched, 1)))
     sched.add(request("b", [5, 6, 7], 2))
-    first = sched.schedule(1)
+    first = plan_of(sched, 1)
     assert first.closed == ["a"]
     sched.commit(workers.run(first))
-    assert sched.schedule(1).closed == []
+    assert plan_of(sched, 1).closed == []
 
 
 def test_stop_token_and_ignore_eos():
@@ -178,7 +185,7 @@ def test_stop_tokens_sleep_until_the_end_of_the_thought():
 
 
 def test_eos_never_sleeps():
-    sched, texts = Scheduler(Limits(8, 16, 64), PageAllocator(16, 4), frozenset({WHOLE[3]})), {}
+    sched, texts = Scheduler(Limits(8, 16, 64), [PageAllocator(16, 4)], frozenset({WHOLE[3]})), {}
     sched.add(asleep([], WHOLE[5]))
     collect(sched, FakeWorkers(4), texts)
     assert texts["a"] == WHOLE[:4]
@@ -198,12 +205,14 @@ def test_an_engine_that_takes_over_knows_whether_stop_tokens_sleep(known, adopte
         former = scheduler()
         former.add(asleep(stops, until))
         for _ in range(min(known + 1, 8)):  # the ingress may have missed the last token
-            former.commit(workers.run(former.schedule(1)))
+            former.commit(workers.run(plan_of(former, 1)))
         (sequence,) = former.running
         held = HeldSequence(
-            sequence.tokens.tobytes(), former.allocator.table("a").tobytes(), sequence.num_computed
+            sequence.tokens.tobytes(),
+            former.data_ranks[0].allocator.table("a").tobytes(),
+            sequence.num_computed,
         )
-        sched.adopt({"a": held})
+        sched.adopt([{"a": held}])
     sched.add(asleep(stops, until, generated=WHOLE[:known]))
     collect(sched, workers, texts)
     assert texts["a"] == WHOLE[:9]
@@ -213,8 +222,8 @@ def test_stop_tokens_stay_awake_when_a_sequence_is_computed_again():
     workers, sched, texts = FakeWorkers(4), scheduler(), {"a": WHOLE[:6]}
     sched.add(asleep([WHOLE[2], WHOLE[8]], WHOLE[4]))
     for _ in range(6):
-        sched.commit(workers.run(sched.schedule(1)))
-    sched.forget_kv()
+        sched.commit(workers.run(plan_of(sched, 1)))
+    sched.forget_kv([0])
     collect(sched, workers, texts)
     assert texts["a"] == WHOLE[:9]
 
@@ -226,7 +235,7 @@ def where_it_ends(tokens, stops, known, adopted=False):
     """How many of the tokens that a model writes an answer has, whose first `known` a former engine computed."""
 
     def new():
-        return Scheduler(Limits(8, 16, 64), PageAllocator(16, 4), frozenset({1}), frozenset({BLANK}))
+        return Scheduler(Limits(8, 16, 64), [PageAllocator(16, 4)], frozenset({1}), frozenset({BLANK}))
 
     def ask(generated):
         return Request(
@@ -241,15 +250,15 @@ def where_it_ends(tokens, stops, known, adopted=False):
                 (sequence,) = sched.running
                 held = HeldSequence(
                     sequence.tokens.tobytes(),
-                    sched.allocator.table("a").tobytes(),
+                    sched.data_ranks[0].allocator.table("a").tobytes(),
                     sequence.num_computed,
                 )
                 sched = new()
-                sched.adopt({"a": held})
+                sched.adopt([{"a": held}])
             else:
                 sched = new()
             sched.add(ask(tokens[:known]))
-        plan = sched.schedule(1)
+        plan = plan_of(sched, 1)
         (done,) = sched.commit(StepResult(1, plan.step, [token]))
         if done.delta.finish_reason is not None:
             assert done.delta.finish_reason == "stop"
@@ -295,8 +304,8 @@ def test_micro_batches_split_the_running_sequences():
     sched, workers = scheduler(micro_batches=2), FakeWorkers(4)
     for i in range(6):
         sched.add(request(f"r{i}", [2 + i, 3], 20))
-    sched.commit(workers.run(sched.schedule(1)))
-    first, second = sched.schedule(1), sched.schedule(1)
+    sched.commit(workers.run(plan_of(sched, 1)))
+    first, second = plan_of(sched, 1), plan_of(sched, 1)
     assert len(first.seq_ids) == len(second.seq_ids) == 3
     assert not set(first.seq_ids) & set(second.seq_ids)
 
@@ -304,7 +313,7 @@ def test_micro_batches_split_the_running_sequences():
 def test_a_replan_computes_the_same():
     sched, workers = scheduler(), FakeWorkers(4)
     sched.add(request("a", [5, 6, 7]))
-    plan = sched.schedule(1)
+    plan = plan_of(sched, 1)
     (again,) = sched.replan(2)
     assert (again.epoch, again.step) == (2, plan.step)
     assert again.tokens == plan.tokens
@@ -326,17 +335,17 @@ def test_any_load_gives_every_request_its_own_text(seed, in_flight, num_pages, b
     collect(sched, FakeWorkers(4), texts, in_flight)
     assert texts == {name: expected(prompt, n) for name, (prompt, n) in prompts.items()}
     assert sched.idle
-    assert sched.allocator.num_used == 0
+    assert sched.num_pages_used == 0
 
 
 def test_suspects_run_alone_and_only_who_kills_alone_is_guilty():
     sched, workers, texts = scheduler(), FakeWorkers(4), {}
     for name in ("good", "poison"):
         sched.add(request(name, [5, 6, 7], 4))
-    assert len(sched.schedule(1).seq_ids) == 2
+    assert len(plan_of(sched, 1).seq_ids) == 2
     assert guilty(sched) == []  # a worker died while both ran: nobody knows yet whose fault it was
     assert sched.replan(2) == []  # together they are not tried again
-    while (plan := sched.schedule(2)) is not None:
+    while (plan := plan_of(sched, 2)) is not None:
         if "poison" in plan.seq_ids:
             assert plan.seq_ids == ["poison"]
             assert guilty(sched) == []
@@ -350,14 +359,14 @@ def test_suspects_run_alone_and_only_who_kills_alone_is_guilty():
                 texts.setdefault(item.delta.request_id, []).extend(item.delta.tokens)
     assert texts == {"good": expected([5, 6, 7], 4)}
     sched.check()
-    assert sched.allocator.num_used == 0
+    assert sched.num_pages_used == 0
 
 
 def test_deaths_are_forgotten_once_the_request_has_got_a_token():
     sched, workers = scheduler(), FakeWorkers(4)
     sched.add(request("alone", [5, 6, 7], 8))
     for _ in range(4):
-        sched.schedule(1)
+        plan_of(sched, 1)
         assert guilty(sched) == []  # whoever died then: it had nothing to do with this request
         (plan,) = sched.replan(2)
         assert len(sched.commit(workers.run(plan))) == 1
@@ -367,16 +376,16 @@ def test_who_shares_the_workers_with_another_step_is_not_guilty():
     sched, workers = scheduler(micro_batches=2, max_batch_tokens=3), FakeWorkers(4)
     for name in ("good", "poison"):
         sched.add(request(name, [5, 6, 7], 4))
-    plans = [sched.schedule(1), sched.schedule(1)]
+    plans = [plan_of(sched, 1), plan_of(sched, 1)]
     assert [plan.seq_ids for plan in plans] == [["good"], ["poison"]]
     assert guilty(sched) == []  # either may have killed
     assert sched.replan(2) == []
-    alone = sched.schedule(2)
+    alone = plan_of(sched, 2)
     assert alone.seq_ids == ["good"]
-    assert sched.schedule(2) is None  # nobody beside a suspect
+    assert plan_of(sched, 2) is None  # nobody beside a suspect
     sched.commit(workers.run(alone))
-    assert sched.schedule(2).seq_ids == ["poison"]
-    assert sched.schedule(2) is None
+    assert plan_of(sched, 2).seq_ids == ["poison"]
+    assert plan_of(sched, 2) is None
     assert guilty(sched) == []
     sched.replan(3)
     assert guilty(sched) == ["poison"]
@@ -386,17 +395,17 @@ def test_the_engines_own_request_is_tried_first_and_is_never_guilty():
     sched, workers = scheduler(), FakeWorkers(4)
     for name in ("suspect", "another"):
         sched.add(request(name, [5, 6, 7], 4))
-    sched.schedule(1)
+    plan_of(sched, 1)
     sched.suspect()
     assert sched.replan(2) == []
     sched.put_on_trial(Request("canary", [5], GREEDY, 1, [], NOBODY))
     for epoch in range(2, 6):
-        assert sched.schedule(epoch) is None or epoch == 2
+        assert plan_of(sched, epoch) is None or epoch == 2
         assert guilty(sched) == []
         (plan,) = sched.replan(epoch)
         assert plan.seq_ids == ["canary"]
     sched.commit(workers.run(plan))
-    assert sched.schedule(6).seq_ids == ["suspect"]
+    assert plan_of(sched, 6).seq_ids == ["suspect"]
     sched.check()
 
 
@@ -404,7 +413,7 @@ def test_a_failed_row_ends_its_own_request_and_no_other():
     sched, workers, texts = scheduler(), FakeWorkers(4), {}
     for name in ("good", "bad", "better"):
         sched.add(request(name, [5, 6, 7], 4))
-    plan = sched.schedule(1)
+    plan = plan_of(sched, 1)
     result = workers.run(plan)
     result.tokens[plan.seq_ids.index("bad")] = -1
     finished = {item.delta.request_id: item.delta for item in sched.commit(result)}
@@ -417,7 +426,7 @@ def test_a_failed_row_ends_its_own_request_and_no_other():
     collect(sched, workers, texts)
     assert texts == {name: expected([5, 6, 7], 4) for name in ("good", "better")}
     sched.check()
-    assert sched.allocator.num_used == 0
+    assert sched.num_pages_used == 0
 
 
 def test_where_more_decode_than_a_step_has_tokens_they_take_turns():
@@ -427,7 +436,7 @@ def test_where_more_decode_than_a_step_has_tokens_they_take_turns():
         sched.add(request(name, [5, 6], 50))
 
     def step():
-        for item in sched.commit(workers.run(sched.schedule(1))):
+        for item in sched.commit(workers.run(plan_of(sched, 1))):
             got[item.delta.request_id] += len(item.delta.tokens)
 
     for _ in range(20):  # prompts, of which none may wait for the others' answers
@@ -443,11 +452,11 @@ def test_a_prompt_is_computed_while_as_many_decode_as_a_step_has_tokens():
     sched, workers = scheduler(num_pages=64, max_num_seqs=9, max_batch_tokens=8), FakeWorkers(4)
     for i in range(8):
         sched.add(request(f"r{i}", [5], 50))
-    sched.commit(workers.run(sched.schedule(1)))
+    sched.commit(workers.run(plan_of(sched, 1)))
     sched.add(request("late", [5] * 20, 50))
     got = set()
     for _ in range(12):
-        got |= {item.delta.request_id for item in sched.commit(workers.run(sched.schedule(1)))}
+        got |= {item.delta.request_id for item in sched.commit(workers.run(plan_of(sched, 1)))}
     assert "late" in got
 
 
@@ -456,11 +465,11 @@ def test_after_a_stage_lost_its_kv_everything_is_computed_again():
     sched.add(request("a", [5, 6, 7], 8))
     sched.add(request("b", list(range(2, 12)), 8))
     for _ in range(3):
-        for item in sched.commit(workers.run(sched.schedule(1))):
+        for item in sched.commit(workers.run(plan_of(sched, 1))):
             texts.setdefault(item.delta.request_id, []).extend(item.delta.tokens)
-    sched.schedule(1)  # in flight when the stage dies
+    plan_of(sched, 1)  # in flight when the stage dies
     workers.slots.clear()
-    sched.forget_kv()
+    sched.forget_kv([0])
     sched.check()
     collect(sched, workers, texts)
     assert texts == {"a": expected([5, 6, 7], 8), "b": expected(list(range(2, 12)), 8)}
@@ -472,9 +481,9 @@ def test_a_request_that_is_asked_for_again_catches_up():
     assert sched.catch_up(asked) is None
     sched.add(asked)
     for _ in range(3):
-        sched.commit(workers.run(sched.schedule(epoch=1)))
+        sched.commit(workers.run(plan_of(sched, 1)))
     whole = expected([5, 6, 7], 6)
-    plan = sched.schedule(epoch=1)
+    plan = plan_of(sched, 1)
     sched.abort("a")  # the ingress gave it up, and asks again before the step has ended
     missed = sched.catch_up(request("a", [5, 6, 7], max_tokens=6, ignore_eos=True, generated=whole[:1]))
     assert (missed.delta.position, missed.delta.tokens) == (1, whole[1:3])

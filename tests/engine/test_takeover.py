@@ -20,7 +20,7 @@ from r1_cluster.records import HeldSequence
 
 def test_an_engine_of_an_old_epoch_is_refused(cluster):
     cluster.run(requests(1))
-    worker = cluster.workers["stage-0"]
+    worker = next(iter(cluster.workers.values()))
     link = connect(worker.listener.address, Hello(ENGINE, "old", 1, "control"), SECRET)
     with pytest.raises(LinkError):
         link.recv(10.0)
@@ -72,15 +72,15 @@ def test_an_engine_that_takes_over_reads_back_what_the_workers_hold(checkpoint):
     epoch = 1 + max(max(worker.epoch, worker.office) for worker in cluster.workers.values())
     members = {name: cluster.member(name, epoch) for name in cluster.workers}
     pipeline = Pipeline(cluster.layout, members, epoch, 2.0)
-    pipeline.kv_era = cluster.pipeline.kv_era
+    pipeline.kv_eras = cluster.pipeline.kv_eras
     held = pipeline.link(epoch, read_back=True)
     num_known = len(request.prompt) + 30
     assert held[request.request_id].committed >= num_known - 2
-    scheduler = Scheduler(Limits(16, 64, 200), PageAllocator(256, PAGE_SIZE), frozenset({1}))
+    scheduler = Scheduler(Limits(16, 64, 200), [PageAllocator(256, PAGE_SIZE)], frozenset({1}))
     scheduler.adopt(held)
     scheduler.add(msgspec.structs.replace(request, generated=text[:30]))
     scheduler.check()
-    plan = scheduler.schedule(epoch)
+    (plan,) = scheduler.schedule(epoch)
     assert sum(plan.num_new) <= 2
     pipeline.send(plan)
     link = pipeline.members["stage-1"].link
@@ -103,7 +103,7 @@ def test_what_was_held_before_a_stage_lost_its_kv_is_offered_to_nobody(checkpoin
         members = {name: cluster.member(name, epoch) for name in cluster.workers}
         pipeline = Pipeline(cluster.layout, members, epoch, 2.0)
         # The engine before had seen stage 1 replaced, and died before it planned anything anew.
-        pipeline.kv_era = epoch
+        pipeline.kv_eras = [epoch]
         assert pipeline.link(epoch, read_back=True) == {}
         pipeline.close()
     finally:

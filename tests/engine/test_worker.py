@@ -64,7 +64,8 @@ def test_a_plan_that_cannot_be_sent_ends_the_engine_and_no_worker(cluster, monke
     monkeypatch.setattr(wire, "MAX_BODY_BYTES", 150)
     cluster.core.submit(requests(1)[0])
     cluster.core.join()
-    assert "what stage-0 is to be told does not fit" in cluster.core.failure
+    first = cluster.layout.workers[0].name
+    assert f"what {first} is to be told does not fit" in cluster.core.failure
     assert cluster.workers == workers
 
 
