@@ -191,8 +191,7 @@ def build_layout(config: LayoutConfig, model: ModelConfig) -> Layout:
 
 def _expert_parallel(config: LayoutConfig, model: ModelConfig) -> list[WorkerSpec]:
     """Workers with every role. Experts are divided among the ranks of tensor parallelism, and each one's
-    among the data ranks: a rank sends tokens to its peers of the same rank alone, and adds up with the others.
-    """
+    among the data ranks: a rank sends tokens to its peers of the same rank, and adds up with the others."""
     data_ranks, ranks, copies = config.data_parallel, config.tensor_parallel, config.redundant_experts
     if model.moe is None:
         raise ConfigError(

@@ -83,8 +83,8 @@ def _moe_bytes(
     num_sources: int,
     item_bytes: int,
 ) -> dict[str, int]:
-    """Of a router's and an expert shard's rows; `here` are both, and tokens are not sorted to be sent. So many
-    routers may send all that they have to these experts at a time: more than one where they exchange rows."""
+    """Of a router's and an expert shard's rows; `here` are both, and tokens are not sorted to be sent.
+    `num_sources` routers may send all that they have at once: more than one where they exchange rows."""
     top_k = moe.num_experts_per_tok
     # What `LinkDispatcher` sends at once, were all of it for one shard.
     most = max(MAX_PAYLOAD_BYTES // (top_k * width * item_bytes), 1)

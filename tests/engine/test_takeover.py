@@ -104,7 +104,7 @@ def test_what_was_held_before_a_stage_lost_its_kv_is_offered_to_nobody(checkpoin
         pipeline = Pipeline(cluster.layout, members, epoch, 2.0)
         # The engine before had seen stage 1 replaced, and died before it planned anything anew.
         pipeline.kv_eras = [epoch]
-        assert pipeline.link(epoch, read_back=True) == {}
+        assert pipeline.link(epoch, read_back=True) == [{}]
         pipeline.close()
     finally:
         cluster.close()
