@@ -27,6 +27,13 @@ LAYOUTS = {
     "guarded": DISAGGREGATED | {"spares": 1},
     "copies": DISAGGREGATED | {"redundant_experts": 1},
     "ranks": {"kind": "colocated", "tensor_parallel": 2, "cpus_per_worker": 0.25},
+    "expert-parallel": {"kind": "expert-parallel", "data_parallel": 2, "cpus_per_worker": 0.25},
+    "parallel-copies": {
+        "kind": "expert-parallel",
+        "data_parallel": 2,
+        "redundant_experts": 1,
+        "cpus_per_worker": 0.25,
+    },
 }
 ENGINES = {"guarded": {"standby": True}, "watched": {"standby": True}}
 # Chunks so small that 16 prompts take many steps; a deadline that a slow machine keeps; a queue that tests can fill.
@@ -50,9 +57,9 @@ class Kill:
 
     def first(self, names):
         """Which of the parts dies before, where the death is to fall into a recovery."""
-        if self.part.startswith("stage-0"):
+        if self.part.startswith(("stage-0", "dp-0")):
             return "engine"
-        return min(name for name in names if name.startswith("stage-0"))
+        return min(name for name in names if name.startswith(("stage-0", "dp-0")))
 
 
 def injecting(folder, poison=()):

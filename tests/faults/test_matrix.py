@@ -16,6 +16,7 @@ PARTS = {
     "disaggregated": ["experts-1", "router-0", "stage-0", "stage-1", "engine"],
     "colocated": ["stage-0", "engine"],
     "ranks": ["stage-0-rank-0", "stage-0-rank-1", "engine"],
+    "expert-parallel": ["dp-0", "dp-1", "engine"],
 }
 TIMES = ("prefill", "decode", "recovery")
 HOWS = ("kill", "stop", "cut", "exception")
@@ -31,6 +32,8 @@ FAST = {
     "copies": set(),
     "colocated": {("stage-0", "kill", "decode")},
     "ranks": {("stage-0-rank-1", "kill", "decode")},
+    "expert-parallel": {("dp-1", "kill", "decode")},
+    "parallel-copies": set(),
 }
 # What `make test-system` runs; no more is run of the layouts with spares, a standby and copies.
 SLOWER = {
@@ -44,6 +47,13 @@ SLOWER = {
     },
     "copies": {("experts-1", "kill", "decode"), ("experts-1", "stop", "decode")},
     "ranks": {("stage-0-rank-0", "stop", "decode"), ("stage-0-rank-1", "cut", "prefill")},
+    "expert-parallel": {
+        ("dp-0", "stop", "decode"),
+        ("dp-0", "exception", "prefill"),
+        ("dp-1", "cut", "decode"),
+        ("engine", "kill", "decode"),
+    },
+    "parallel-copies": {("dp-0", "kill", "decode"), ("dp-1", "stop", "decode")},
 }
 
 

@@ -129,6 +129,77 @@ def test_colocated_ranks_divide_the_experts():
     assert apart.connects_to(by_name["router-0"]) == ("experts-0", "experts-1")
 
 
+def experts_model(num_experts=8):
+    moe = SimpleNamespace(n_routed_experts=num_experts, shared_intermediate_size=64)
+    return SimpleNamespace(**vars(dense()) | {"moe": moe, "moe_layers": range(1, 4)})
+
+
+def parallel(model=None, **more):
+    return build(model or experts_model(), **{"kind": "expert-parallel", "data_parallel": 3, **more})
+
+
+def test_every_data_rank_has_all_layers_and_its_part_of_the_experts():
+    layout = parallel(redundant_experts=1, spares=1)
+    assert [(w.name, w.experts, w.copies, w.data_rank) for w in layout.workers] == [
+        ("dp-0", (0, 2), ((2, 5),), 0),
+        ("dp-1", (2, 5), ((5, 8),), 1),
+        ("dp-2", (5, 8), ((0, 2),), 2),
+    ]
+    assert all(w.roles == ("stage", "router", "experts") and w.stage == (0, 4) for w in layout.workers)
+    assert [layout.connects_to(worker) for worker in layout.workers] == [("dp-1", "dp-2"), ("dp-2",), ()]
+    assert [ranks[0].name for ranks in layout.first_stages] == ["dp-0", "dp-1", "dp-2"]
+    assert all(layout.following(worker) is None for worker in layout.workers)
+    assert not any(map(layout.has_its_experts, layout.workers))
+    assert layout.whole_data_ranks({"dp-1"}) == [0, 2]
+    assert layout.can_do_without({"dp-1"})
+    assert not layout.can_do_without({"dp-0", "dp-2"})  # both hosts of dp-0's experts
+    assert not parallel().can_do_without({"dp-1"})
+
+
+def test_data_ranks_of_several_ranks():
+    layout = parallel(data_parallel=2, tensor_parallel=2, redundant_experts=1)
+    by_name = {worker.name: worker for worker in layout.workers}
+    # Each rank of tensor parallelism has its half of the experts, which its data ranks divide.
+    assert {name: (w.experts, w.copies) for name, w in by_name.items()} == {
+        "dp-0-rank-0": ((0, 2), ((2, 4),)),
+        "dp-0-rank-1": ((4, 6), ((6, 8),)),
+        "dp-1-rank-0": ((2, 4), ((0, 2),)),
+        "dp-1-rank-1": ((6, 8), ((4, 6),)),
+    }
+    assert layout.connects_to(by_name["dp-0-rank-0"]) == ("dp-0-rank-1", "dp-1-rank-0")
+    assert layout.connects_to(by_name["dp-0-rank-1"]) == ("dp-1-rank-1",)
+    assert [w.name for w in layout.exchange_of(by_name["dp-1-rank-1"])] == ["dp-0-rank-1", "dp-1-rank-1"]
+    # Without one of its ranks a data rank takes no part, and all its experts have their copies elsewhere.
+    assert [w.name for w in layout.takes_part({"dp-1-rank-0"})] == ["dp-0-rank-0", "dp-0-rank-1"]
+    assert layout.can_do_without({"dp-1-rank-0"})
+    assert not layout.can_do_without({"dp-1-rank-0", "dp-0-rank-1"})
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "words"),
+    [
+        (DENSE, {}, "layout.kind: expert-parallel divides experts, and the model has none: use colocated"),
+        (None, {"data_parallel": 1}, "1 data ranks of 1 workers are asked for; kind: expert-parallel has at least"
+         " 2 data ranks, and at most 8 for 8 experts"),
+        (None, {"data_parallel": 9}, "and at most 8 for 8 experts"),
+        (None, {"data_parallel": 5, "tensor_parallel": 2}, "5 data ranks of 2 workers are asked for; kind:"
+         " expert-parallel has at least 2 data ranks, and at most 4 for 8 experts"),
+        (None, {"tensor_parallel": 5}, "layout.tensor_parallel: 5 ranks cannot divide 12 attention heads"),
+        (None, {"redundant_experts": 3}, "3 further hosts of each part of the experts are asked for, but there are"
+         " only 2 other data ranks"),
+        (None, {"stages": 2}, "layout.stages and layout.expert_shards: in kind: expert-parallel"),
+        (None, {"expert_shards": 2}, "leave them out"),
+        (None, {"kind": "disaggregated"}, "layout.data_parallel: 3 data ranks are those of kind: expert-parallel;"
+         " for engines side by side, which share nothing, use engine.replicas: 3"),
+        (DENSE, {"kind": "colocated"}, "use engine.replicas: 3"),
+    ],
+)  # fmt: skip
+def test_expert_parallel_that_cannot_be_is_refused_with_what_can(model, layout, words):
+    with pytest.raises(ConfigError) as caught:
+        parallel(model, **layout)
+    assert words in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("model", "ranks", "words"),
     [

@@ -47,6 +47,13 @@ def test_rows_for_experts_need_not_fit_one():
     check_messages(service(max_batch_tokens=16384), R1)
 
 
+def test_rows_that_ranks_exchange_must_fit_one():
+    model = SimpleNamespace(**vars(R1) | {"moe": SimpleNamespace(num_experts_per_tok=8)})
+    check_messages(service("expert-parallel", max_batch_tokens=9362), model)
+    with pytest.raises(ConfigError, match=r"engine.max_batch_tokens: the rows of 9363 .* is 9362 tokens"):
+        check_messages(service("expert-parallel", max_batch_tokens=9363), model)
+
+
 @pytest.mark.parametrize("kind", ["colocated", "disaggregated"])
 def test_a_plan_must_fit_a_message(kind):
     check_messages(service(kind, max_num_seqs=512, page_size=16, num_pages=6_000_000), R1)  # 21 MB of tables

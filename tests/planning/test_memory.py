@@ -125,6 +125,18 @@ def test_rows_for_experts_are_at_most_a_message():
         assert fewer < most == more
 
 
+def test_experts_of_a_rank_have_room_for_the_rows_of_all():
+    def of(data_ranks):
+        layout = build_layout(LayoutConfig(kind="expert-parallel", data_parallel=data_ranks), CONFIG)
+        return parts_of("dp-0", layout)
+
+    two, four = of(2), of(4)
+    assert four["rows of all ranks"] > two["rows of all ranks"] > 0
+    assert four["experts' rows"] > two["experts' rows"]
+    assert four["links"] == 3 * two["links"]
+    assert four["pages"] == two["pages"] == parts_of("stage-0", COLOCATED)["pages"]
+
+
 def test_what_does_not_fit_is_said_with_numbers():
     parts = {"pages": 3 << 30, "logits": 1 << 29}
     check_room(parts, 7 << 29)
