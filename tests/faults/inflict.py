@@ -108,6 +108,8 @@ class Targets:
         "engine": [("engine", "ingress")],
         "stage-0-rank-0": [("stage-0-rank-0", "stage-0-rank-1")],
         "stage-0-rank-1": [("stage-0-rank-0", "stage-0-rank-1")],
+        "dp-0": [("dp-0", "dp-1")],
+        "dp-1": [("dp-0", "dp-1")],
     }
 
     def __init__(self, pids, folder):
