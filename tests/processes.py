@@ -35,28 +35,40 @@ def requests(count, max_tokens, seed=5):
     ]
 
 
-def assert_texts_survive(settings, layout, victim, count=8, max_tokens=40):
-    """Over processes of their own the texts are those of one process, also when one is killed in the middle."""
+def texts_alone_and_together(engine, asked):
+    """What an engine answers to all at once, of which the first is the same alone."""
+    together, _ = engine.run(asked)
+    alone, _ = engine.run(asked[:1])
+    assert alone == {asked[0].request_id: together[asked[0].request_id]}
+    assert all(len(together[request.request_id]) == request.max_tokens for request in asked)
+    return together
+
+
+def assert_texts_survive(settings, layout, victim, count=8, max_tokens=40, expected=None):
+    """Over processes of their own the texts are `expected`, or those of one process, also when one is killed in
+    the middle."""
     asked = requests(count, max_tokens)
-    with LocalEngine(settings, COLOCATED) as engine:
-        together, _ = engine.run(asked)
-        alone, _ = engine.run(asked[:1])
-    assert alone["r0"] == together["r0"]
-    assert all(len(text) == max_tokens for text in together.values())
+    if expected is None:
+        with LocalEngine(settings, COLOCATED) as engine:
+            expected = texts_alone_and_together(engine, asked)
     with LocalEngine(settings, layout) as engine:
         assert len(engine.processes) == len(engine.layout.workers) > 2
-        apart, _ = engine.run(asked)
-        assert apart == together
-        killed = []
+        assert engine.run(asked)[0] == expected
+        assert_killed_unnoticed(engine, victim, asked, expected)
 
-        def kill(num_tokens):
-            if not killed and num_tokens >= count * max_tokens // 3:
-                killed.append(engine.processes[victim])
-                killed[0].kill()  # SIGKILL
 
-        survived, _ = engine.run(asked, kill)
-        assert killed[0].exitcode == -9
-        assert engine.processes[victim] is not killed[0]
-        assert engine.core.recovery.num_recoveries >= 1
-        assert survived == together
-        assert engine.scheduler.allocator.num_used == 0
+def assert_killed_unnoticed(engine, victim, asked, expected):
+    """A process is killed after a third of the tokens, and the texts are as expected."""
+    killed = []
+
+    def kill(num_tokens):
+        if not killed and num_tokens >= sum(request.max_tokens for request in asked) // 3:
+            killed.append(engine.processes[victim])
+            killed[0].kill()  # SIGKILL
+
+    survived, _ = engine.run(asked, kill)
+    assert killed[0].exitcode == -9
+    assert engine.processes[victim] is not killed[0]
+    assert engine.core.recovery.num_recoveries >= 1
+    assert survived == expected
+    assert engine.scheduler.allocator.num_used == 0

@@ -18,6 +18,7 @@ from typing import cast
 import msgspec
 import torch
 
+from kernels.devices import find_device, free_bytes
 from kernels.ops import for_device
 from r1_cluster.comm.dispatch import LinkDispatcher, handle
 from r1_cluster.comm.handshake import Hello
@@ -67,11 +68,6 @@ FIRST_LEASE_S = 3600.0
 BROADCAST_TOKENS = 64
 """Steps of so many tokens are broadcast to expert shards on devices: cheaper than to learn where they go."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def free_device_bytes(device: torch.device) -> int | None:
-    """What is free of a device's memory; None for the host's, which is nobody's alone."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 class Hidden(msgspec.Struct, frozen=True, array_like=True):
@@ -130,7 +126,7 @@ class Worker:
         self.layout = Layout(boot.workers, config.num_hidden_layers)
         fp8_cache = boot.kv_cache_dtype == "fp8"
         shard = Shard(
-            torch.device(boot.device),
+            find_device(boot.device),
             _DTYPES[boot.dtype],
             boot.deterministic,
             fp8_cache,
@@ -159,7 +155,7 @@ class Worker:
         if self.router is not None and self.experts is not None and self.layout.has_its_experts(spec):
             self.router.dispatcher = local_dispatcher(self.experts)
         if boot.limits is not None:
-            self._check_memory(config, boot.limits)
+            self._check_memory(config, boot.limits, shard.device)
         if stage is not None:
             serving = self.layout.router_of(spec)
             if serving is not None and serving is not spec:
@@ -188,10 +184,10 @@ class Worker:
             self.experts.warm_up(limits.max_batch_tokens * top_k)
             self.experts.warm_up_shares(min(BROADCAST_TOKENS, limits.max_batch_tokens), top_k)
 
-    def _check_memory(self, config: ModelConfig, limits: StepLimits) -> None:
+    def _check_memory(self, config: ModelConfig, limits: StepLimits, device: torch.device) -> None:
         """Once the weights are there, and before any page: whether what these roles need fits beside them."""
-        free_bytes = free_device_bytes(torch.device(self.boot.device))
-        if free_bytes is None:
+        free = free_bytes(device)
+        if free is None:
             return
         parts = worker_bytes(
             config,
@@ -204,7 +200,7 @@ class Worker:
             max_context_len=min(limits.max_context_len, config.max_position_embeddings),
             fp8_cache=self.boot.kv_cache_dtype == "fp8",
         )
-        check_room(parts, free_bytes)
+        check_room(parts, free)
 
     def _link_experts(self) -> None:
         """Gives the router a dispatcher over the expert shards to which links stand."""
