@@ -2,13 +2,28 @@
 
 import random
 
-from small_model import KERNEL_SHAPE, config_values, write_checkpoint
+import torch
+from ranks import PROMPT, logits_of_rank
+from small_model import KERNEL_SHAPE, SmallModel, config_values, write_checkpoint
 
 from benchmarks.processes import LocalEngine, Settings
+from benchmarks.ranks import in_processes
 from r1_cluster.config import LayoutConfig
 from r1_cluster.records import Request, SamplingParams
 
 COLOCATED = LayoutConfig(kind="colocated")
+# Layouts that add in an order of their own, and so have texts of their own; who is killed in each.
+OWN_TEXTS = {
+    "two ranks": ({"tensor_parallel": 2}, "stage-0-rank-1"),
+    "four ranks": ({"tensor_parallel": 4}, "stage-0-rank-2"),
+}
+# Two heads for each of four ranks, which is the least that the kernels take.
+RANK_SHAPE = KERNEL_SHAPE | {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+}
 
 
 def settings(folder, **changes):
@@ -72,3 +87,30 @@ def assert_killed_unnoticed(engine, victim, asked, expected):
     assert engine.core.recovery.num_recoveries >= 1
     assert survived == expected
     assert engine.scheduler.allocator.num_used == 0
+
+
+def assert_own_texts_survive(settings, layout, victim, count=8, max_tokens=40):
+    """The texts of a layout are as if alone, and the same where a process is killed in the middle."""
+    write_checkpoint(settings.checkpoint, config_values(**RANK_SHAPE))
+    asked = requests(count, max_tokens)
+    with LocalEngine(settings, layout) as engine:
+        assert len(engine.processes) == len(engine.layout.workers) > 1
+        expected = texts_alone_and_together(engine, asked)
+        assert_killed_unnoticed(engine, victim, asked, expected)
+
+
+def assert_logits_are_those_of_one_process(settings, count):
+    """Within 1e-4 in float32; in BF16 as near to float32 as one process is. All ranks have the same bits."""
+    folder = settings.checkpoint
+    write_checkpoint(folder, config_values(**RANK_SHAPE))
+    dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
+    exact = SmallModel(folder, deterministic=True).step([(0, PROMPT)])
+    ranks = in_processes(count, settings.transport, logits_of_rank, folder, dtype, settings.device)
+    logits = ranks[0][1]
+    assert all(torch.equal(hidden, ranks[0][0]) for hidden, _ in ranks)
+    assert logits.shape == exact.shape
+    if dtype == torch.float32:
+        assert (logits - exact).abs().max() <= 1e-4 * max(1.0, float(exact.abs().max()))
+    else:
+        plain = SmallModel(folder, deterministic=True, dtype=dtype, device=device).step([(0, PROMPT)]).cpu()
+        assert (logits - exact).norm() <= 1.5 * (plain - exact).norm()
