@@ -11,11 +11,12 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from actors.cluster import ENGINE_CPUS, ENGINE_DEPLOYMENT, INGRESS_CPUS, INGRESS_DEPLOYMENT
+from actors.cluster import ENGINE_DEPLOYMENT, INGRESS_DEPLOYMENT
 from actors.engine import Engine, num_places
 from actors.ingress import Ingress
 from actors.routing import OfficeRouter
 from r1_cluster.config import Service, load_service
+from r1_cluster.planning.placement import ENGINE_CPUS, INGRESS_CPUS
 
 ENGINE_GRACE_S = 1.0
 

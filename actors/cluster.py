@@ -7,8 +7,8 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import ray
 from ray import serve
@@ -20,8 +20,9 @@ from ray.experimental.internal_kv import (
 )
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
-from r1_cluster.config import ConfigError, Service
-from r1_cluster.planning.layout import Layout, WorkerSpec
+from r1_cluster.config import ConfigError, LayoutConfig, Service
+from r1_cluster.planning.layout import Layout
+from r1_cluster.planning.placement import Seat, check_placement, groups_of
 
 logger = logging.getLogger("r1_cluster.cluster")
 
@@ -29,9 +30,6 @@ NAMESPACE = "r1-cluster"
 ENGINE_DEPLOYMENT = "Engine"
 INGRESS_DEPLOYMENT = "Ingress"
 _KV_NAMESPACE = NAMESPACE.encode()
-# What the Serve deployments ask for; the ingress and the engine's scheduler are light.
-INGRESS_CPUS = 0.1
-ENGINE_CPUS = 0.1
 DRAIN_LOOK_S = 0.5
 DRAIN_LOOKS = 3
 
@@ -114,99 +112,16 @@ def actor_name(engine: str, worker: str, incarnation: str) -> str:
     return f"{engine}/{worker}.{incarnation}"
 
 
-class Seat(NamedTuple):
-    """A place for one worker: a bundle of the engine's placement group for a failure domain."""
-
-    domain: str
-    bundle: int
-
-
-def domain_of(worker: WorkerSpec) -> str:
-    """The failure domain, and so the placement group, of a worker: stages with their routers, experts, or
-    spares."""
-    if not worker.roles:
-        return "spares"
-    return "experts" if worker.roles == ("experts",) else "stages"
-
-
-def worker_resources(service: Service) -> dict[str, float]:
-    """What one worker asks of a node."""
-    resources = {"CPU": service.layout.cpus_per_worker}
-    if service.layout.device == "cuda":
-        resources["GPU"] = 1.0
-    return resources
-
-
-def check_cpus(service: Service, layout: Layout, available: float) -> None:
-    """Raises ConfigError, with the numbers, if so many CPUs cannot hold the service."""
-    _check_amount(service, layout, "CPU", _needed(service, layout)["CPU"], available)
-
-
-def check_capacity(service: Service, layout: Layout) -> None:
-    """Raises ConfigError, with the numbers, if the connected cluster cannot hold the service."""
-    available = ray.cluster_resources()
-    for resource, amount in _needed(service, layout).items():
-        _check_amount(service, layout, resource, amount, available.get(resource, 0))
-    if service.layout.spread:
-        nodes = sum(1 for node in ray.nodes() if node["Alive"])
-        widest = max(sum(map(len, layout.stages)), len(layout.shards))
-        if nodes < widest:
-            raise ConfigError(
-                f"layout.spread: {widest} nodes are needed, one for each worker of a stage or expert shard, "
-                f"the cluster has {nodes}"
-            )
-
-
-def _needed(service: Service, layout: Layout) -> dict[str, float]:
-    engines = service.engine.replicas
-    each = worker_resources(service)
-    workers = len(layout.workers) + len(layout.spares)
-    needed = {key: amount * workers * engines for key, amount in each.items()}
-    processes = engines + service.engine.standby
-    needed["CPU"] += INGRESS_CPUS * service.serve.ingress_replicas + ENGINE_CPUS * processes
-    return needed
-
-
-def _check_amount(service: Service, layout: Layout, resource: str, amount: float, available: float) -> None:
-    if amount > available + 1e-6:
-        raise ConfigError(
-            f"the Ray cluster is too small: {len(layout.workers) * service.engine.replicas} workers, the "
-            f"engines and the ingress need {amount:g} {resource}s, the cluster has {available:g}; "
-            "add nodes, or lower layout.cpus_per_worker, layout.stages, layout.tensor_parallel or "
-            "layout.expert_shards"
-        )
+def check_capacity(service: Service, layout: Layout, build: Callable[[LayoutConfig], Layout]) -> None:
+    """`check_placement` on the nodes of the connected cluster."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    check_placement(service, layout, nodes, build)
 
 
 def place(service: Service, layout: Layout, engine: str) -> tuple[dict[str, PlacementGroup], dict[str, Seat]]:
-    """Makes the engine's placement groups, or finds those that stand; (domain → group, worker → seat).
-
-    With `layout.spread` a bundle holds a stage's worker with its router, or an expert shard, each on a node
-    of its own; without, all of a group's bundles are packed. Spares are spread where nodes are.
-    """
-    each = worker_resources(service)
-    groups: dict[str, PlacementGroup] = {}
-    seats: dict[str, Seat] = {}
-    workers = (*layout.workers, *layout.spares)
-    for domain in dict.fromkeys(domain_of(worker) for worker in workers):
-        members = [worker for worker in workers if domain_of(worker) == domain]
-        anchors = [worker for worker in members if worker.stage is not None or domain != "stages"]
-        bundles: list[dict[str, float]] = [{} for _ in anchors]
-        for worker in members:
-            index = next(
-                i
-                for i, anchor in enumerate(anchors)
-                # A router apart from its stage sits with the first rank, which alone asks it.
-                if anchor is worker
-                or (worker.router is not None and worker.stage is None and anchor.stage == worker.router)
-            )
-            seats[worker.name] = Seat(domain, index)
-            for key, amount in each.items():
-                bundles[index][key] = bundles[index].get(key, 0) + amount
-        strategy = "PACK"
-        if service.layout.spread:
-            strategy = "SPREAD" if domain == "spares" else "STRICT_SPREAD"
-        groups[domain] = _group(f"{engine}/{domain}", bundles, strategy)
-    return groups, seats
+    """Makes the engine's placement groups, or finds those that stand; (domain → group, worker → seat)."""
+    groups, seats = groups_of(service, layout)
+    return {domain: _group(f"{engine}/{domain}", *group) for domain, group in groups.items()}, seats
 
 
 def _group(name: str, bundles: list[dict[str, float]], strategy: str) -> PlacementGroup:

@@ -15,15 +15,16 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.cluster import NAMESPACE, Seat, actor_name, place, worker_actors, worker_resources
+from actors.cluster import NAMESPACE, actor_name, place, worker_actors
 from actors.workers import actor_class
 from r1_cluster.comm.handshake import Hello
 from r1_cluster.comm.listener import connect
 from r1_cluster.comm.wire import LinkError
 from r1_cluster.config import Service
-from r1_cluster.engine.boot import ENGINE, StepLimits, WorkerBoot
+from r1_cluster.engine.boot import ENGINE, TRANSPORTS, StepLimits, WorkerBoot
 from r1_cluster.engine.pipeline import Deposed, Member, Pipeline, WorkerLost
 from r1_cluster.planning.layout import Layout
+from r1_cluster.planning.placement import Seat, worker_resources
 from r1_cluster.records import HeldSequence
 
 logger = logging.getLogger("r1_cluster.supervisor")
@@ -216,8 +217,9 @@ class Supervisor:
             name=actor_name(self.engine, name, incarnation),
             namespace=NAMESPACE,
             lifetime="detached",
-            num_cpus=resources["CPU"],
-            num_gpus=resources.get("GPU", 0),
+            num_cpus=resources.pop("CPU"),
+            num_gpus=resources.pop("GPU", 0),
+            resources=resources,
             max_restarts=0,
             max_concurrency=4,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, seat.bundle),
@@ -249,6 +251,6 @@ class Supervisor:
                 service.engine.max_batch_tokens,
                 service.engine.max_model_len or service.engine.num_pages * service.engine.page_size,
             ),
-            transport="device" if device == "cuda" else "sockets",
+            transport=TRANSPORTS[device],
             kv_cache_dtype=service.engine.kv_cache_dtype,
         )

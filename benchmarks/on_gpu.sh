@@ -3,7 +3,8 @@
 #
 #     benchmarks/on_gpu.sh [--list] [FOLDER]
 #
-# Runs the device's tests, tunes, and times kernels, layers of R1 and of a dense model, links and the engine.
+# Runs the device's tests, tunes, and times kernels, layers of R1 and of a dense model, links, sums of ranks and the
+# engine.
 # Results, logs and tuned tables go to FOLDER ($OUT, or benchmarks/results/gpu): at most 8 files, of which summary.md
 # says how each step ended. A step that fails, or runs past its time limit (exit status 124), keeps no other from
 # running. --list names the steps, their limits and commands, and runs none.
@@ -18,7 +19,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-TOTAL=395
+TOTAL=415
 LIST=
 [ "${1:-}" = --list ] && { LIST=1; shift; }
 [ $# -le 1 ] && [[ "${1:-}" != -* ]] || { sed -n '2,/^$/s/^# \?//p' "$0" >&2; exit 2; }
@@ -77,6 +78,8 @@ wait
 tabled kernels 65 -m benchmarks.kernels --seconds 45 --write-tuned "$FOLDER/tuned"
 tabled layers 75 -m benchmarks.layers --profile --write-tuned "$FOLDER/tuned"
 tabled links 20 benchmarks/links.py --rounds 500
+step ranks 20 -m benchmarks.ranks
+[ -n "$LIST" ] || cat "$LOGS/ranks.log" >>"$FOLDER/links.md"
 tabled engine 70 -m benchmarks.engine
 tabled dense 40 -m benchmarks.layers --model DeepSeek-R1-Distill-Llama-8B --batches 1 8 64
 [ -n "$LIST" ] && exit 0

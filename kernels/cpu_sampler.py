@@ -134,7 +134,8 @@ def least_mass(share: int, num_tokens: int) -> int:
 
 
 def sample(logits_SV: Tensor, draws: Draws) -> list[int]:
-    """See `Ops.sample`."""
+    """See `Ops.sample`. On the host, whatever device the logits come from."""
+    logits_SV = logits_SV.cpu()
     largest_S, best_S = logits_SV.max(dim=-1)  # NaN is the largest there is, and of equals the first is best
     temperatures, top_ps = array("f", draws.temperatures), array("f", draws.top_ps)  # rounded to float32
     tokens: list[int] = best_S.tolist()

@@ -66,10 +66,11 @@ def group_scaled(q_NK: Tensor, scale_NG: Tensor, bits: int, device: torch.device
 
 
 def fp8_to_float(values: Tensor) -> Tensor:
-    """E4M3FN numbers in float32. On the CPU they are looked up: five times as fast as torch's cast."""
-    if values.device.type != "cpu":
+    """E4M3FN numbers in float32. They are looked up but on GPUs: on the CPU that is five times as fast as
+    torch's cast, and a device without FP8 may have no cast."""
+    if values.device.type == "cuda":
         return values.float()
-    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(values.device)
     return every.index_select(0, values.view(torch.uint8).flatten().int()).view(values.shape)
 
 

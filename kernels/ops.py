@@ -285,6 +285,7 @@ _MODULES = {"cuda": "kernels.triton_ops"}
 _PLAIN = "kernels.cpu"
 
 
-def for_device(device: torch.device) -> Ops:
-    """The implementation for a device."""
-    return cast(Ops, importlib.import_module(_MODULES.get(device.type, _PLAIN)))
+def for_device(device: torch.device | str) -> Ops:
+    """The implementation for a device, or for those of a type, which torch need not know here."""
+    kind = device if isinstance(device, str) else device.type
+    return cast(Ops, importlib.import_module(_MODULES.get(kind, _PLAIN)))

@@ -13,6 +13,9 @@ import pydantic
 import yaml
 from pydantic import Field
 
+Device = Literal["cpu", "cuda", "npu"]
+"""What workers compute on: torch's names, of which cuda is AMD's as well, and npu is Huawei's Ascend."""
+
 KvCacheDtype = Literal["fp8"]
 """What KV pages may be kept in beside the compute dtype: E4M3 with float32 scales."""
 
@@ -32,7 +35,7 @@ class Model(_Section):
     """`path`: a folder in Hugging Face format, relative to the service file, or `builtin:NAME`.
 
     `dtype` is what is computed in where weights are not FP8: if nothing is said, float32 on the CPU and
-    bfloat16 on cuda, where nothing else is possible.
+    bfloat16 on other devices, where nothing else is possible.
     """
 
     path: str
@@ -60,7 +63,7 @@ class LayoutConfig(_Section):
     data_parallel: Annotated[int, Field(ge=1)] = 1
     spares: Annotated[int, Field(ge=0)] = 0
     spread: bool = False
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
 
 
@@ -145,15 +148,22 @@ class Service(_Section):
     cluster: Cluster = Cluster()
 
     @pydantic.model_validator(mode="after")
-    def _dtype_fits_device(self) -> Service:
-        if self.layout.device == "cuda" and self.model.dtype == "float32":
-            raise ValueError("model.dtype: float32 is the CPU's; layout.device: cuda computes in bfloat16")
+    def _dtypes_fit_device(self) -> Service:
+        device = self.layout.device
+        if device != "cpu" and self.model.dtype == "float32":
+            raise ValueError(
+                f"model.dtype: float32 is the CPU's; layout.device: {device} computes in bfloat16"
+            )
+        if device == "npu" and self.engine.kv_cache_dtype == "fp8":
+            raise ValueError(
+                "engine.kv_cache_dtype: fp8 is for the CPU and GPUs; layout.device: npu has no FP8"
+            )
         return self
 
     @property
     def dtype(self) -> str:
         """What is computed in: `model.dtype`, or the device's own."""
-        return self.model.dtype or ("bfloat16" if self.layout.device == "cuda" else "float32")
+        return self.model.dtype or ("float32" if self.layout.device == "cpu" else "bfloat16")
 
     @property
     def served_name(self) -> str:

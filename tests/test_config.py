@@ -38,6 +38,10 @@ def test_defaults_are_deepseeks_advice(tmp_path):
         (GOOD + "cluster: {link_ports: [9, 5]}", "link_ports must be two ports, low then high"),
         (GOOD + "engine: {kv_cache_dtype: int8}", "engine.kv_cache_dtype: Input should be 'fp8'"),
         (GOOD + "engine: {kv_cache_dtype: true}", "engine.kv_cache_dtype: Input should be 'fp8'"),
+        (
+            GOOD + "layout: {device: npu}\nengine: {kv_cache_dtype: fp8}",
+            "engine.kv_cache_dtype: fp8 is for the CPU and GPUs; layout.device: npu has no FP8",
+        ),
         ("name: a\nmodel: {path: model, kv_cache_dtype: fp8}", "model.kv_cache_dtype: is not a known key"),
         ("name: Not A Name\nmodel: {path: model}", "name: String should match pattern"),
         ("- a list", "must be a mapping"),

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,8 @@ import typer
 from r1_cluster.config import ConfigError, Service, load_service
 
 if TYPE_CHECKING:
+    import torch
+
     from r1_cluster.models.config import ModelConfig
     from r1_cluster.planning.layout import Layout
 
@@ -56,7 +59,7 @@ def serve(
 
     _on_signals(on_signal)
     print(f"{service.name}: {_describe(service, layout, model)}")
-    with _cluster(service, layout), _quiet(service):
+    with _cluster(service, layout, model), _quiet(service):
         _on_signals(on_signal)  # again: ray.init has put its own in their place
         from actors.app import build_app
         from actors.cluster import drain, remove_service
@@ -116,24 +119,28 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     """Everything that can be known before something is started; raises ConfigError."""
     import torch
 
+    from kernels.devices import NoDevice, find_device
     from kernels.ops import for_device
     from r1_cluster.models.config import ModelConfigError
     from r1_cluster.models.family import load_config, tensor_table
     from r1_cluster.models.fitting import check_fits, check_fp8
     from r1_cluster.planning.layout import build_layout
     from r1_cluster.planning.limits import check_messages
+    from r1_cluster.planning.placement import check_placement
     from r1_cluster.weights.checkpoint import Checkpoint, CheckpointError, tensors_here
 
-    device = torch.device(service.layout.device)
-    # A cluster that runs elsewhere may have GPUs that this machine has not: there, Ray's resources decide.
-    if device.type == "cuda" and service.cluster.address is None and not torch.cuda.is_available():
-        raise ConfigError("layout.device: cuda is asked for, but torch sees no CUDA or ROCm device here")
+    # A cluster that runs elsewhere may have devices that this machine has not: there, Ray's resources decide.
+    name = service.layout.device
+    try:
+        device = find_device(name) if service.cluster.address is None else None
+    except NoDevice as error:
+        raise ConfigError(f"layout.device: {name} is asked for, but {error}") from None
     try:
         model = load_config(service.model.path)
-        check_fits(model, for_device(device), getattr(torch, service.dtype), service.engine.page_size)
+        check_fits(model, for_device(name), getattr(torch, service.dtype), service.engine.page_size)
         table = tensor_table(model)
         needed = {spec.name for spec in table}  # and no module that predicts further tokens
-        if service.cluster.address is None:
+        if device is not None:
             check_fp8(model, device, fp8_cache=service.engine.kv_cache_dtype == "fp8")
         else:  # each worker looks for what it needs itself, on its own node
             here = tensors_here(Path(service.model.path))
@@ -144,7 +151,8 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
     layout = build_layout(service.layout, model)
     check_messages(service, model)
     _check_text(service.model.path)
-    if service.cluster.address is None:
+    if device is not None:
+        check_placement(service, layout, [_resources(device)], partial(build_layout, model=model))
         from r1_cluster.cli.running import services
 
         if services(service.name):
@@ -159,6 +167,17 @@ def _check(service: Service) -> tuple[Layout, ModelConfig]:
                     f"({os.strerror(error.errno or 0).lower()}); free it, or pick another with --port"
                 ) from None
     return layout, model
+
+
+def _resources(device: torch.device) -> dict[str, float]:
+    """What Ray will offer on this machine, known before it is started."""
+    from kernels.devices import num_devices
+    from r1_cluster.planning.placement import ACCELERATORS
+
+    resources: dict[str, float] = {"CPU": os.cpu_count() or 1}
+    if device.type in ACCELERATORS:
+        resources[ACCELERATORS[device.type]] = num_devices(device)
+    return resources
 
 
 def _describe(service: Service, layout: Layout, model: ModelConfig) -> str:
@@ -180,7 +199,7 @@ def _quiet(service: Service) -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def _cluster(service: Service, layout: Layout) -> Iterator[None]:
+def _cluster(service: Service, layout: Layout, model: ModelConfig) -> Iterator[None]:
     """A Ray cluster that can hold the service: a local one of our own, or the one at `address`."""
     from r1_cluster.cli.running import require_token
 
@@ -197,14 +216,16 @@ def _cluster(service: Service, layout: Layout) -> Iterator[None]:
         require_token()
     import ray
 
-    from actors.cluster import NAMESPACE, attach, check_capacity, check_cpus
+    from actors.cluster import NAMESPACE, attach, check_capacity
+    from r1_cluster.planning.layout import build_layout
+
+    build = partial(build_layout, model=model)
 
     if service.cluster.address is not None:
         with attach(service.cluster.address):
-            check_capacity(service, layout)
+            check_capacity(service, layout, build)
             yield
         return
-    check_cpus(service, layout, os.cpu_count() or 1)  # what Ray will offer, known before it is started
     _say("starting Ray on this machine")
     try:
         ray.init(
@@ -219,7 +240,7 @@ def _cluster(service: Service, layout: Layout) -> Iterator[None]:
         ray.shutdown()
         raise ConfigError(f"Ray could not be started on this machine: {str(error).splitlines()[0]}") from None
     try:
-        check_capacity(service, layout)
+        check_capacity(service, layout, build)
         yield
     finally:
         ray.shutdown()  # ends all of the cluster's processes, Serve's controller and proxy too

@@ -1,22 +1,25 @@
-"""How one tensor gets from a process to another beside their socket: gloo, NCCL, memory of the same device.
+"""How one tensor gets from a process to another beside their socket: gloo, NCCL, HCCL, memory they share.
 
 Neither allreduce nor recv_anysource is used anywhere: in gloo both can block for good when a peer dies.
-Neither gloo nor NCCL authenticates its peers: they belong on a private network.
+None of gloo, NCCL and HCCL authenticates its peers: they belong on a private network.
 
-What has run: gloo and host memory, in the tests, and CUDA IPC, by hand on one H200. NCCL has not.
+What has run: gloo and host memory, in the tests, and CUDA IPC, by hand on one H200. NCCL has not, and HCCL
+nowhere but in a test that plays torch_npu.
 """
 
 from __future__ import annotations
 
 import os
+import uuid
 from datetime import timedelta
 from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import ErrorType
+from torch._C._distributed_c10d import ErrorType, _DistributedBackendOptions
 
+from kernels.devices import find_device
 from r1_cluster.comm.rendezvous import LinkStore
 from r1_cluster.comm.shared_memory import CudaMemory, HostMemory, Memory, SharedPair, SlotPool
 from r1_cluster.comm.wire import WireSpec
@@ -33,6 +36,7 @@ class _Group(Protocol):
     def recv(self, tensors: list[Tensor], src: int, tag: int) -> _Work: ...
     def abort(self) -> None: ...
     def get_error(self) -> ErrorType: ...
+    def abort_hccl_comm(self, reason: str) -> None: ...  # of torch_npu's, in place of the two before
 
 
 class Pair(Protocol):
@@ -169,6 +173,38 @@ class NcclPair:
         self._group.abort()
 
 
+# By default torch_npu's watchdog ends the process when a peer is lost: here the links' owners decide.
+_HCCL_ENVIRONMENT = {"HCCL_ASYNC_ERROR_HANDLING": "0"}
+
+
+class HcclBackend:
+    """Tensors of Ascend's NPUs by HCCL, which torch_npu registers with torch.distributed by that name
+    (`torch_npu/__init__.py`). As with NCCL nothing waits on the host. It has not run on a device."""
+
+    def __init__(self) -> None:
+        kind = find_device("npu")
+        self.device = torch.device(kind.type, torch.get_device_module(kind).current_device())
+
+    def pair(self, store: LinkStore, rank: int, timeout_s: float) -> Pair:
+        options = _DistributedBackendOptions()
+        options.store, options.group_rank, options.group_size = store, rank, 2
+        options.timeout = timedelta(seconds=_NCCL_PATIENCE * timeout_s)
+        if rank == 0:
+            store.set("group", uuid.uuid4().hex)  # HCCL knows its communicators by name
+        options.group_id, options.global_ranks_in_group = store.get("group").decode(), [0, 1]
+        group = dist.Backend._plugins["HCCL"].creator_fn(options, None)
+        return HcclPair(cast(_Group, group), 1 - rank, self.device, store)
+
+
+class HcclPair(NcclPair):
+    """See `HcclBackend`. HCCL tells errors to its log alone: it is the watch that notices a dead peer."""
+
+    broken = False
+
+    def abort(self) -> None:
+        self._group.abort_hccl_comm("the link was closed")
+
+
 class SharedMemoryBackend:
     """Pairs of processes that share a memory: the host's, or that of one GPU."""
 
@@ -201,6 +237,9 @@ def backend_for(transport: str, host: str) -> Backend | None:
         return GlooBackend(host)
     if transport == "host memory":
         return SharedMemoryBackend(HostMemory())
+    if transport == "hccl":
+        os.environ.update(_HCCL_ENVIRONMENT)
+        return HcclBackend()
     if transport == "device":
         os.environ.update(_NCCL_ENVIRONMENT)
         return DeviceBackend(torch.device("cuda", torch.cuda.current_device()))

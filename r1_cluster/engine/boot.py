@@ -7,13 +7,16 @@ from typing import Literal
 import msgspec
 
 from r1_cluster.comm.listener import Endpoint
-from r1_cluster.config import KvCacheDtype
+from r1_cluster.config import Device, KvCacheDtype
 from r1_cluster.planning.layout import WorkerSpec
 from r1_cluster.records import HeldSequence
 
-Transport = Literal["sockets", "device", "gloo", "host memory"]
-"""The way of tensors between workers: as bytes of the links' sockets, or beside them, from device to device.
-The last two are the twins of NCCL and CUDA IPC on the CPU."""
+Transport = Literal["sockets", "device", "hccl", "gloo", "host memory"]
+"""The way of tensors between workers: as bytes of the links' sockets, or beside them, from device to device:
+on GPUs by CUDA IPC and NCCL, on NPUs by HCCL. The last two are the twins of NCCL and CUDA IPC on the CPU."""
+
+TRANSPORTS: dict[Device, Transport] = {"cpu": "sockets", "cuda": "device", "npu": "hccl"}
+"""The way between workers on each kind of device."""
 
 ENGINE = "engine"
 """The engine's name in its handshakes with workers."""

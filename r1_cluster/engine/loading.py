@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.devices import find_device, free_bytes
 from r1_cluster.comm.links import Link
 from r1_cluster.comm.ranks import RankGroup
 from r1_cluster.engine.boot import StepLimits, WorkerBoot
@@ -54,7 +55,7 @@ def load_roles(boot: WorkerBoot, spec: WorkerSpec, links: Mapping[str, Link]) ->
     config = load_config(boot.checkpoint)
     layout = Layout(boot.workers, config.num_hidden_layers)
     shard = Shard(
-        torch.device(boot.device),
+        find_device(boot.device),
         _DTYPES[boot.dtype],
         boot.deterministic,
         boot.kv_cache_dtype == "fp8",
@@ -69,8 +70,7 @@ def load_roles(boot: WorkerBoot, spec: WorkerSpec, links: Mapping[str, Link]) ->
         router = RouterRole(parts.router)
         if parts.experts is not None and layout.has_its_experts(spec):
             router.dispatcher = local_dispatcher(parts.experts)
-    if boot.limits is not None:
-        _check_memory(boot, spec, config, layout, boot.limits)
+    _check_memory(boot, spec, config, layout, shard.device)
     stage = None
     if parts.stage is not None:
         ranks = _rank_group(boot, layout, spec, links)
@@ -81,11 +81,6 @@ def load_roles(boot: WorkerBoot, spec: WorkerSpec, links: Mapping[str, Link]) ->
     if shard.device.type == "cuda" and boot.limits is not None:
         _prepare(boot.limits, config, stage, router, parts)
     return Loaded(layout, parts.experts, router, stage, read_bytes, read_s, parts.copies)
-
-
-def free_device_bytes(device: torch.device) -> int | None:
-    """What is free of a device's memory; None for the host's, which is nobody's alone."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def _read(boot: WorkerBoot, spec: WorkerSpec, config: ModelConfig, shard: Shard) -> tuple[Parts, int, float]:
@@ -105,11 +100,15 @@ def _read(boot: WorkerBoot, spec: WorkerSpec, config: ModelConfig, shard: Shard)
 
 
 def _check_memory(
-    boot: WorkerBoot, spec: WorkerSpec, config: ModelConfig, layout: Layout, limits: StepLimits
+    boot: WorkerBoot,
+    spec: WorkerSpec,
+    config: ModelConfig,
+    layout: Layout,
+    device: torch.device,
 ) -> None:
     """Once the weights are there, and before any page: whether what these roles need fits beside them."""
-    free_bytes = free_device_bytes(torch.device(boot.device))
-    if free_bytes is None:
+    limits, free = boot.limits, free_bytes(device)
+    if limits is None or free is None:
         return
     parts = worker_bytes(
         config,
@@ -122,7 +121,7 @@ def _check_memory(
         max_context_len=min(limits.max_context_len, config.max_position_embeddings),
         fp8_cache=boot.kv_cache_dtype == "fp8",
     )
-    check_room(parts, free_bytes)
+    check_room(parts, free)
 
 
 def _remote_router(

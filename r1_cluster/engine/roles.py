@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from kernels.devices import settle
 from r1_cluster.comm.device_dispatch import DeviceDispatcher
 from r1_cluster.comm.dispatch import Dispatcher, LocalDispatcher, StepTag
 from r1_cluster.comm.exchange import Exchange
@@ -108,18 +109,12 @@ class RouterRole:
         tag = StepTag(header.epoch, header.step, header.layer, header.micro_batch)
         x_TD = only_tensor(message)
         y_TD = self.forward(tag, x_TD.to(self.model.shard.device), header.rows).to(x_TD.device)
-        settle(y_TD.device)
+        settle(y_TD.device)  # only then is it known who was lost meanwhile
         compute_s = time.perf_counter() - began - (self.idle_s - idle_s)
         reply = header._replace(kind=int(Kind.MOE_RESULT), flags=0)
         if lost := self.take_lost():
             return reply._replace(flags=Flags.TAINTED), [y_TD], "\n".join(lost).encode()
         return reply, [y_TD], pack_seconds(compute_s)
-
-
-def settle(device: torch.device) -> None:
-    """Waits until the device has done all that it was told; only then is it known who was lost meanwhile."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
 
 
 def local_dispatcher(experts: ExpertModel) -> Dispatcher:

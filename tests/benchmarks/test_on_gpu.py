@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/on_gpu.sh"
-STEPS = ["device", "tests-triton", "tests-comm", "tests-gpu", "kernels", "layers", "links", "engine", "dense"]
+STEPS = [
+    "device",
+    "tests-triton",
+    "tests-comm",
+    "tests-gpu",
+    "kernels",
+    "layers",
+    "links",
+    "ranks",
+    "engine",
+    "dense",
+]
 # In place of the interpreter: keeps what it was asked, and does what a test wants of a step.
 STUB = """#!/bin/sh
 echo "$@" >> "{calls}"
@@ -55,6 +66,7 @@ def test_all_steps_run_and_their_results_lie_in_one_folder(run):
         "tests/gpu",
         "benchmarks.kernels",
         "benchmarks.layers",
+        "benchmarks.ranks",
         "benchmarks.engine",
     ):
         assert asked in calls

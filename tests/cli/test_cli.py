@@ -111,9 +111,18 @@ def test_a_device_that_is_not_there(write):
     fails_with(run("serve", str(write(layout={"device": "cuda"}))), "layout.device: cuda is asked for, but")
 
 
-def test_float32_is_refused_on_cuda(write):
-    file = write(layout={"device": "cuda"}, model={"path": "builtin:nano_r1", "dtype": "float32"})
-    fails_with(run("serve", str(file)), "model.dtype: float32 is the CPU's")
+@pytest.mark.slow
+def test_an_npu_without_torch_npu(write):
+    words = (
+        "layout.device: npu is asked for, but torch_npu cannot be imported here (No module named 'torch_npu')"
+    )
+    fails_with(run("serve", str(write(layout={"device": "npu"}))), words)
+
+
+@pytest.mark.parametrize("device", ["cuda", "npu"])
+def test_float32_is_refused_on_devices(write, device):
+    file = write(layout={"device": device}, model={"path": "builtin:nano_r1", "dtype": "float32"})
+    fails_with(run("serve", str(file)), f"float32 is the CPU's; layout.device: {device} computes in bfloat16")
 
 
 @pytest.mark.slow
@@ -146,14 +155,8 @@ def test_a_port_in_use(write):
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
-def test_a_cluster_too_small(write):
+def test_a_machine_too_small(write):
     layout = {"kind": "disaggregated", "stages": 4, "expert_shards": 16, "cpus_per_worker": 50}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    result = run("serve", str(write(layout=layout, serve={"port": port})))
     # 4 stages, of which 3 have MoE layers and a router, and 16 shards.
-    assert "23 workers" in result.stderr
-    assert "1150.2 CPUs" in result.stderr
-    fails_with(result, "the Ray cluster is too small")
+    words = "layout: 23 workers of 50 CPUs each, with the engine and the ingress, need 1150.2 CPUs, this machine has"
+    fails_with(run("serve", str(write(layout=layout))), words, "; what fits is layout.cpus_per_worker: ")

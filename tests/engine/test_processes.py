@@ -61,7 +61,7 @@ def test_a_worker_keeps_its_pages_as_it_is_told_and_asks_for_as_much_memory(
     config = load_config(tmp_path)
     local = SimpleNamespace(settings=kind, layout=build_layout(COLOCATED, config))
     asked = []
-    monkeypatch.setattr(loading, "free_device_bytes", lambda device: 1)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 1)
     monkeypatch.setattr(loading, "check_room", lambda parts, free: asked.append(parts["pages"]))
     boot = LocalEngine._boot(local, "stage-0", "first")
     # What is asked for is a device's, which computes in BF16.

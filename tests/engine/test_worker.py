@@ -113,7 +113,7 @@ def asks_for_what_it_needs(checkpoint, layout, name, monkeypatch):
     cluster = SimpleNamespace(layout=layout, transport="sockets", dtype="float32")
     boot = msgspec.structs.replace(Cluster.boot(cluster, checkpoint, name, 256, 5.0, 2.0), limits=limits)
     free = sum(parts.values())
-    monkeypatch.setattr(loading, "free_device_bytes", lambda device: free)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: free)
     Worker(boot).close()
     free -= 1
     with pytest.raises(OutOfDeviceMemory, match=next(iter(parts))):

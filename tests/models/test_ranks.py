@@ -1,10 +1,8 @@
 """Each architecture's stages divided among ranks: logits are those of one process."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from ranks import close, in_ranks, link_ranks, names_of
+from ranks import PROMPT, close, in_ranks, link_ranks, logits_of_rank, names_of
 from small_model import (
     CPU,
     DENSE_FP8_SHAPE,
@@ -15,18 +13,11 @@ from small_model import (
     write_stored,
 )
 
-from r1_cluster.comm.ranks import RankGroup
-from r1_cluster.config import LayoutConfig
-from r1_cluster.engine.parts import load_parts
-from r1_cluster.engine.roles import RouterRole, StageRole, local_dispatcher
 from r1_cluster.models.family import load_config, tensor_table
 from r1_cluster.models.loader import Loader, Shard
-from r1_cluster.planning.layout import build_layout
 from r1_cluster.weights.checkpoint import Checkpoint
 from r1_cluster.weights.tensors import INT4, INT8, TensorSpec, rank_slices
 
-PLAN = SimpleNamespace(epoch=1, step=1, micro_batch=0)
-PROMPT = [5, 9, 2, 77, 31, 8, 8, 64, 3, 90, 17]
 # For FP8: hidden units and heads of whole blocks for two ranks, and of parts of blocks for four.
 WIDE = {
     "intermediate_size": 256,
@@ -64,33 +55,10 @@ def folder(tmp_path_factory):
 
 
 def logits_in_ranks(folder, count, dtype):
-    """Each rank's hidden states and, of the first, the logits of a prompt's last token, in two chunks."""
-    config = load_config(folder)
-    layout = build_layout(LayoutConfig(tensor_parallel=count), config)
-    links, table = link_ranks(count), tensor_table(config)
-    plans = SmallModel(folder, deterministic=True, dtype=dtype)
-
-    def work(rank):
-        shard = Shard(CPU, dtype, True, rank=rank, ranks=count)
-        with Checkpoint(folder, table, config.fp8_block, config.int_format) as checkpoint:
-            parts = load_parts(config, Loader.of(checkpoint, shard, table), layout.workers[rank])
-        router = None
-        if parts.router is not None:
-            router = RouterRole(parts.router)
-            router.dispatcher = local_dispatcher(parts.experts)
-        group = RankGroup(names_of(count), rank, links[rank], 60.0)
-        role = StageRole(parts.stage, router, group, num_pages=24, page_size=16)
-        batch = plans.batches([(0, PROMPT)])[0]
-        with torch.inference_mode():
-            group.begin(1, 1, 0)
-            x = parts.stage.embed(batch.token_ids_T)
-            hidden = parts.stage.forward(x, batch, role.caches, role._moe_of(PLAN))
-            columns = group.gather(parts.stage.logits(hidden, batch.sample_rows))
-        return hidden, torch.cat(columns, 1) if columns else None
-
-    plans.pages = plans.pages % 24
+    """Of each rank, in a thread: see `logits_of_rank`."""
+    links = link_ranks(count)
     try:
-        return in_ranks(count, work)
+        return in_ranks(count, lambda rank: logits_of_rank(names_of(count), rank, links[rank], folder, dtype))
     finally:
         close(links)
 
