@@ -4,8 +4,9 @@
 
 Two models: the embedded nano R1, and a random one of the size `small` of tools/make_checkpoint.py. Every
 engine and every worker is a process of its own; all are there from the start, and take turns in every round,
-so that what else the machine does hits all ways alike. A worker computes with one thread on the core that it
-is given; engines, and whatever is given none, run on either.
+so that what else the machine does hits all ways alike. What was measured while others took more than a tenth
+of the cores is measured again. A worker computes with one thread on the core that it is given; engines, and
+whatever is given none, run on either.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -39,6 +41,11 @@ REPORT = Path(__file__).parent / "results/layouts.md"
 COLOCATED, TWO_COLOCATED, STAGES = "colocated", "two colocated engines", "two stages"
 RANKS, DISAGGREGATED = "two ranks", "disaggregated"
 STREAMS = (1, 8, 32)
+QUIET = 0.1
+"""The share of all cores that other processes may take during a measurement."""
+TRIES = 12
+"""After so many the quietest one counts."""
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 Cores = Mapping[str, int]
 """By a worker's name, the core that it runs on."""
 
@@ -86,12 +93,14 @@ GOALS = (Goal(RANKS, COLOCATED, "small", 1, 1.2), Goal(DISAGGREGATED, COLOCATED,
 @dataclass
 class Model:
     """`num_tokens`: how many each stream gets, by the number of streams. `rates`: by way and number of
-    streams, tokens a second of every round."""
+    streams, tokens a second of every round. `others`: the share of all cores that other processes had in
+    each of these measurements."""
 
     name: str
     checkpoint: Path
     num_tokens: Mapping[int, int]
     rates: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    others: list[float] = field(default_factory=list)
 
 
 class Hosted:
@@ -99,14 +108,15 @@ class Hosted:
 
     def __init__(self, settings: Settings, layout: LayoutConfig, cores: Cores) -> None:
         context = multiprocessing.get_context("spawn")
+        self.pids: list[int] = []
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=host, args=(settings, layout, cores, theirs))
         self._process.start()
         theirs.close()
 
     def ready(self) -> None:
-        """Waits until it has started."""
-        self._pipe.recv()
+        """Waits until it has started; `pids` are its processes then."""
+        self.pids = self._pipe.recv()
 
     def ask(self, streams: int, num_tokens: int) -> None:
         """Has it answer so many requests at the same time."""
@@ -125,11 +135,10 @@ class Hosted:
 def host(settings: Settings, layout: LayoutConfig, cores: Cores, parent: Connection) -> None:
     """The process of an engine."""
     with LocalEngine(settings, layout) as engine:
+        pids = {name: process.pid or 0 for name, process in engine.processes.items()}
         for name, core in cores.items():
-            pid = engine.processes[name].pid
-            assert pid is not None
-            os.sched_setaffinity(pid, {core})
-        parent.send(None)
+            os.sched_setaffinity(pids[name], {core})
+        parent.send([os.getpid(), *pids.values()])
         while (asked := parent.recv()) is not None:
             _, times = engine.run(requests(*asked))
             parent.send(times)
@@ -162,6 +171,33 @@ def rate(engines: Sequence[Hosted], streams: int, num_tokens: int) -> float:
     return streams * (num_tokens - 1) / seconds
 
 
+def busy_s(pids: Sequence[int] | None = None) -> float:
+    """CPU time so far of these processes, or of all there are, the machine's own work included."""
+    if pids is None:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        return (sum(ticks) - ticks[3] - ticks[4]) / TICKS_PER_S  # without idle and iowait
+    fields = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split() for pid in pids]
+    return sum(int(own[11]) + int(own[12]) for own in fields) / TICKS_PER_S
+
+
+def quiet_rate(
+    engines: Sequence[Hosted], streams: int, num_tokens: int, pids: Sequence[int]
+) -> tuple[float, float]:
+    """(the rate, the share of all cores that others than `pids` had meanwhile)."""
+    tries: list[tuple[float, float]] = []
+    while len(tries) < TRIES:
+        began, others = time.monotonic(), busy_s() - busy_s(pids)
+        found = rate(engines, streams, num_tokens)
+        others = busy_s() - busy_s(pids) - others
+        share = max(others, 0.0) / (time.monotonic() - began) / (os.cpu_count() or 1)
+        tries.append((share, found))
+        if share <= QUIET:
+            break
+        time.sleep(1.0)
+    share, found = min(tries)
+    return found, share
+
+
 def measure(model: Model, rounds: int) -> None:
     """Fills the model's rates."""
     with ExitStack() as stack:
@@ -176,11 +212,13 @@ def measure(model: Model, rounds: int) -> None:
                 engine.ready()
                 engine.ask(max(STREAMS), 4)  # whatever is done once, is done
                 engine.times()
+        pids = [os.getpid(), *(pid for own in started.values() for engine in own for pid in engine.pids)]
         for number in range(rounds):
             for streams in STREAMS:
                 for name, engines in started.items():
-                    found = rate(engines, streams, model.num_tokens[streams])
+                    found, others = quiet_rate(engines, streams, model.num_tokens[streams], pids)
                     model.rates.setdefault((name, streams), []).append(found)
+                    model.others.append(others)
             at = ", ".join(f"{name} {model.rates[name, max(STREAMS)][-1]:.0f}" for name in started)
             print(f"{model.name}, round {number}: {at} tokens/s at {max(STREAMS)}", flush=True)
 
@@ -199,7 +237,9 @@ def report(models: Sequence[Model], rounds: int) -> str:
         f"{torch.__version__}, Python {platform.python_version()}, float32, deterministic. The engine's "
         "whole loop over worker processes of one thread each, without Ray and HTTP; a way's workers are on "
         "the cores that `WAYS` gives them. All ways take turns in each round; medians, and in brackets the "
-        "median of the rounds' ratios to colocated.",
+        "median of the rounds' ratios to colocated. Meanwhile other processes had "
+        f"{statistics.median(share for model in models for share in model.others):.0%} of the cores (median; "
+        f"at most {max(share for model in models for share in model.others):.0%}).",
     ]
     for model in models:
         lengths = ", ".join(f"{model.num_tokens[streams]}" for streams in STREAMS)
