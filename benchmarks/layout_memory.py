@@ -9,8 +9,8 @@ device for before it starts; what is left is for KV. No GPU and no checkpoint is
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 from r1_cluster.config import LayoutConfig
@@ -27,6 +27,7 @@ BEGIN, END = "<!-- python -m benchmarks.layout_memory --write -->\n", "<!-- end 
 SHARE = 0.9
 """Of a device's memory that a worker may have; the rest is for driver, libraries and allocator."""
 MAX_NUM_SEQS, MAX_BATCH_TOKENS, MAX_CONTEXT_LEN = 256, 4096, 65536
+"""The engine's settings; the tokens of a step are divided among data ranks."""
 R1, LLAMA = "DeepSeek-R1", "DeepSeek-R1-Distill-Llama-70B"
 
 
@@ -85,23 +86,34 @@ def groups(layout: Layout) -> list[list[WorkerSpec]]:
     return [*found.values()]
 
 
-@cache
-def room_of(config: ModelConfig, layout: Layout, worker: WorkerSpec, gb: float, fp8_cache: bool) -> Room:
-    """Of one worker on a device of `gb`."""
-    return room(
-        config,
-        layout,
-        worker,
-        weights=_weights(config, worker),
-        device_bytes=int(SHARE * gb * 10**9),
-        max_num_seqs=MAX_NUM_SEQS,
-        max_batch_tokens=MAX_BATCH_TOKENS,
-        max_context_len=MAX_CONTEXT_LEN,
-        fp8_cache=fp8_cache,
-    )
+def data_ranks(layout: Layout) -> int:
+    """How many workers, or groups of them, have requests and KV of their own."""
+    return sum(w.stage is not None and w.stage[0] == 0 and w.rank == 0 for w in layout.workers)
 
 
-_weights = cache(weight_bytes)
+def rooms(config: ModelConfig, layout: Layout, gb: float) -> list[tuple[str, Room, Room]]:
+    """Of each group: who is in it, and the room of a worker whose KV is in BF16 and in FP8."""
+    found = []
+    for workers in groups(layout):
+        worker = workers[-1]
+        weights = weight_bytes(config, worker)
+        plain, fp8 = (
+            room(
+                config,
+                layout,
+                worker,
+                weights=weights,
+                device_bytes=int(SHARE * gb * 10**9),
+                max_num_seqs=MAX_NUM_SEQS,
+                max_batch_tokens=MAX_BATCH_TOKENS // data_ranks(layout),
+                max_context_len=MAX_CONTEXT_LEN,
+                fp8_cache=fp8_cache,
+            )
+            for fp8_cache in (False, True)
+        )
+        who = f"`{worker.name}`" if len(workers) == 1 else f"{len(workers)} like `{worker.name}`"
+        found.append((who, plain, fp8))
+    return found
 
 
 def table(machines: Machines) -> list[str]:
@@ -111,31 +123,31 @@ def table(machines: Machines) -> list[str]:
         f"### {machines.model.removeprefix('DeepSeek-R1-Distill-')} in {form} on "
         f"{machines.count} × {machines.device}, {machines.gb:.4g} GB each",
         "",
-        "| `layout` | workers | weights, GB | workspace, GB | left, GB | KV, bytes a token "
-        "| tokens of KV | in FP8 |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| `layout` | tokens of KV | in FP8 | workers | weights, GB | workspace, GB | left, GB "
+        "| KV, bytes a token |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     config = config_of(machines)
     for keys in machines.layouts:
         layout = build_layout(LayoutConfig.model_validate(keys), config)
         assert len(layout.workers) == machines.count
         said = f"`{{{', '.join(f'{key}: {value}' for key, value in keys.items())}}}`"
-        for workers in groups(layout):
-            lines.append(f"| {said} | {_line(config, layout, workers, machines.gb)} |")
-            said = ""
+        found = rooms(config, layout, machines.gb)
+        cells = " | ".join([said, *(_tokens(layout, [one[i] for one in found]) for i in (1, 2))])
+        for who, plain, _ in found:
+            taken = " | ".join(f"{size / 10**9:.1f}" for size in (plain.weights, plain.workspace, plain.rest))
+            lines.append(
+                f"| {cells} | {who} | {taken} | {f'{plain.token_bytes:,}' if plain.token_bytes else ''} |"
+            )
+            cells = " | | "
     return lines
 
 
-def _line(config: ModelConfig, layout: Layout, workers: list[WorkerSpec], gb: float) -> str:
-    worker = workers[-1]
-    name = f"`{worker.name}`" if len(workers) == 1 else f"{len(workers)} like `{worker.name}`"
-    plain, fp8 = (room_of(config, layout, worker, gb, fp8_cache) for fp8_cache in (False, True))
-    taken = " | ".join(f"{number / 10**9:.1f}" for number in (plain.weights, plain.workspace, plain.rest))
-    if plain.rest < 0:
-        return f"{name} | {taken} | {plain.token_bytes:,} | does not fit | does not fit"
-    if not plain.token_bytes:
-        return f"{name} | {taken} | | |"
-    return f"{name} | {taken} | {plain.token_bytes:,} | {plain.tokens:,} | {fp8.tokens:,}"
+def _tokens(layout: Layout, of_workers: Sequence[Room]) -> str:
+    """What the whole layout can keep."""
+    if min(one.rest for one in of_workers) < 0:
+        return "does not fit"
+    return f"{data_ranks(layout) * min(one.tokens for one in of_workers if one.token_bytes):,}"
 
 
 def tables() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,8 @@ def _load_nothing(
 ) -> None:
     """What a worker does when it loads, over tensors without data."""
     shard = Shard(torch.device("meta"), dtype, deterministic=False, rank=spec.rank, ranks=spec.ranks)
-    load_parts(config, Loader.of(source, shard, table), spec)
+    brief = replace(config, max_position_embeddings=1)  # or else a table of all positions were computed
+    load_parts(brief, Loader.of(source, shard, table), spec)
 
 
 class _Recorder:

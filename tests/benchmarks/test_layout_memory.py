@@ -15,7 +15,8 @@ def test_the_page_has_the_tables_as_they_are():
 def test_the_page_names_the_settings():
     page = " ".join(layout_memory.PAGE.read_text(encoding="utf-8").split())
     settings = layout_memory.MAX_BATCH_TOKENS, layout_memory.MAX_NUM_SEQS, layout_memory.MAX_CONTEXT_LEN
-    assert "steps of {:,} tokens or {} sequences of up to {:,} tokens".format(*settings) in page
+    words = "steps of {:,} tokens, divided among data ranks, or {} sequences each, of up to {:,} tokens"
+    assert words.format(*settings) in page
     assert "nine tenths of its device" in page
     assert layout_memory.SHARE == 0.9
 
@@ -27,10 +28,15 @@ def test_a_row_is_that_of_the_arithmetic_by_hand():
     weights = 80 * (attention + 3 * 8192 * 14336 + 2 * 8192) + 8192 + 128256 * 8192
     positions = 131072 * 128 * 4
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[:3] == [
-        "`{tensor_parallel: 2}`",
-        "2 like `stage-0-rank-1`",
-        f"{(2 * weights + positions) / 1e9:.1f}",
-    ]
-    assert cells[5] == f"{80 * 2 * 4 * 128 * 2:,}"
-    assert cells[6:] == ["does not fit"] * 2
+    assert cells[:4] == ["`{tensor_parallel: 2}`", *["does not fit"] * 2, "2 like `stage-0-rank-1`"]
+    assert (cells[4], cells[7]) == (f"{(2 * weights + positions) / 1e9:.1f}", f"{80 * 2 * 4 * 128 * 2:,}")
+
+
+def test_the_stage_with_the_least_room_decides():
+    keys = {"kind": "disaggregated", "stages": ["0-9", "10-79"]}
+    first, second = table(Machines(LLAMA, 2, "H100", 192, (keys,)))[-2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (first, second)]
+    assert cells[1][:3] == [""] * 3
+    tokens = [float(row[6]) * 1e9 / int(row[7].replace(",", "")) for row in cells]
+    assert int(cells[0][1].replace(",", "")) == pytest.approx(min(tokens), rel=0.01)
+    assert min(tokens) < tokens[0] / 2
