@@ -43,7 +43,7 @@ RANKS, DISAGGREGATED = "two ranks", "disaggregated"
 STREAMS = (1, 8, 32)
 QUIET = 0.1
 """The share of all cores that other processes may take during a measurement."""
-TRIES = 12
+TRIES = 4
 """After so many the quietest one counts."""
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 Cores = Mapping[str, int]
