@@ -35,7 +35,7 @@ test-system: $(VENV)/.test
 	tests/system_packages.sh
 	$(BIN)/python -m pytest -m "system and not matrix"
 
-# Architectures, dtypes and layouts, every two of them together, served and asked: 11 minutes.
+# Architectures, dtypes and layouts, every two of them together, served and asked: 12 minutes.
 test-models: $(VENV)/.test
 	$(BIN)/python -m pytest -m models
 

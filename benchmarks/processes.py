@@ -55,6 +55,7 @@ class Settings(msgspec.Struct, frozen=True):
     step_timeout_s: float = 15.0  # a kernel may have to be compiled in a first step
     lease_s: float = 30.0
     kv_cache_dtype: KvCacheDtype | None = None
+    micro_batches: int = 1
 
 
 def work(boot: WorkerBoot, parent: Connection) -> None:
@@ -99,7 +100,12 @@ class LocalEngine:
         fan = TokenFan("engine-0", SECRET)
         fan.epoch = 1
         fan.attach("sink", self._sink.endpoint)
-        limits = Limits(settings.max_num_seqs, settings.max_batch_tokens, settings.max_context_len)
+        limits = Limits(
+            settings.max_num_seqs,
+            settings.max_batch_tokens,
+            settings.max_context_len,
+            settings.micro_batches,
+        )
         allocators = [
             PageAllocator(settings.num_pages, settings.page_size) for _ in self.pipeline.layout.first_stages
         ]

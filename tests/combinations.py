@@ -29,6 +29,7 @@ LAYOUTS = {
     "one process": {"kind": "colocated", "cpus_per_worker": 0.2},
     "two stages": {"kind": "disaggregated", "stages": 2, "cpus_per_worker": 0.2},
     "expert shards": {"kind": "disaggregated", "expert_shards": 3, "cpus_per_worker": 0.2},
+    "two ranks": {"kind": "colocated", "tensor_parallel": 2, "cpus_per_worker": 0.2},
 }
 ALL = [
     (architecture, dtype, layout)

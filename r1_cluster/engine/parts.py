@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.int_weight import group_scaled
 from r1_cluster.models.config import ModelConfig
 from r1_cluster.models.family import tensor_table
 from r1_cluster.models.loader import Loader, Shard
 from r1_cluster.models.moe import ExpertModel, RouterModel
 from r1_cluster.models.network import StageModel
 from r1_cluster.planning.layout import Layout, WorkerSpec
+from r1_cluster.weights.inventory import blocks, may_be_fp8
+from r1_cluster.weights.quantize import is_quantized
 from r1_cluster.weights.tensors import Slices, TensorSpec
 
 
@@ -57,13 +61,34 @@ def part_tensors(config: ModelConfig, spec: WorkerSpec) -> list[str]:
     return _asked_for(config, spec, tensor_table(config))
 
 
-def _asked_for(config: ModelConfig, worker: WorkerSpec, table: list[TensorSpec]) -> list[str]:
-    source = _Recorder({spec.name: spec.shape for spec in table})
-    shard = Shard(
-        torch.device("meta"), torch.float32, deterministic=False, rank=worker.rank, ranks=worker.ranks
-    )
-    load_parts(config, Loader.of(source, shard, table), worker)
+def weight_bytes(config: ModelConfig, spec: WorkerSpec) -> int:
+    """What a worker's weights take of a GPU's memory, in bytes.
+
+    They are stored as the config says: in BF16, in FP8 with DeepSeek's choice of matrices, or in integers as
+    `weights quantize` writes them. What a rank cannot keep so, because its part ends within what shares a
+    scale, counts in BF16; a stage's table of rotary positions counts as well. Needs no checkpoint, as
+    `worker_tensors`.
+    """
+    table = tensor_table(config)
+    source = _Weigher(config, table)
+    _load_nothing(config, spec, table, source, torch.bfloat16)
+    positions = 0 if spec.stage is None else 4 * config.max_position_embeddings * config.rope.dim
+    return source.num_bytes + positions
+
+
+def _asked_for(config: ModelConfig, spec: WorkerSpec, table: list[TensorSpec]) -> list[str]:
+    source = _Recorder(table)
+    _load_nothing(config, spec, table, source, torch.float32)
     return [*source.asked]
+
+
+def _load_nothing(
+    config: ModelConfig, spec: WorkerSpec, table: list[TensorSpec], source: _Recorder, dtype: torch.dtype
+) -> None:
+    """What a worker does when it loads, over tensors without data."""
+    shard = Shard(torch.device("meta"), dtype, deterministic=False, rank=spec.rank, ranks=spec.ranks)
+    brief = replace(config, max_position_embeddings=1)  # or else a table of all positions were computed
+    load_parts(brief, Loader.of(source, shard, table), spec)
 
 
 class _Recorder:
@@ -73,12 +98,12 @@ class _Recorder:
     fp8_block = (128, 128)
     int_group: int | None = None
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self._shapes = shapes
+    def __init__(self, table: list[TensorSpec]) -> None:
+        self._specs = {spec.name: spec for spec in table}
         self.asked: dict[str, None] = {}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        return self._specs[name].shape
 
     def get(
         self,
@@ -89,7 +114,7 @@ class _Recorder:
         out: Tensor | None = None,
     ) -> Tensor:
         self.asked[name] = None
-        whole = torch.empty(self._shapes[name], dtype=dtype, device=device)
+        whole = torch.empty(self.shape(name), dtype=dtype, device=device)
         return whole if slices is None else whole[slices]
 
     def is_fp8(self, name: str) -> bool:
@@ -105,3 +130,57 @@ class _Recorder:
 
     def get_int(self, name: str, slices: Slices | None = None) -> tuple[Tensor, Tensor]:
         raise TypeError(f"{name} is in floats here")
+
+
+class _Weigher(_Recorder):
+    """One whose tensors are of the types that the config says; `num_bytes` is what a GPU keeps of those that
+    were asked for."""
+
+    def __init__(self, config: ModelConfig, table: list[TensorSpec]) -> None:
+        super().__init__(table)
+        self.num_bytes = 0
+        self._has_fp8 = config.fp8_block is not None
+        self._int_format = config.int_format
+        self.fp8_block = config.fp8_block or self.fp8_block
+        self.int_group = None if self._int_format is None else self._int_format.group_size
+
+    def get(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        slices: Slices | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        part = super().get(name, dtype, device, slices)
+        self.num_bytes += part.nbytes
+        return part
+
+    def is_fp8(self, name: str) -> bool:
+        return self._has_fp8 and may_be_fp8(self._specs[name])
+
+    def int_bits(self, name: str) -> int | None:
+        if self._int_format is None or not is_quantized(self._specs[name]):
+            return None
+        return self._int_format.bits
+
+    def get_scaled(
+        self, name: str, slices: Slices | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        meta = torch.device("meta")
+        values = _Recorder.get(self, name, torch.float8_e4m3fn, meta, slices)
+        rows, columns = blocks((values.shape[0], values.shape[1]), self.fp8_block)
+        scale = torch.empty(rows, columns, dtype=torch.float32, device=meta)
+        self.num_bytes += values.nbytes + scale.nbytes
+        return values, scale
+
+    def get_int(self, name: str, slices: Slices | None = None) -> tuple[Tensor, Tensor]:
+        assert self._int_format is not None
+        meta = torch.device("meta")
+        values = _Recorder.get(self, name, torch.int8, meta, slices)
+        num_rows, width = values.shape
+        groups = 1 if self.int_group is None else -(-width // self.int_group)
+        scale = torch.empty(num_rows, groups, dtype=torch.float32, device=meta)
+        kept = group_scaled(values, scale, self._int_format.bits, meta)
+        self.num_bytes += kept.values.nbytes + kept.scale.nbytes
+        return values, scale

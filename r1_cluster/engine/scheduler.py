@@ -306,7 +306,9 @@ class Scheduler:
         size = min(share, self._decode_budget(rank), self.limits.max_num_seqs)
         # Where there are more than a step has room for they take turns: who waits longest comes first.
         ready.sort(key=lambda sequence: sequence.turn)
-        for sequence in ready[:size]:
+        for sequence in ready:
+            if len(batch) >= size:
+                return
             # One before it may have taken its pages.
             running = sequence.state is State.RUNNING
             if running and self._make_room(rank, sequence, sequence.num_computed + 1, taken=batch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from r1_cluster.comm.wire import MAX_PAYLOAD_BYTES
 from r1_cluster.models.config import GqaShape
@@ -71,6 +71,50 @@ def worker_bytes(
     if num_links := _num_links(layout, worker):
         parts["links"] = num_links * _LINK_BYTES
     return parts
+
+
+class Room(NamedTuple):
+    """What is in a worker's memory, in bytes: its weights, its workspace, and the rest, which its pages may
+    take; below zero, so much is missing. Pages take `token_bytes` a token, 0 where there is no stage."""
+
+    weights: int
+    workspace: int
+    rest: int
+    token_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Of KV that fit."""
+        return max(self.rest, 0) // self.token_bytes if self.token_bytes else 0
+
+
+def room(
+    config: ModelConfig,
+    layout: Layout,
+    worker: WorkerSpec,
+    *,
+    weights: int,
+    device_bytes: int,
+    max_num_seqs: int,
+    max_batch_tokens: int,
+    max_context_len: int,
+    fp8_cache: bool = False,
+) -> Room:
+    """How the `device_bytes` that a worker may have are taken, with so many bytes of `weights` among them."""
+    parts = worker_bytes(
+        config,
+        layout,
+        worker,
+        num_pages=1,
+        page_size=1,
+        max_num_seqs=max_num_seqs,
+        max_batch_tokens=max_batch_tokens,
+        max_context_len=max_context_len,
+        fp8_cache=fp8_cache,
+    )
+    token_bytes = parts.pop("pages", 0)
+    workspace = sum(parts.values())
+    return Room(weights, workspace, device_bytes - weights - workspace, token_bytes)
 
 
 def _moe_bytes(

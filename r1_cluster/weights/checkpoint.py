@@ -34,6 +34,7 @@ _FLOATS = ("F32", "F16", "BF16")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 _DTYPES |= {"I32": torch.int32, "I64": torch.int64}
 _INT_DTYPES = {PACKED_SUFFIX: ("I32",), INT_SCALE_SUFFIX: _FLOATS, INT_SHAPE_SUFFIX: ("I64", "I32")}
+_CONTIGUOUS = torch.contiguous_format
 _MAX_FAULTS_SHOWN = 20
 
 
@@ -297,7 +298,7 @@ class Checkpoint:
         finite.
         """
         if out is None:
-            return self._get(name, dtype, device, slices, None)
+            return _alone(self._get(name, dtype, device, slices, None))
         found = self._get(name, dtype, device, slices, out)
         return out if found is out else out.copy_(found)
 
@@ -437,3 +438,8 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _alone(part: Tensor) -> Tensor:
+    """A part of a tensor without the rest, which a view of it would keep in memory."""
+    return part if part.untyped_storage().nbytes() == part.nbytes else part.clone(memory_format=_CONTIGUOUS)

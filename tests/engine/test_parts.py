@@ -1,6 +1,7 @@
 """Which tensors a worker loads, and in which order: as told from config.json alone, and as it does."""
 
 import os
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from small_model import (
     write_stored,
 )
 
+from kernels import cpu
+from kernels.ops import BlockScaled
 from r1_cluster.config import LayoutConfig
 from r1_cluster.engine.boot import WorkerBoot
-from r1_cluster.engine.parts import load_parts, worker_tensors
+from r1_cluster.engine.parts import load_parts, weight_bytes, worker_tensors
 from r1_cluster.engine.worker import Worker
 from r1_cluster.models.family import EMBEDDING, load_config, parse_config, tensor_table
 from r1_cluster.models.loader import Loader, Shard
@@ -141,3 +144,43 @@ def test_of_r1_itself_without_a_checkpoint():
         27 * 5,
         58 * 16 * 3,
     ]
+
+
+RANKED = [
+    {},
+    {"tensor_parallel": 2},
+    {"tensor_parallel": 4},
+    {"kind": "disaggregated", "stages": 2, "tensor_parallel": 2},
+]
+# Heads of which two ranks have whole blocks of FP8 and groups of INT4, and four ranks parts of those.
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
+
+
+def storages(thing, seen):
+    """{address: bytes} of what tensors below an object keep."""
+    if isinstance(thing, torch.Tensor):
+        storage = thing.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()}
+    if id(thing) in seen or isinstance(thing, ModuleType):
+        return {}
+    seen.add(id(thing))
+    below = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list | tuple) else ()
+    found = {}
+    for part in (*below, *getattr(thing, "__dict__", {}).values()):
+        found |= storages(part, seen)
+    return found
+
+
+@pytest.mark.parametrize("stored", ["float", "fp8", INT8, INT4], ids=str)
+@pytest.mark.parametrize("model", FAMILY)
+def test_weights_take_what_was_told_without_them(tmp_path, monkeypatch, model, stored):
+    """As on a GPU, where FP8 keeps a scale for each block."""
+    monkeypatch.setattr(cpu, "block_scaled", lambda values, scale, *_: BlockScaled(values, scale.clone()))
+    folder = write_stored(tmp_path, fit_for(stored, model) | HEADS, stored)
+    config, table = load_config(folder), tensor_table(load_config(folder))
+    layouts = [build_layout(LayoutConfig(**layout), config) for layout in RANKED]
+    for worker in (worker for layout in layouts for worker in layout.workers):
+        shard = Shard(torch.device("cpu"), torch.bfloat16, False, rank=worker.rank, ranks=worker.ranks)
+        with Checkpoint(folder, table, config.fp8_block, config.int_format) as checkpoint:
+            parts = load_parts(config, Loader.of(checkpoint, shard, table), worker)
+        assert weight_bytes(config, worker) == sum(storages(parts, set()).values())

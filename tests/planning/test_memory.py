@@ -7,7 +7,7 @@ from r1_cluster.models.family import parse_config, tensor_table
 from r1_cluster.models.loader import Loader, Shard
 from r1_cluster.models.network import StageModel
 from r1_cluster.planning.layout import build_layout
-from r1_cluster.planning.memory import OutOfDeviceMemory, check_room, worker_bytes
+from r1_cluster.planning.memory import OutOfDeviceMemory, check_room, room, worker_bytes
 from r1_cluster.weights.checkpoint import Checkpoint
 
 CONFIG = parse_config(config_values())
@@ -146,3 +146,24 @@ def test_what_does_not_fit_is_said_with_numbers():
         check_room(parts, 3 << 30)
     with pytest.raises(OutOfDeviceMemory, match=r"lower engine\.max_batch_tokens or max_num_seqs$"):
         check_room({"experts' rows": 1 << 30}, 0)
+
+
+@pytest.mark.parametrize("fp8_cache", [False, True])
+def test_so_many_tokens_fit_and_not_one_more(fp8_cache):
+    limits = {key: LIMITS[key] for key in ("max_num_seqs", "max_batch_tokens", "max_context_len")}
+    for worker in APART.workers:
+        plain = parts_of(worker.name)
+        pages = plain.pop("pages", 0)
+        device_bytes = 1000 + sum(plain.values()) + 12345
+        found = room(
+            CONFIG, APART, worker, weights=1000, device_bytes=device_bytes, fp8_cache=fp8_cache, **limits
+        )
+        assert (found.weights, found.workspace, found.rest) == (1000, sum(plain.values()), 12345)
+        if not pages:
+            assert (found.token_bytes, found.tokens) == (0, 0)
+            continue
+        for tokens, fits in ((found.tokens, True), (found.tokens + 1, False)):
+            sizes = {"num_pages": tokens, "page_size": 1, "fp8_cache": fp8_cache}
+            needed = sum(parts_of(worker.name, **sizes).values())
+            assert (needed <= device_bytes - found.weights) is fits
+    assert room(CONFIG, APART, APART.workers[0], weights=1 << 40, device_bytes=1 << 30, **limits).tokens == 0
