@@ -84,7 +84,7 @@ def _show_traffic(workers: list[dict[str, Any]]) -> None:
     print(f"  {'links of':17} {'to':7} {'sent':>10} {'':9} {'received':>10} {'':9} {'waited':>9}")
     for worker in workers:
         waited_s = worker.get("waited_s")
-        waited = f"{waited_s:.1f} s" if waited_s else ""
+        waited = f"{waited_s:.2f} s" if waited_s else ""
         peers = sorted(worker.get("traffic", {}).items())
         for kind, same in groupby(peers, lambda peer: peer[0].split("-")[0]):
             total: Counter[str] = Counter()

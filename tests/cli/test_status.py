@@ -29,6 +29,6 @@ def test_traffic_by_kind_of_peer_fits_80_columns(capsys):
     assert max(map(len, lines)) <= 80
     assert [line.split() for line in lines] == [
         ["links", "of", "to", "sent", "received", "waited"],
-        ["router-0", "experts", "7", "2.1", "kB", "70", "11.0", "kB", "1234.6", "s"],
+        ["router-0", "experts", "7", "2.1", "kB", "70", "11.0", "kB", "1234.56", "s"],
         ["router-0", "stage", "123456789", "987.6", "TB", "123456789", "987.6", "TB"],
     ]
