@@ -91,6 +91,7 @@ def round_trips(link: Link, shape: tuple[int, int], rounds: int) -> dict[str, fl
     return measure(once, rounds)
 
 
+@torch.inference_mode()  # as in a worker
 def dispatch_cost(rounds: int) -> dict[str, float]:
     shards = [range(0, 3), range(3, 6), range(6, 8)]
     links = [
