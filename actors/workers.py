@@ -6,11 +6,13 @@ import logging
 import os
 import threading
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import ray
 
+from actors.metrics import LinkTraffic
 from r1_cluster.engine.boot import WorkerBoot
 from r1_cluster.planning.layout import WorkerSpec
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from r1_cluster.engine.worker import Worker
 
 logger = logging.getLogger("r1_cluster.worker")
+
+EXPORT_S = 5.0
+"""How often a worker's totals are given to Ray's exporter, which shows them every 10 s."""
 
 
 class _Shell:
@@ -70,6 +75,8 @@ class _Shell:
                 "kv_cache_dtype": self._boot.kv_cache_dtype or self._boot.dtype,
                 "num_steps": worker.num_steps,
                 "stale_dropped": worker.stale_dropped,
+                "traffic": {peer: asdict(traffic) for peer, traffic in worker.peers.traffic.copy().items()},
+                "waited_s": worker.waited_s,
             }
         return info
 
@@ -90,6 +97,7 @@ class _Shell:
         try:
             self._worker = worker
             self._loaded.set()
+            threading.Thread(target=self._export, args=(worker,), name="metrics", daemon=True).start()
             worker.run()
             code = 0
             logger.info("%s ends: its engine's lease is over", self._boot.name)
@@ -98,6 +106,13 @@ class _Shell:
         finally:
             # A thread cannot end an actor by sys.exit, and the main thread serves Ray.
             os._exit(code)
+
+    def _export(self, worker: Worker) -> None:
+        """Gives what the links have carried to Ray's exporter, for as long as the process lives."""
+        exported = LinkTraffic()
+        while True:
+            time.sleep(EXPORT_S)
+            exported.note(worker.spec.name, worker.peers.traffic.copy(), worker.waited_s)
 
 
 class StageActor(_Shell):

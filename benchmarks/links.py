@@ -1,6 +1,10 @@
-"""Round trips between two processes over each kind of link, and what a dispatch costs its router.
+"""Round trips between two processes over each kind of link, and what a dispatch costs its router; or what the
+links of a service's layout carry in a step.
 
     python benchmarks/links.py [--rounds 2000] [--json]
+    python -m benchmarks.links SERVICE.yaml [--decode 1 8 32] [--prefill 256]
+
+The latter counts (`benchmarks/traffic.py`), and fails where arithmetic says otherwise.
 
 A round trip sends one float32 tensor with 32 bytes of body and receives the same back. `cpu` is the CPU
 time of the asking process in one round. Where there is a GPU, its memory is a further row (CUDA IPC), whose
@@ -15,8 +19,10 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -27,6 +33,7 @@ from r1_cluster.comm.listener import Endpoint, Listener, connect
 from r1_cluster.comm.process_group import ProcessGroups
 from r1_cluster.comm.transports import backend_for
 from r1_cluster.comm.wire import Header, Kind, LinkClosed
+from r1_cluster.config import load_service
 
 HOST = "127.0.0.1"
 SECRET = bytes(32)
@@ -84,6 +91,7 @@ def round_trips(link: Link, shape: tuple[int, int], rounds: int) -> dict[str, fl
     return measure(once, rounds)
 
 
+@torch.inference_mode()  # as in a worker
 def dispatch_cost(rounds: int) -> dict[str, float]:
     shards = [range(0, 3), range(3, 6), range(6, 8)]
     links = [
@@ -102,14 +110,23 @@ def dispatch_cost(rounds: int) -> dict[str, float]:
     return measure(once, rounds)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("service", type=Path, nargs="?", help="count what this service's links carry instead")
+    parser.add_argument("--decode", type=int, nargs="+", default=[1, 8, 32], help="sequences of a step")
+    parser.add_argument("--prefill", type=int, default=256, help="tokens of a step")
     parser.add_argument("--rounds", type=int, default=2000)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.service is not None:
+        from benchmarks.traffic import report
+
+        lines, as_due = report(load_service(arguments.service), arguments.decode, arguments.prefill)
+        print("\n".join(lines))
+        return 0 if as_due else 1
     results: dict[str, dict[str, float]] = {}
     listener = Listener("benchmark", SECRET, HOST, (0, 0))
     kinds = ["unix", "tcp", "gloo", "host memory", *(["device"] if torch.cuda.is_available() else [])]
@@ -130,11 +147,12 @@ def main() -> None:
     listener.close()
     if arguments.json:
         print(json.dumps(results))
-        return
+        return 0
     print(f"{'':24}{'p50 µs':>10}{'p90 µs':>10}{'cpu µs':>10}")
     for name, row in results.items():
         print(f"{name:24}{row['p50_us']:>10}{row['p90_us']:>10}{row['cpu_us']:>10}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

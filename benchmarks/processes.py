@@ -29,7 +29,7 @@ from r1_cluster.engine.pulse import Pulse
 from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.engine.streams import TokenFan, TokenSink
 from r1_cluster.models.family import load_config
-from r1_cluster.planning.layout import build_layout
+from r1_cluster.planning.layout import Layout, build_layout
 from r1_cluster.records import Request, TokenDelta
 
 HOST = "127.0.0.1"
@@ -56,6 +56,30 @@ class Settings(msgspec.Struct, frozen=True):
     lease_s: float = 30.0
     kv_cache_dtype: KvCacheDtype | None = None
     micro_batches: int = 1
+
+
+def worker_boot(settings: Settings, layout: Layout, name: str, incarnation: str) -> WorkerBoot:
+    """What a worker of the layout is told."""
+    return WorkerBoot(
+        name=name,
+        incarnation=incarnation,
+        workers=layout.workers,
+        checkpoint=settings.checkpoint,
+        dtype=settings.dtype,
+        device=settings.device,
+        deterministic=settings.deterministic,
+        threads=1,
+        page_size=settings.page_size,
+        num_pages=settings.num_pages,
+        lease_s=settings.lease_s,
+        step_timeout_s=settings.step_timeout_s,
+        host=HOST,
+        link_ports=PORTS,
+        secret=SECRET,
+        limits=StepLimits(settings.max_num_seqs, settings.max_batch_tokens, settings.max_context_len),
+        transport=settings.transport,
+        kv_cache_dtype=settings.kv_cache_dtype,
+    )
 
 
 def work(boot: WorkerBoot, parent: Connection) -> None:
@@ -168,7 +192,9 @@ class LocalEngine:
         incarnation = f"start-{self._started}"
         ours, theirs = self._processes_context.Pipe(duplex=False)
         process = self._processes_context.Process(
-            target=work, args=(self._boot(name, incarnation), theirs), daemon=True
+            target=work,
+            args=(worker_boot(self.settings, self.layout, name, incarnation), theirs),
+            daemon=True,
         )
         process.start()
         theirs.close()
@@ -199,26 +225,3 @@ class LocalEngine:
             self.core.arrived(name, self._member(name, *parts, epoch=self.pipeline.epoch + 1))
 
         threading.Thread(target=start, daemon=True).start()
-
-    def _boot(self, name: str, incarnation: str) -> WorkerBoot:
-        settings = self.settings
-        return WorkerBoot(
-            name=name,
-            incarnation=incarnation,
-            workers=self.layout.workers,
-            checkpoint=settings.checkpoint,
-            dtype=settings.dtype,
-            device=settings.device,
-            deterministic=settings.deterministic,
-            threads=1,
-            page_size=settings.page_size,
-            num_pages=settings.num_pages,
-            lease_s=settings.lease_s,
-            step_timeout_s=settings.step_timeout_s,
-            host=HOST,
-            link_ports=PORTS,
-            secret=SECRET,
-            limits=StepLimits(settings.max_num_seqs, settings.max_batch_tokens, settings.max_context_len),
-            transport=settings.transport,
-            kv_cache_dtype=settings.kv_cache_dtype,
-        )

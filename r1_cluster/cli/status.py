@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import groupby
 from typing import Annotated, Any
 
 import typer
 
 from r1_cluster.cli.options import ServiceName
+from r1_cluster.cli.weights import size
 
 
 def status(
@@ -16,7 +19,8 @@ def status(
 ) -> int:
     """Shows who runs where, and how busy it is.
 
-    Of each of a service's engines: its stages, routers and experts with the node and process they run in.
+    Of each of a service's engines: its stages, routers and experts with the node and process they run in, and
+    what each has sent to others and received, by kind of peer (with --json by peer).
     """
     from r1_cluster.cli.running import find, require_token
 
@@ -71,6 +75,26 @@ def _show(engine: dict[str, Any]) -> None:
             f"{worker.get('pid', ''):>8}  {_loaded(worker):18} {worker.get('host', ''):16} "
             f"{worker.get('node', '')[:12]}"
         )
+    _show_traffic(engine["workers"])
+
+
+def _show_traffic(workers: list[dict[str, Any]]) -> None:
+    """Messages and bytes of each worker's links since it started, and for how long it waited for others in
+    steps."""
+    print(f"  {'links of':17} {'to':7} {'sent':>10} {'':9} {'received':>10} {'':9} {'waited':>9}")
+    for worker in workers:
+        waited_s = worker.get("waited_s")
+        waited = f"{waited_s:.2f} s" if waited_s else ""
+        peers = sorted(worker.get("traffic", {}).items())
+        for kind, same in groupby(peers, lambda peer: peer[0].split("-")[0]):
+            total: Counter[str] = Counter()
+            for _, traffic in same:
+                total.update(traffic)
+            print(
+                f"  {worker['name']:17} {kind:7} {total['sent_messages']:>10} {size(total['sent_bytes']):>9} "
+                f"{total['received_messages']:>10} {size(total['received_bytes']):>9} {waited:>9}"
+            )
+            waited = ""
 
 
 def _loaded(worker: dict[str, Any]) -> str:

@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SUM_BYTES = 2 << 20
+"""On the CPU rows are weighted and summed so many bytes of float32 at a time: about what fits a core's cache,
+and little enough for malloc to keep: the kernel's page faults are most of what a large sum costs."""
+
 IntArray = npt.NDArray[np.int64]
 # (layer, x_ND sorted by local expert, rows of each local expert) -> y_ND
 ExpertsForward = Callable[[int, Tensor, Sequence[int]], Tensor]
@@ -132,15 +136,19 @@ def sort_rows(expert_ids_TK: Tensor, num_tokens: int, owner_E: IntArray) -> RowO
 def sum_rows(y_ND: Tensor, order: RowOrder, weights_TK: Tensor, num_tokens: int) -> Tensor:
     """Sorted rows' outputs y_ND → y_TD with zeros for padding. The sum's order is that of k, one addition
     after the other, so it does not depend on who shares the batch."""
-    num_rows, top_k = weights_TK.shape
-    y_TD = y_ND.new_zeros((num_rows, y_ND.shape[1]))
-    if num_tokens:
-        y_KTD = y_ND[order.place_N].view(top_k, num_tokens, -1)
-        weighted_KTD = y_KTD * weights_TK[:num_tokens].t().unsqueeze(2)
-        sum_TD = weighted_KTD[0]
+    (num_rows, top_k), width = weights_TK.shape, y_ND.shape[1]
+    y_TD = y_ND.new_zeros((num_rows, width))
+    places_KT = order.place_N.view(top_k, num_tokens)
+    most = max(SUM_BYTES // (top_k * width * 4), 1) if y_ND.device.type == "cpu" else num_tokens
+    for first in range(0, num_tokens, most):
+        last = min(first + most, num_tokens)
+        places_N = places_KT[:, first:last].reshape(-1)
+        y_KTD = y_ND.index_select(0, places_N).view(top_k, last - first, width).float()
+        y_KTD *= weights_TK[first:last].t().unsqueeze(2)
+        sum_TD = y_KTD[0]
         for k in range(1, top_k):
-            sum_TD += weighted_KTD[k]
-        y_TD[:num_tokens] = sum_TD
+            sum_TD += y_KTD[k]
+        y_TD[first:last] = sum_TD
     return y_TD
 
 
@@ -162,7 +170,7 @@ class LocalDispatcher:
         self, tag: StepTag, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor, num_tokens: int
     ) -> None:
         order = sort_rows(expert_ids_TK, num_tokens, self._owner_E)
-        x_ND = x_TD[order.tokens_N[order.num_orphans :]]
+        x_ND = x_TD.index_select(0, order.tokens_N[order.num_orphans :])
         counts = order.counts_E[self._own].tolist()
         y_ND = self._experts(tag.layer, x_ND, counts) if len(x_ND) else x_ND
         y_ND = F.pad(y_ND, (0, 0, order.num_orphans, 0)) if order.num_orphans else y_ND
@@ -318,7 +326,7 @@ class LinkDispatcher:
     def _send_rows(self, asked: _Asked) -> None:
         order = asked.order
         assert order is not None
-        x_ND = asked.x_TD[order.tokens_N]
+        x_ND = asked.x_TD.index_select(0, order.tokens_N)
         if order.num_orphans:
             self._report_orphans(order)
         first = order.num_orphans

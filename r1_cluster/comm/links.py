@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from r1_cluster.comm import wire
@@ -46,14 +47,35 @@ UNIX_BUFFER_BYTES = 4 << 20
 _TIMEVAL = struct.Struct("@ll")
 
 
+@dataclass(slots=True)
+class Traffic:
+    """What one end of a link has sent and received: whole messages; bytes of headers, bodies and tensors,
+    whichever way those go. Who sends counts what is sent, who receives what is received, so that nothing is
+    locked; another thread that reads them may find a message less."""
+
+    sent_messages: int = 0
+    sent_bytes: int = 0
+    received_messages: int = 0
+    received_bytes: int = 0
+
+    def add(self, other: Traffic) -> None:
+        """Counts what `other` has counted, too."""
+        self.sent_messages += other.sent_messages
+        self.sent_bytes += other.sent_bytes
+        self.received_messages += other.received_messages
+        self.received_bytes += other.received_bytes
+
+
 class Link(Protocol):
     """One end of a link. `peer` is the other end's name, `device` where the tensors are that it carries.
-    `stale_dropped` counts messages of former epochs that `recv_epoch` dropped. One thread may send while
-    another receives; `close` may come from any thread and wakes both with LinkClosed."""
+    `stale_dropped` counts messages of former epochs that `recv_epoch` dropped, `traffic` all messages.
+    One thread may send while another receives; `close` may come from any thread and wakes both with
+    LinkClosed."""
 
     peer: str
     device: Device
     stale_dropped: int
+    traffic: Traffic
 
     @property
     def closed(self) -> bool: ...
@@ -93,6 +115,7 @@ class TcpLink:
         self.peer = peer
         self.device: Device = "cpu"
         self.stale_dropped = 0
+        self.traffic = Traffic()
         self._send_timeout_s = send_timeout_s
         self._sock = sock
         self._closed = False
@@ -129,7 +152,9 @@ class TcpLink:
                 header, specs, body, deadline = self._recv_prefix(timeout_s)
                 if header.flags & wire.Flags.EXTERNAL:
                     raise WireError("payload announced outside of a plain link")
-                return Message(header, [self._recv_tensor(spec, deadline) for spec in specs], body)
+                message = Message(header, [self._recv_tensor(spec, deadline) for spec in specs], body)
+                self.traffic.received_messages += 1
+                return message
         except (LinkClosed, WireError):
             self.close()
             raise
@@ -148,6 +173,7 @@ class TcpLink:
         try:
             with self._recv_lock:
                 header, specs, body, _ = self._recv_prefix(timeout_s)
+                self.traffic.received_messages += 1
         except (LinkClosed, WireError):
             self.close()
             raise
@@ -172,6 +198,7 @@ class TcpLink:
         try:
             with self._send_lock:
                 self._send_all(buffers)
+                self.traffic.sent_messages += 1
         except (LinkClosed, LinkTimeout):
             self.close()
             raise
@@ -185,6 +212,7 @@ class TcpLink:
                 raise LinkTimeout(f"{self.peer} took nothing for {self._send_timeout_s} s") from None
             except OSError as error:
                 raise self._gone(error) from None
+            self.traffic.sent_bytes += sent
             remaining -= sent
             if not remaining:
                 return
@@ -239,6 +267,7 @@ class TcpLink:
             raise self._gone(error) from None
         if not received:
             raise self._gone(None)
+        self.traffic.received_bytes += received
         return received
 
     def _arm(self, timeout_s: float | None) -> None:
@@ -263,13 +292,15 @@ class TcpLink:
 class LocalLink:
     """A link to a role in this process: `send` calls its handler, `recv` returns what it answered.
 
-    What the handler raises reaches the sender. Tensors are handed over, not copied.
+    What the handler raises reaches the sender. Tensors are handed over, not copied, and counted as if they
+    had travelled.
     """
 
     def __init__(self, peer: str, handler: Callable[[Message], Message], device: Device = "cpu") -> None:
         self.peer = peer
         self.device = device
         self.stale_dropped = 0
+        self.traffic = Traffic()
         self._handler = handler
         self._replies: deque[Message] = deque()
         self._closed = False
@@ -284,14 +315,20 @@ class LocalLink:
     def send(self, header: Header, tensors: Sequence[Tensor] = (), body: bytes = b"") -> None:
         if self._closed:
             raise LinkClosed(f"the link to {self.peer} was closed on this side")
-        self._replies.append(self._handler(Message(header, tensors, body)))
+        message = Message(header, tensors, body)
+        self._replies.append(self._handler(message))
+        self.traffic.sent_messages += 1
+        self.traffic.sent_bytes += wire.message_bytes(message)
 
     def recv(self, timeout_s: float | None) -> Message:
         if self._closed:
             raise LinkClosed(f"the link to {self.peer} was closed on this side")
         if not self._replies:
             raise LinkTimeout(f"{self.peer} was asked nothing that is not answered yet")
-        return self._replies.popleft()
+        reply = self._replies.popleft()
+        self.traffic.received_messages += 1
+        self.traffic.received_bytes += wire.message_bytes(reply)
+        return reply
 
     def close(self) -> None:
         self._closed = True

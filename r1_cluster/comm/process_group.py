@@ -95,6 +95,7 @@ class ProcessGroupLink:
         self.peer = header_link.peer
         self.device: Device = pair.device
         self.stale_dropped = 0
+        self.traffic = header_link.traffic  # which has counted what it took to form the group
         self._header_link = header_link
         self._pair = pair
         self._watch = watch
@@ -117,6 +118,7 @@ class ProcessGroupLink:
             for tensor in tensors:
                 if tensor.numel():
                     self._pair.send(tensor.contiguous())
+                    self.traffic.sent_bytes += tensor.nbytes
         except (LinkError, RuntimeError) as error:
             raise self._failed(error) from None
 
@@ -141,7 +143,9 @@ class ProcessGroupLink:
     def _recv_tensor(self, spec: WireSpec) -> Tensor:
         if 0 in spec.shape:
             return torch.empty(spec.shape, dtype=spec.dtype, device=self._pair.device)
-        return self._pair.recv(spec)
+        tensor = self._pair.recv(spec)
+        self.traffic.received_bytes += spec.num_bytes
+        return tensor
 
     def _failed(self, error: LinkError | RuntimeError) -> LinkError | RuntimeError:
         """What to raise. Not raised here: an error whose traceback has a frame that names it is a circle, and

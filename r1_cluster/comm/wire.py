@@ -231,6 +231,12 @@ def decode_specs(data: bytes | bytearray | memoryview, num_tensors: int) -> list
     return specs
 
 
+def message_bytes(message: Message) -> int:
+    """How many bytes a message is on a stream, its payload included."""
+    payload_bytes = sum(tensor.nbytes for tensor in message.tensors)
+    return HEADER_SIZE + SPEC_SIZE * len(message.tensors) + len(message.body) + payload_bytes
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy; writable where the tensor is."""
     if tensor.numel() == 0:

@@ -8,7 +8,7 @@ from kernels.ops import for_device
 from r1_cluster.comm.dispatch import LinkDispatcher
 from r1_cluster.comm.exchange import Exchange, ExpertSpan
 from r1_cluster.comm.handshake import Hello
-from r1_cluster.comm.links import Link, LocalLink, TcpLink
+from r1_cluster.comm.links import Link, LocalLink, TcpLink, Traffic
 from r1_cluster.comm.listener import connect
 from r1_cluster.comm.process_group import ProcessGroups
 from r1_cluster.comm.transports import backend_for
@@ -20,11 +20,13 @@ from r1_cluster.planning.layout import Layout, WorkerSpec
 
 
 class Peers:
-    """The tensor links of one worker, by the name of whoever is at the other end."""
+    """The tensor links of one worker, by the name of whoever is at the other end. `traffic` is what they have
+    carried, by the same name, over all links to it that there have been."""
 
     def __init__(self, boot: WorkerBoot, links: dict[str, Link], host: str) -> None:
         """`links` is filled here and read by the worker's roles; `host` is where the worker listens."""
         self.links = links
+        self.traffic: dict[str, Traffic] = {}
         self._boot = boot
         self._incarnations: dict[str, str] = {}
         self._groups: ProcessGroups | None = None
@@ -35,6 +37,12 @@ class Peers:
     def accept(self, hello: Hello, link: TcpLink) -> None:
         """Takes a link that a peer opened. Raises LinkError."""
         self._keep(hello.peer, hello.incarnation, self._grouped(link, 1))
+
+    def count(self, peer: str, link: Link) -> None:
+        """Goes on with a new link where the former one to its peer has stopped counting."""
+        if (former := self.traffic.get(peer)) is not None:
+            link.traffic.add(former)
+        self.traffic[peer] = link.traffic
 
     def drop(self, link: Link) -> None:
         """Forgets a closed link."""
@@ -128,4 +136,5 @@ class Peers:
         if former is not None:
             former.close()
         self.links[peer] = link
+        self.count(peer, link)
         self._incarnations[peer] = incarnation

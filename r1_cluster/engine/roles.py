@@ -65,19 +65,17 @@ class RouterRole:
     def __init__(self, model: RouterModel) -> None:
         self.model = model
         self.dispatcher: Dispatcher | None = None
-
-    @property
-    def idle_s(self) -> float:
-        """See `Router.idle_s`."""
-        return self.dispatcher.idle_s if self.dispatcher is not None else 0.0
+        self.idle_s = 0.0  # see `Router.idle_s`; of all dispatchers that it has had
 
     def forward(self, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
         assert self.dispatcher is not None, "a router is linked to its experts before it is asked"
         weights_TK, ids_TK = self.model.gate(tag.layer, x_TD)
-        device = self.dispatcher.device
+        device, idle_s = self.dispatcher.device, self.dispatcher.idle_s
         self.dispatcher.dispatch(tag, x_TD.to(device), weights_TK.to(device), ids_TK.to(device), num_tokens)
         shared_TD = self.model.shared(tag.layer, x_TD)  # while the experts work
-        return self.dispatcher.combine().to(x_TD.device).add_(shared_TD)
+        y_TD = self.dispatcher.combine()
+        self.idle_s += self.dispatcher.idle_s - idle_s
+        return y_TD.to(x_TD.device).add_(shared_TD)
 
     @property
     def exchange(self) -> Exchange | None:
@@ -87,11 +85,14 @@ class RouterRole:
     def take_part(self, tag: StepTag, x_0D: torch.Tensor) -> None:
         """A mixture of other ranks' tokens, of which some go to the experts here; `x_0D` has no rows. Raises
         PeersLost, Unsendable."""
-        assert self.exchange is not None, "only an exchange goes on without tokens of one's own"
-        weights_01 = torch.zeros(0, 1, device=self.exchange.device)
-        ids_01 = torch.zeros(0, 1, dtype=torch.int64, device=self.exchange.device)
-        self.exchange.dispatch(tag, x_0D.to(self.exchange.device), weights_01, ids_01, 0)
-        self.exchange.combine()
+        exchange = self.exchange
+        assert exchange is not None, "only an exchange goes on without tokens of one's own"
+        idle_s = exchange.idle_s
+        weights_01 = torch.zeros(0, 1, device=exchange.device)
+        ids_01 = torch.zeros(0, 1, dtype=torch.int64, device=exchange.device)
+        exchange.dispatch(tag, x_0D.to(exchange.device), weights_01, ids_01, 0)
+        exchange.combine()
+        self.idle_s += exchange.idle_s - idle_s
 
     def take_lost(self) -> list[str]:
         """See `Router.take_lost`."""
@@ -222,18 +223,19 @@ class StageRole:
         PeersLost."""
         if self.ranks is not None:
             self.ranks.begin(plan.epoch, plan.step, plan.micro_batch)
-        began, idle_s = time.perf_counter(), self._idle_s
+        began, idle_s = time.perf_counter(), self.idle_s
         result: tuple[torch.Tensor, list[int] | None]
         if plan.seq_ids:
             batch = AttentionBatch.from_plan(plan, self.page_size, self.model.shard)
             result = self._run(plan, batch, x_TD)
         else:
             result = self._take_part(plan), []
-        self.compute_s = time.perf_counter() - began - (self._idle_s - idle_s)
+        self.compute_s = time.perf_counter() - began - (self.idle_s - idle_s)
         return result
 
     @property
-    def _idle_s(self) -> float:
+    def idle_s(self) -> float:
+        """Grows by the time in which this stage waited for its router and its other ranks."""
         return sum(part.idle_s for part in (self.moe, self.ranks) if part is not None)
 
     def _run(

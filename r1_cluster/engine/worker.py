@@ -34,7 +34,7 @@ from r1_cluster.comm.wire import (
     pack,
     unpack,
 )
-from r1_cluster.engine.boot import Ready, Topology, WorkerBoot
+from r1_cluster.engine.boot import ENGINE, Ready, Topology, WorkerBoot
 from r1_cluster.engine.held import HeldSequences
 from r1_cluster.engine.loading import load_roles
 from r1_cluster.engine.peers import Peers
@@ -150,7 +150,15 @@ class Worker:
                 self._reply(self._control, Header(Kind.DEPOSED, hello.epoch), [], b"")
                 self._control.close()
             self._control = link
+            self.peers.count(ENGINE, link)
             self.office = hello.epoch
+
+    @property
+    def waited_s(self) -> float:
+        """For how long this worker's stage or router, since it has it, waited for others within steps: what
+        those others' operators do not explain."""
+        part = self.stage or self.router
+        return 0.0 if part is None else part.idle_s
 
     def _receive(self, link: Link) -> None:
         try:

@@ -12,6 +12,7 @@ from expert_shards import TAG, D, draw_step, local_links, make_experts, naive, s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1_cluster.comm import dispatch
 from r1_cluster.comm.dispatch import ExpertMap, LinkDispatcher, LocalDispatcher, handle, sort_rows
 from r1_cluster.comm.links import LocalLink, TcpLink, wait_any
 from r1_cluster.comm.wire import Flags, Header, Kind, Message, Unsendable, WireError
@@ -53,6 +54,16 @@ def test_sockets_give_the_same_bits_as_local(shards, num_shards):
         inputs = draw_step(8, 5, 8, 2, seed)
         tag = TAG._replace(step=seed)
         assert torch.equal(step(dispatcher, *inputs, 5, tag), step(local, *inputs, 5, tag))
+
+
+@pytest.mark.parametrize("num_bytes", [1, 5 * 3 * D * 4, 21 * 3 * D * 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_some_tokens_at_a_time_have_the_same_bits(monkeypatch, num_bytes, dtype):
+    """One token, five, and all of them."""
+    monkeypatch.setattr(dispatch, "SUM_BYTES", num_bytes)
+    inputs = draw_step(24, 21, 8, 3, 0, dtype=dtype)
+    y_TD = step(LocalDispatcher(make_experts(range(8)), 8), *inputs, 21)
+    assert torch.equal(y_TD, naive(*inputs, 21, 8))
 
 
 def test_a_tokens_result_does_not_depend_on_its_batch():

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from r1_cluster.comm import wire
-from r1_cluster.comm.links import STALL_S, LocalLink, TcpLink, recv_epoch, wait_any
+from r1_cluster.comm.links import STALL_S, LocalLink, TcpLink, Traffic, recv_epoch, wait_any
 from r1_cluster.comm.wire import (
     Flags,
     Header,
@@ -56,6 +56,31 @@ def test_messages_arrive_as_sent(pair, kinds, body, epoch):
         assert received.dtype == sent.dtype
         assert received.shape == sent.shape
         assert wire.tensor_bytes(received) == wire.tensor_bytes(sent)
+
+
+def test_both_ends_count_what_went_over(pair):
+    left, right = pair
+    messages = [
+        Message(Header(1)),
+        Message(Header(2, rows=4), [torch.randn(4, 7), torch.arange(3)], b"body"),
+        Message(Header(3), [torch.randn(700, 7168), torch.empty(0, 5)]),  # 20 MB: in many pieces
+    ]
+    sizes = [wire.message_bytes(message) for message in messages]
+    assert sizes[1] == wire.HEADER_SIZE + 2 * wire.SPEC_SIZE + 4 * 7 * 4 + 3 * 8 + 4
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(lambda: [left.send(*message) for message in messages])
+        assert [wire.message_bytes(right.recv(5)) for _ in messages] == sizes
+        sent.result()
+    right.send_announcement(messages[1].header, messages[1].tensors, b"body")
+    left.recv_announcement(5)
+    announced = sizes[1] - 4 * 7 * 4 - 3 * 8
+    assert left.traffic == Traffic(3, sum(sizes), 1, announced)
+    assert right.traffic == Traffic(1, announced, 3, sum(sizes))
+    with pytest.raises(LinkTimeout):
+        right.recv(0)
+    with pytest.raises(Unsendable):
+        left.send(Header(1), [torch.zeros(1, dtype=torch.complex64)])
+    assert (left.traffic.sent_messages, right.traffic.received_messages) == (3, 3)
 
 
 def test_messages_larger_than_all_buffers_go_both_ways(pair):
@@ -111,6 +136,7 @@ def test_a_message_that_breaks_off_ends_the_link():
             link.recv(0.1)
         assert STALL_S * 0.9 < time.monotonic() - start < STALL_S + 1
         assert link.closed
+        assert link.traffic == Traffic(received_bytes=len(data) + 50)
         with pytest.raises(LinkClosed):
             link.recv(0.1)
 
@@ -267,6 +293,8 @@ def test_local_link_answers_in_order_and_passes_errors_on():
     first, second = link.recv(1), link.recv(1)
     assert (first.header.step, second.header.step) == (1, 2)
     assert first.tensors[0].tolist() == [1, 1]
+    num_bytes = 2 * wire.HEADER_SIZE + wire.SPEC_SIZE + 2 * 4
+    assert link.traffic == Traffic(2, num_bytes, 2, num_bytes)
     with pytest.raises(LinkTimeout):
         link.recv(0)
     with pytest.raises(LinkError, match="nine"):

@@ -10,16 +10,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
 from r1_cluster.comm.dispatch import LinkDispatcher, LocalDispatcher, StepTag
-from r1_cluster.comm.links import wait_any
+from r1_cluster.comm.links import Traffic, wait_any
 from r1_cluster.comm.process_group import ProcessGroupLink, ProcessGroups
 from r1_cluster.comm.shared_memory import SLOT_BYTES, SLOTS
 from r1_cluster.comm.transports import backend_for
-from r1_cluster.comm.wire import Flags, Header, Kind, LinkClosed, LinkTimeout, Unsendable, WireError
+from r1_cluster.comm.wire import (
+    Flags,
+    Header,
+    Kind,
+    LinkClosed,
+    LinkTimeout,
+    Message,
+    Unsendable,
+    WireError,
+    message_bytes,
+)
 
 JOIN = """
 from r1_cluster.comm.dispatch import handle
@@ -116,6 +127,7 @@ def test_messages_arrive_as_sent(join):
     ]
     tensors = [tensor.to(link.device) for tensor in tensors]
     header = Header(Kind.DISPATCH, 1, 2, 3, 4, 5, Flags.TAINTED)
+    to_join = replace(link.traffic)
     for _ in range(3):
         link.send(header, tensors, b"body")
         assert wait_any([link], 5) == [link]
@@ -126,6 +138,8 @@ def test_messages_arrive_as_sent(join):
             assert received.dtype == sent.dtype
             assert received.shape == sent.shape
             assert torch.equal(received.float(), sent.float())
+    to_join.add(Traffic(*[3, 3 * message_bytes(Message(header, tensors, b"body"))] * 2))
+    assert link.traffic == to_join
     with pytest.raises(LinkTimeout):
         link.recv(0.05)
     assert not link.closed

@@ -1,13 +1,11 @@
 """Stage, router and experts as processes without Ray: the twin on the CPU of tests/gpu/test_engine.py."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from processes import COLOCATED, assert_texts_survive, requests, settings
 from small_model import DENSE_KERNEL_SHAPE, dense_values, write_checkpoint
 
-from benchmarks.processes import LocalEngine
+from benchmarks.processes import LocalEngine, worker_boot
 from r1_cluster.config import LayoutConfig
 from r1_cluster.engine import loading
 from r1_cluster.engine.worker import Worker
@@ -59,11 +57,10 @@ def test_a_worker_keeps_its_pages_as_it_is_told_and_asks_for_as_much_memory(
 ):
     kind = settings(tmp_path, device="cpu", dtype="float32", transport="sockets", kv_cache_dtype=said)
     config = load_config(tmp_path)
-    local = SimpleNamespace(settings=kind, layout=build_layout(COLOCATED, config))
     asked = []
     monkeypatch.setattr(loading, "free_bytes", lambda device: 1)
     monkeypatch.setattr(loading, "check_room", lambda parts, free: asked.append(parts["pages"]))
-    boot = LocalEngine._boot(local, "stage-0", "first")
+    boot = worker_boot(kind, build_layout(COLOCATED, config), "stage-0", "first")
     # What is asked for is a device's, which computes in BF16.
     width = config.attention.cache_width + 4 * 2 if said else 2 * config.attention.cache_width
     worker = Worker(boot)

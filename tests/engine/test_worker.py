@@ -1,5 +1,6 @@
 """What workers are sent, cannot send or do not understand, and the memory that they ask for."""
 
+import time
 from types import SimpleNamespace
 
 import msgspec
@@ -8,6 +9,7 @@ from thread_cluster import DENSE_LAYOUTS, LAYOUTS, PAGE_SIZE, SECRET, Cluster, r
 
 from r1_cluster.comm import wire
 from r1_cluster.comm.handshake import Hello
+from r1_cluster.comm.links import Traffic
 from r1_cluster.comm.listener import connect
 from r1_cluster.comm.wire import Header, Kind, LinkClosed
 from r1_cluster.config import LayoutConfig
@@ -32,6 +34,43 @@ def test_a_step_whose_rows_fit_no_message_gives_the_same_text(checkpoint, monkey
         assert cluster.core.recovery.num_recoveries == 0
     finally:
         cluster.close()
+
+
+@pytest.mark.slow
+def test_traffic_and_waits_are_counted_over_all_links_to_a_place(checkpoint):
+    """An expert shard dies between steps: its router goes on counting, its successor begins."""
+    asked = requests(4)
+    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"])
+
+    def seen_by(worker):
+        traffic = worker.peers.traffic["router-1"]
+        return Traffic(
+            traffic.received_messages, traffic.received_bytes, traffic.sent_messages, traffic.sent_bytes
+        )
+
+    try:
+        cluster.run(asked)
+        router, former = cluster.workers["router-1"], cluster.workers["experts-1"]
+        soon(lambda: router.peers.traffic["experts-1"] == seen_by(former))
+        total, waited_s = seen_by(former), router.waited_s
+        former.stop()
+        soon(lambda: cluster.core.recovery.num_recoveries == 1)
+        cluster.run(asked)
+        assert 0 < total.sent_messages < router.peers.traffic["experts-1"].sent_messages
+        total.add(seen_by(cluster.workers["experts-1"]))
+        soon(lambda: router.peers.traffic["experts-1"] == total)
+        assert router.waited_s > waited_s > 0
+        assert cluster.workers["stage-1"].waited_s > 0
+        assert cluster.workers["stage-1"].peers.traffic.keys() == {"engine", "stage-0", "router-1"}
+    finally:
+        cluster.close()
+
+
+def soon(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("layout", ["disaggregated", "two stages without experts between"])

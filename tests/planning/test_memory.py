@@ -131,8 +131,11 @@ def test_experts_of_a_rank_have_room_for_the_rows_of_all():
         return parts_of("dp-0", layout)
 
     two, four = of(2), of(4)
-    assert four["rows of all ranks"] > two["rows of all ranks"] > 0
-    assert four["experts' rows"] > two["experts' rows"]
+    moe = CONFIG.moe
+    for data_ranks, parts in ((2, two), (4, four)):
+        for_one = min(moe.num_experts_per_tok, moe.n_routed_experts // data_ranks)
+        rows = data_ranks * LIMITS["max_batch_tokens"] * for_one
+        assert parts["rows of all ranks"] == rows * 4 * CONFIG.hidden_size * 2
     assert four["links"] == 3 * two["links"]
     assert four["pages"] == two["pages"] == parts_of("stage-0", COLOCATED)["pages"]
 

@@ -208,13 +208,23 @@ def test_unknown_paths_and_methods(service):
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_status_shows_who_runs_where(service):
+def test_status_shows_who_runs_where(service, client):
+    ask(client, "hello", max_tokens=4)
     (engine,) = service.status()["engines"]
     workers = {worker["name"]: worker for worker in engine["workers"]}
     assert all(worker["state"] == "alive" for worker in workers.values())
     assert len({worker["pid"] for worker in workers.values()}) == len(workers)
     assert all(worker["node"] for worker in workers.values())
     if engine["layout"] == "disaggregated":
+        assert set(workers["router-1"]["traffic"]) == {
+            "engine",
+            "stage-1",
+            "experts-0",
+            "experts-1",
+            "experts-2",
+        }
+        assert workers["stage-1"]["traffic"]["router-1"]["sent_bytes"] > 1000
+        assert workers["router-1"]["waited_s"] > 0
         assert sorted(workers) == [
             "experts-0", "experts-1", "experts-2", "router-0", "router-1", "stage-0", "stage-1",
         ]  # fmt: skip
@@ -222,3 +232,5 @@ def test_status_shows_who_runs_where(service):
         assert workers["stage-0"]["roles"] == ["stage", "router", "experts"]
     text = service.command("status")
     assert all(name in text for name in workers)
+    links = [line.split() for line in text[text.index("links of") :].splitlines()[1:]]
+    assert {worker for worker, peer, *_ in links if peer == "engine"} == set(workers)

@@ -1,0 +1,34 @@
+"""What `r1-cluster status` shows of links."""
+
+from r1_cluster.cli.status import _show_traffic
+
+
+def counted(sent, received):
+    keys = ("sent_messages", "sent_bytes", "received_messages", "received_bytes")
+    return dict(zip(keys, (*sent, *received)))
+
+
+def test_traffic_by_kind_of_peer_fits_80_columns(capsys):
+    large = (123_456_789, 987_600_000_000_000)
+    _show_traffic(
+        [
+            {"name": "stage-0-rank-1", "traffic": {}, "waited_s": 0.0},
+            {
+                "name": "router-0",
+                "waited_s": 1234.56,
+                "traffic": {
+                    "stage-0": counted(large, large),
+                    "experts-10": counted((3, 1_000), (30, 5_000)),
+                    "experts-2": counted((4, 1_100), (40, 6_000)),
+                },
+            },
+            {"name": "experts-10-copy-1", "state": "silent"},
+        ]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split() for line in lines] == [
+        ["links", "of", "to", "sent", "received", "waited"],
+        ["router-0", "experts", "7", "2.1", "kB", "70", "11.0", "kB", "1234.56", "s"],
+        ["router-0", "stage", "123456789", "987.6", "TB", "123456789", "987.6", "TB"],
+    ]
