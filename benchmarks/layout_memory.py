@@ -52,12 +52,27 @@ def _apart(**keys: int) -> Keys:
     return {"kind": "disaggregated", **keys}
 
 
+def _parallel(data_parallel: int, **keys: int) -> Keys:
+    return {"kind": "expert-parallel", "data_parallel": data_parallel, **keys}
+
+
 _SHOWN_H100 = 81559 * 2**20 / 10**9
 """What the driver shows of an H100, in MiB: more than the 80 GB of its data sheet."""
 MACHINES = (
-    Machines(R1, 16, "H200", 141, ({"tensor_parallel": 16}, _apart(stages=2, expert_shards=12))),
-    Machines(R1, 8, "H200", 141, ({"tensor_parallel": 8}, _apart(stages=1, expert_shards=6))),
-    Machines(R1, 8, "MI300X", 192, ({"tensor_parallel": 8}, _apart(stages=2, expert_shards=4))),
+    Machines(
+        R1,
+        16,
+        "H200",
+        141,
+        (
+            {"tensor_parallel": 16},
+            _parallel(16),
+            _parallel(16, redundant_experts=1),
+            _apart(stages=2, expert_shards=12),
+        ),
+    ),
+    Machines(R1, 8, "H200", 141, ({"tensor_parallel": 8}, _parallel(8), _apart(stages=1, expert_shards=6))),
+    Machines(R1, 8, "MI300X", 192, ({"tensor_parallel": 8}, _parallel(8), _apart(stages=2, expert_shards=4))),
     Machines(
         LLAMA,
         4,

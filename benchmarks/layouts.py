@@ -39,7 +39,7 @@ from make_checkpoint import make_checkpoint  # noqa: E402
 
 REPORT = Path(__file__).parent / "results/layouts.md"
 COLOCATED, TWO_COLOCATED, STAGES = "colocated", "two colocated engines", "two stages"
-RANKS, DISAGGREGATED = "two ranks", "disaggregated"
+RANKS, DISAGGREGATED, PARALLEL = "two ranks", "disaggregated", "expert-parallel"
 STREAMS = (1, 8, 32)
 QUIET = 0.1
 """The share of all cores that other processes may take during a measurement."""
@@ -71,6 +71,7 @@ WAYS = {
         micro_batches=2,
     ),
     RANKS: Way(((LayoutConfig(tensor_parallel=2), {"stage-0-rank-0": 0, "stage-0-rank-1": 1}),)),
+    PARALLEL: Way(((LayoutConfig(kind="expert-parallel", data_parallel=2), {"dp-0": 0, "dp-1": 1}),)),
     DISAGGREGATED: Way(
         ((LayoutConfig(kind="disaggregated"), {"stage-0": 0, "router-0": 1, "experts-0": 1}),)
     ),
@@ -87,7 +88,11 @@ class Goal(NamedTuple):
     least: float
 
 
-GOALS = (Goal(RANKS, COLOCATED, "small", 1, 1.2), Goal(DISAGGREGATED, COLOCATED, "nano R1", 8, 0.5))
+GOALS = (
+    Goal(RANKS, COLOCATED, "small", 1, 1.2),
+    *(Goal(PARALLEL, TWO_COLOCATED, model, 32, 0.8) for model in ("nano R1", "small")),
+    *(Goal(DISAGGREGATED, COLOCATED, "nano R1", streams, 0.5) for streams in (8, 32)),
+)
 
 
 @dataclass

@@ -51,13 +51,18 @@ Carriage = dict[tuple[str, str], Carried]
 
 
 class Step(NamedTuple):
-    """A step as it was planned and answered; by layer the experts [T, K] that the gates chose for its tokens;
-    and what it made the links carry."""
+    """A step as it was planned and answered, by data rank; by data rank and layer the experts [T, K] that the
+    gates chose for its tokens; and what it made the links carry."""
 
-    plan: StepPlan
-    result: StepResult
-    chosen: dict[int, np.ndarray]
+    plans: list[StepPlan]
+    results: list[StepResult]
+    chosen: dict[tuple[int, int], np.ndarray]
     carried: Carriage
+
+    @property
+    def num_tokens(self) -> int:
+        """Those of all data ranks."""
+        return sum(sum(plan.num_new) for plan in self.plans)
 
 
 class Steps:
@@ -66,7 +71,8 @@ class Steps:
     def __init__(self, settings: Settings, layout: LayoutConfig) -> None:
         self.config = load_config(Path(settings.checkpoint))
         self.layout = build_layout(layout, self.config)
-        self._chosen: dict[int, np.ndarray] = {}
+        self._chosen: dict[tuple[int, int], np.ndarray] = {}
+        self._results: list[StepResult] = []
         self._workers: dict[str, Worker] = {}
         for spec in self.layout.workers:
             worker = self._workers[spec.name] = Worker(worker_boot(settings, self.layout, spec.name, "first"))
@@ -79,8 +85,8 @@ class Steps:
         )
         self._pipeline.link(1)
         limits = Limits(settings.max_num_seqs, settings.max_batch_tokens, settings.max_context_len)
-        allocator = PageAllocator(settings.num_pages, settings.page_size)
-        self._scheduler = Scheduler(limits, allocator, frozenset())
+        allocators = [PageAllocator(settings.num_pages, settings.page_size) for _ in self.layout.first_stages]
+        self._scheduler = Scheduler(limits, allocators, frozenset())
 
     def __enter__(self) -> Steps:
         return self
@@ -104,7 +110,7 @@ class Steps:
 
         def noting(layer: int, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             weights_TK, ids_TK = gate(layer, x_TD)
-            self._chosen[layer] = ids_TK.numpy()
+            self._chosen[worker.spec.data_rank, layer] = ids_TK.numpy()
             return weights_TK, ids_TK
 
         model.gate = noting  # type: ignore[method-assign]
@@ -123,32 +129,36 @@ class Steps:
     def step(self) -> Step:
         """The next step: of all sequences one token more."""
         before = self._carried()
-        plan = self._scheduler.schedule(self._pipeline.epoch)
-        assert plan is not None, "there is no sequence"
-        self._pipeline.send(plan)
-        result = self._result()
-        self._scheduler.commit(result)
+        plans = self._scheduler.schedule(self._pipeline.epoch)
+        assert plans, "there is no sequence"
+        self._chosen.clear()
+        for plan in plans:
+            self._pipeline.send(plan)
+        results = sorted((self._result() for _ in plans), key=lambda result: result.data_rank)
+        for result in results:
+            self._scheduler.commit(result)
         after = self._carried()
         none = Carried(0, 0)
         grown = {
             link: Carried(*(a - b for a, b in zip(now, before.get(link, none))))
             for link, now in after.items()
         }
-        num_tokens = sum(plan.num_new)
+        num_tokens = [sum(plan.num_new) for plan in plans]
         return Step(
-            plan,
-            result,
-            {layer: ids_TK[:num_tokens] for layer, ids_TK in self._chosen.items()},
+            plans,
+            results,
+            {which: ids_TK[: num_tokens[which[0]]] for which, ids_TK in self._chosen.items()},
             {link: carried for link, carried in grown.items() if carried != none},
         )
 
     def _result(self) -> StepResult:
+        if self._results:
+            return self._results.pop()
         links = [member.link for member in self._pipeline.members.values()]
         while ready := wait_any(links, WAIT_S):
-            for link in ready:
-                result = self._pipeline.receive(link)
-                if result is not None:
-                    return result
+            self._results += filter(None, map(self._pipeline.receive, ready))
+            if self._results:
+                return self._results.pop()
         raise RuntimeError(f"a step has not ended in {WAIT_S:g} s")
 
     def _carried(self) -> Carriage:
@@ -174,9 +184,6 @@ class Steps:
 def due(config: ModelConfig, layout: Layout, step: Step, item_bytes: int) -> Carriage:
     """What a step has its links carry by arithmetic. A row of hidden states is D · `item_bytes`; a step's T
     tokens go to stages, ranks and routers in whole tiles of rows, and to experts in T · K rows."""
-    plan = step.plan
-    num_rows = -(-sum(plan.num_new) // ROW_TILE) * ROW_TILE
-    hidden = _message(num_rows * config.hidden_size * item_bytes)
     found: Carriage = {}
 
     def carry(sender: str, receiver: str, num_bytes: int, times: int = 1) -> None:
@@ -184,11 +191,20 @@ def due(config: ModelConfig, layout: Layout, step: Step, item_bytes: int) -> Car
             before = found.get((sender, receiver), Carried(0, 0))
             found[sender, receiver] = Carried(before.messages + times, before.num_bytes + times * num_bytes)
 
-    for rank in layout.stages[0]:
-        carry(ENGINE, rank.name, HEADER_SIZE + len(pack(plan)))
-    carry(layout.stages[-1][0].name, ENGINE, HEADER_SIZE + len(pack(step.result)))
+    for firsts, plan in zip(layout.first_stages, step.plans, strict=True):
+        for rank in firsts:
+            carry(ENGINE, rank.name, HEADER_SIZE + len(pack(plan)))
     for ranks in layout.stages:
         first, end = _span(ranks[0].stage)
+        is_last = end == config.num_hidden_layers
+        plan = step.plans[ranks[0].data_rank]
+        if is_last:
+            result = step.results[ranks[0].data_rank]
+            carry(ranks[0].name, ENGINE, HEADER_SIZE + len(pack(result)))
+        if not plan.num_new:
+            continue
+        num_rows = -(-sum(plan.num_new) // ROW_TILE) * ROW_TILE
+        hidden = _message(num_rows * config.hidden_size * item_bytes)
         num_moe = sum(first <= layer < end for layer in config.moe_layers)
         for rank in ranks:
             if following := layout.following(rank):
@@ -202,7 +218,7 @@ def due(config: ModelConfig, layout: Layout, step: Step, item_bytes: int) -> Car
             for other in ranks:
                 if other is not rank:
                     carry(rank.name, other.name, hidden, sums)
-            if ranks is layout.stages[-1] and rank.rank and plan.samples:
+            if is_last and rank.rank and plan.samples:
                 num_logits = len(plan.samples) * _columns(config, rank)
                 carry(rank.name, ranks[0].name, _message(num_logits * 4))
     first_hosts = {shard.experts: shard for shard in reversed(layout.shards)}
@@ -210,14 +226,22 @@ def due(config: ModelConfig, layout: Layout, step: Step, item_bytes: int) -> Car
         if worker.router is None or layout.has_its_experts(worker):
             continue
         first, end = _span(worker.router)
+        exchanged = layout.exchange_of(worker)
+        shards = [(shard.experts, shard) for shard in exchanged] or first_hosts.items()
         for layer in config.moe_layers:
-            if first <= layer < end:
-                for span, shard in first_hosts.items():
-                    low, high = _span(span)
-                    rows = int(((step.chosen[layer] >= low) & (step.chosen[layer] < high)).sum())
-                    payload = _message(rows * config.hidden_size * item_bytes)
+            if not first <= layer < end:
+                continue
+            chosen = step.chosen.get((worker.data_rank, layer), np.empty((0, 1)))
+            for span, shard in shards:
+                low, high = _span(span)
+                rows = int(((chosen >= low) & (chosen < high)).sum())
+                payload = _message(rows * config.hidden_size * item_bytes) if rows else HEADER_SIZE
+                if not exchanged:
                     carry(worker.name, shard.name, payload + 4 * (high - low), int(rows > 0))
                     carry(shard.name, worker.name, payload + len(pack_seconds(0.0)), int(rows > 0))
+                elif shard is not worker:  # who has no rows says so
+                    carry(worker.name, shard.name, payload + 4 * (high - low))
+                    carry(shard.name, worker.name, payload)
     return found
 
 
@@ -287,7 +311,7 @@ def tables(
     if any(layout.router_of(rank) not in (None, rank) for ranks in layout.stages for rank in ranks):
         assert config.moe is not None
         row = config.moe.num_experts_per_tok * config.hidden_size * item_bytes
-        cells = [f"{sum(step.plan.num_new) * row:,}" for step in steps.values()]
+        cells = [f"{step.num_tokens * row:,}" for step in steps.values()]
         lines.append(f"| of which rows, one way: T · K · D · {item_bytes} | {' | '.join(cells)} |")
     return lines, all(step.carried == dues[name] for name, step in steps.items())
 
@@ -307,6 +331,10 @@ def _of_every_layer(
     members = [link for link in links if ENGINE not in link and ranks.get(link[0]) == ranks.get(link[1], -1)]
     if members:
         yield "rank ⇄ rank, all", config.num_hidden_layers, members
+    peers = {w.name: {peer.name for peer in layout.exchange_of(w)} for w in layout.workers}
+    members = [link for link in links if link[1] in peers.get(link[0], ())]
+    if members:
+        yield "data rank ⇄ data rank, all", len(config.moe_layers), members
 
 
 def _cell(carried: Carried | None) -> str:

@@ -30,11 +30,12 @@ LAYOUTS = {
     "two stages": {"kind": "disaggregated", "stages": 2, "cpus_per_worker": 0.2},
     "expert shards": {"kind": "disaggregated", "expert_shards": 3, "cpus_per_worker": 0.2},
     "two ranks": {"kind": "colocated", "tensor_parallel": 2, "cpus_per_worker": 0.2},
+    "data ranks": {"kind": "expert-parallel", "data_parallel": 2, "cpus_per_worker": 0.2},
 }
 ALL = [
     (architecture, dtype, layout)
     for architecture, dtype, layout in itertools.product(ARCHITECTURES, DTYPES, LAYOUTS)
-    if layout != "expert shards" or architecture == "deepseek_v3"
+    if layout not in ("expert shards", "data ranks") or architecture == "deepseek_v3"
 ]
 """A dense model has no experts to divide."""
 ATOL = 1e-4

@@ -16,6 +16,11 @@ COLOCATED = LayoutConfig(kind="colocated")
 OWN_TEXTS = {
     "two ranks": ({"tensor_parallel": 2}, "stage-0-rank-1"),
     "four ranks": ({"tensor_parallel": 4}, "stage-0-rank-2"),
+    "four data ranks": ({"kind": "expert-parallel", "data_parallel": 4}, "dp-2"),
+    "data ranks of ranks": (
+        {"kind": "expert-parallel", "data_parallel": 2, "tensor_parallel": 2, "redundant_experts": 1},
+        "dp-1-rank-0",
+    ),
 }
 # Two heads for each of four ranks, which is the least that the kernels take.
 RANK_SHAPE = KERNEL_SHAPE | {

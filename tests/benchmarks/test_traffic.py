@@ -22,10 +22,20 @@ def steps_over(folder, layout, **changes):
         (config_values(), DISAGGREGATED | {"redundant_experts": 1}),
         (config_values(), DISAGGREGATED | {"tensor_parallel": 2}),
         (config_values(), {"tensor_parallel": 2}),
+        (config_values(), {"kind": "expert-parallel", "data_parallel": 3, "redundant_experts": 1}),
+        (config_values(), {"kind": "expert-parallel", "data_parallel": 2, "tensor_parallel": 2}),
         (dense_values(), {"kind": "disaggregated", "stages": 3}),
         (dense_values("Qwen2ForCausalLM", tie_word_embeddings=True), {"tensor_parallel": 4}),
     ],
-    ids=["copies", "ranks of stages", "ranks", "dense stages", "ranks with a tied head"],
+    ids=[
+        "copies",
+        "ranks of stages",
+        "ranks",
+        "data ranks",
+        "data ranks of ranks",
+        "dense stages",
+        "ranks with a tied head",
+    ],
 )
 def test_counted_is_what_arithmetic_says(tmp_path, values, layout):
     config = write_checkpoint(tmp_path, values)

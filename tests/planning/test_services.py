@@ -15,6 +15,7 @@ LAYOUTS = {
     "nano-tensor-parallel": ["stage+router+experts"] * 2,
     "nano-stages": ["stage"] * 2 + ["router"] * 2 + ["experts"],
     "nano-disaggregated": ["stage"] * 2 + ["router"] * 2 + ["experts"] * 3,
+    "nano-expert-parallel": ["stage+router+experts"] * 2,
 }
 
 
