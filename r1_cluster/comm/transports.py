@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections import deque
 from datetime import timedelta
 from typing import Protocol, cast
 
@@ -28,10 +29,11 @@ EAGER_BYTES = 1 << 16
 """A tensor of so many bytes is on its way when `Pair.send` returns, whether the peer waits for it or not:
 ranks send as much to each other before they receive (`ranks.AT_ONCE_BYTES`)."""
 
+_EAGER_SENDS = 8
+
 
 class _Work(Protocol):
     def wait(self, timeout: timedelta = ...) -> bool: ...
-    def is_completed(self) -> bool: ...
 
 
 class _Group(Protocol):
@@ -93,22 +95,23 @@ class GlooBackend:
 class GlooPair:
     """See `GlooBackend`. The group's timeout bounds every wait, and `abort` does not end one: gloo cannot
     be woken while the peer lives but is silent in the midst of a payload. Gloo ends a send when the peer has
-    received: short ones are copied and left to themselves, as NCCL leaves them in its buffers."""
+    received: a few short ones are copied and not waited for, as NCCL would leave them in its buffers."""
 
     def __init__(self, group: _Group, peer_rank: int) -> None:
         self.device = torch.device("cpu")
         self.broken = False  # its errors reach whoever waits
         self._group: _Group | None = group
         self._peer_rank = peer_rank
-        self._sending: list[tuple[_Work, Tensor]] = []
+        self._sending: deque[tuple[_Work, Tensor]] = deque()
 
     def send(self, tensor: Tensor) -> None:
         if tensor.nbytes > EAGER_BYTES:
             self._alive().send([tensor], self._peer_rank, 0).wait()
             return
-        copy = tensor.clone()
-        self._sending = [(work, sent) for work, sent in self._sending if not work.is_completed()]
-        self._sending.append((self._alive().send([copy], self._peer_rank, 0), copy))
+        copy, sending = tensor.clone(), self._sending
+        sending.append((self._alive().send([copy], self._peer_rank, 0), copy))
+        if len(sending) > _EAGER_SENDS:
+            sending.popleft()[0].wait()
 
     def recv(self, spec: WireSpec) -> Tensor:
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
@@ -118,7 +121,7 @@ class GlooPair:
     def abort(self) -> None:
         # Dropping the group closes its sockets, which ends the peer's wait as well; its own abort() does not.
         self._group = None
-        self._sending = []
+        self._sending = deque()  # another one: `send` may be in the midst of it
 
     def _alive(self) -> _Group:
         if self._group is None:
