@@ -12,10 +12,11 @@ from r1_cluster.config import LayoutConfig
 from r1_cluster.records import Request, SamplingParams
 
 COLOCATED = LayoutConfig(kind="colocated")
-# Layouts that add in an order of their own, and so have texts of their own; who is killed in each.
+# Layouts of processes that compute together, whose texts may be their own; who is killed in each.
 OWN_TEXTS = {
     "two ranks": ({"tensor_parallel": 2}, "stage-0-rank-1"),
     "four ranks": ({"tensor_parallel": 4}, "stage-0-rank-2"),
+    "four data ranks": ({"kind": "expert-parallel", "data_parallel": 4}, "dp-2"),
 }
 # Two heads for each of four ranks, which is the least that the kernels take.
 RANK_SHAPE = KERNEL_SHAPE | {
