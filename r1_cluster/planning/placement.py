@@ -176,18 +176,17 @@ def _fault(service: Service, layout: Layout, nodes: Sequence[Resources]) -> str 
     """Why nodes cannot hold a service, in one clause with the numbers; None where they may."""
     where = "this machine" if service.cluster.address is None else "the Ray cluster"
     each, count = worker_resources(service), _count(service, layout)
-    workers = "1 worker" if count == 1 else f"{count} workers"
     for name, amount in each.items():
-        needed, others = amount * count, ""
+        needed, workers = amount * count, f"{count} workers of {_amounts({name: amount})} each"
+        if count == 1:
+            workers = f"1 worker of {_amounts({name: amount})}"
         if name == "CPU":
             needed += _cpus_of_deployments(service)
-            others = ", with the engine and the ingress,"
+            workers += ", with the engine and the ingress,"
         there = sum(node.get(name, 0) for node in nodes)
         if needed > there + 1e-6:
-            return (
-                f"layout: {workers} of {_amounts({name: amount})} each{others} need "
-                f"{_amounts({name: needed})}, {where} has {there:g}"
-            )
+            need = "needs" if count == 1 else "need"
+            return f"layout: {workers} {need} {_amounts({name: needed})}, {where} has {there:g}"
     groups, _ = groups_of(service, layout)
     for group in groups.values():
         if group.strategy == "STRICT_SPREAD" and (short := _short(group.bundles, nodes, most=1)):

@@ -97,7 +97,7 @@ def test_what_fits_is_not_refused(asked, nodes):
         (
             service(device="cuda"),
             [{"CPU": 16}],
-            "layout: 1 worker of 1 GPU each need 1 GPU, the Ray cluster has 0; no smaller one of its kind fits",
+            "layout: 1 worker of 1 GPU needs 1 GPU, the Ray cluster has 0; no smaller one of its kind fits",
         ),
         (
             service(engine={"replicas": 2, "standby": True}, **APART, spares=1),
