@@ -12,7 +12,7 @@ from r1_cluster.config import LayoutConfig
 from r1_cluster.records import Request, SamplingParams
 
 COLOCATED = LayoutConfig(kind="colocated")
-# Layouts that add in an order of their own, and so have texts of their own; who is killed in each.
+# Layouts of processes that compute together, whose texts may be their own; who is killed in each.
 OWN_TEXTS = {
     "two ranks": ({"tensor_parallel": 2}, "stage-0-rank-1"),
     "four ranks": ({"tensor_parallel": 4}, "stage-0-rank-2"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections import deque
 from datetime import timedelta
 from typing import Protocol, cast
 
@@ -23,6 +24,12 @@ from kernels.devices import find_device
 from r1_cluster.comm.rendezvous import LinkStore
 from r1_cluster.comm.shared_memory import CudaMemory, HostMemory, Memory, SharedPair, SlotPool
 from r1_cluster.comm.wire import WireSpec
+
+EAGER_BYTES = 1 << 16
+"""A tensor of so many bytes is on its way when `Pair.send` returns, whether the peer waits for it or not:
+ranks send as much to each other before they receive (`ranks.AT_ONCE_BYTES`)."""
+
+_EAGER_SENDS = 8
 
 
 class _Work(Protocol):
@@ -50,7 +57,8 @@ class Pair(Protocol):
         """Whether the backend has given the pair up by itself. What was received last may be garbage then."""
 
     def send(self, tensor: Tensor) -> None:
-        """Sends a contiguous, non-empty tensor of `device`."""
+        """Sends a contiguous, non-empty tensor of `device`. One of more than EAGER_BYTES may wait for the
+        peer to receive it."""
 
     def recv(self, spec: WireSpec) -> Tensor:
         """A new tensor of `device`."""
@@ -86,16 +94,24 @@ class GlooBackend:
 
 class GlooPair:
     """See `GlooBackend`. The group's timeout bounds every wait, and `abort` does not end one: gloo cannot
-    be woken while the peer lives but is silent in the midst of a payload."""
+    be woken while the peer lives but is silent in the midst of a payload. Gloo ends a send when the peer has
+    received: a few short ones are copied and not waited for, as NCCL would leave them in its buffers."""
 
     def __init__(self, group: _Group, peer_rank: int) -> None:
         self.device = torch.device("cpu")
         self.broken = False  # its errors reach whoever waits
         self._group: _Group | None = group
         self._peer_rank = peer_rank
+        self._sending: deque[tuple[_Work, Tensor]] = deque()
 
     def send(self, tensor: Tensor) -> None:
-        self._alive().send([tensor], self._peer_rank, 0).wait()
+        if tensor.nbytes > EAGER_BYTES:
+            self._alive().send([tensor], self._peer_rank, 0).wait()
+            return
+        copy, sending = tensor.clone(), self._sending
+        sending.append((self._alive().send([copy], self._peer_rank, 0), copy))
+        if len(sending) > _EAGER_SENDS:
+            sending.popleft()[0].wait()
 
     def recv(self, spec: WireSpec) -> Tensor:
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
@@ -105,6 +121,7 @@ class GlooPair:
     def abort(self) -> None:
         # Dropping the group closes its sockets, which ends the peer's wait as well; its own abort() does not.
         self._group = None
+        self._sending = deque()  # another one: `send` may be in the midst of it
 
     def _alive(self) -> _Group:
         if self._group is None:

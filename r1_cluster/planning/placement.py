@@ -20,9 +20,6 @@ ACCELERATORS = {"cuda": "GPU", "npu": "NPU"}
 INGRESS_CPUS = 0.1
 ENGINE_CPUS = 0.1
 
-_SMALLEST = {"spares": 0, "redundant_experts": 0, "expert_shards": 1, "stages": 1, "tensor_parallel": 1}
-"""The numbers of a layout that may be lowered until it fits, those first that are missed least."""
-
 Resources = Mapping[str, float]
 """Amounts by Ray's names: of a node, or what is asked of one."""
 
@@ -111,7 +108,7 @@ def check_placement(
 
     ways = []
     if (nearest := nearest_layout(asked, fits)) is not None:
-        lower = {key: getattr(nearest, key) for key in _SMALLEST}
+        lower = {key: getattr(nearest, key) for key in _smallest(asked)}
         lower = {key: value for key, value in lower.items() if value != getattr(asked, key)}
         ways.append(" with ".join(f"layout.{key}: {value}" for key, value in lower.items()))
     for share in _shares(service, layout, nodes):
@@ -120,22 +117,22 @@ def check_placement(
             break
     if asked.spread and fits(asked.model_copy(update={"spread": False})):
         ways.append("layout.spread: false")
-    advice = f"what fits is {', or '.join(ways)}" if ways else "nothing smaller fits either"
+    advice = f"what fits is {', or '.join(ways)}" if ways else "no smaller one of its kind fits"
     raise ConfigError(f"{fault}; {advice}")
 
 
 def nearest_layout(config: LayoutConfig, fits: Callable[[LayoutConfig], bool]) -> LayoutConfig | None:
     """The layout that `fits` and is nearest to one that does not: as few of its numbers are lowered as can
     be, and none further than it must. None where not even the smallest fits."""
-    lowest = config
-    for key, smallest in _SMALLEST.items():
+    lowest, all_smallest = config, _smallest(config)
+    for key, smallest in all_smallest.items():
         if _number(getattr(config, key)) > smallest:
             lowest = lowest.model_copy(update={key: smallest})
         if fits(lowest):
             break
     else:
         return None
-    for key in reversed(_SMALLEST):  # and up again, one after the other
+    for key in reversed(all_smallest):  # and up again, one after the other
         value = getattr(config, key)
         for number in range(_number(value), _number(getattr(lowest, key)), -1):
             # Ranges that someone wrote down stay as they are, if they are as many.
@@ -144,6 +141,13 @@ def nearest_layout(config: LayoutConfig, fits: Callable[[LayoutConfig], bool]) -
                 lowest = higher
                 break
     return lowest
+
+
+def _smallest(config: LayoutConfig) -> dict[str, int]:
+    """The numbers of a layout that may be lowered until it fits, those first that are missed least."""
+    fewest = 2 if config.kind == "expert-parallel" else 1
+    smallest = {"spares": 0, "redundant_experts": 0, "expert_shards": 1, "stages": 1}
+    return smallest | {"data_parallel": fewest, "tensor_parallel": 1}
 
 
 def _number(value: int | list[str]) -> int:
@@ -172,18 +176,17 @@ def _fault(service: Service, layout: Layout, nodes: Sequence[Resources]) -> str 
     """Why nodes cannot hold a service, in one clause with the numbers; None where they may."""
     where = "this machine" if service.cluster.address is None else "the Ray cluster"
     each, count = worker_resources(service), _count(service, layout)
-    workers = "1 worker" if count == 1 else f"{count} workers"
     for name, amount in each.items():
-        needed, others = amount * count, ""
+        needed, workers = amount * count, f"{count} workers of {_amounts({name: amount})} each"
+        if count == 1:
+            workers = f"1 worker of {_amounts({name: amount})}"
         if name == "CPU":
             needed += _cpus_of_deployments(service)
-            others = ", with the engine and the ingress,"
+            workers += ", with the engine and the ingress,"
         there = sum(node.get(name, 0) for node in nodes)
         if needed > there + 1e-6:
-            return (
-                f"layout: {workers} of {_amounts({name: amount})} each{others} need "
-                f"{_amounts({name: needed})}, {where} has {there:g}"
-            )
+            need = "needs" if count == 1 else "need"
+            return f"layout: {workers} {need} {_amounts({name: needed})}, {where} has {there:g}"
     groups, _ = groups_of(service, layout)
     for group in groups.values():
         if group.strategy == "STRICT_SPREAD" and (short := _short(group.bundles, nodes, most=1)):

@@ -4,6 +4,8 @@ As on a real one, tensors of the host and of the device do not meet in one opera
 in FP8. Its backend "hccl" is gloo.
 """
 
+import collections
+
 import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -103,13 +105,14 @@ class Group:
         made._timeout = options.timeout
         made._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         self._gloo = dist.ProcessGroupGloo(options.store, options.group_rank, options.group_size, made)
-        self._sent = []
+        self._sent = collections.deque(
+            maxlen=64
+        )  # nobody waits for them: as a device's stream, it keeps them
 
     def send(self, tensors, to, tag):
         hosts = [tensor.host for tensor in tensors]
-        work = self._gloo.send(hosts, to, tag)
-        self._sent = [(w, h) for w, h in self._sent if not w.is_completed()] + [(work, hosts)]
-        return work
+        self._sent.append((self._gloo.send(hosts, to, tag), hosts))
+        return self._sent[-1][0]
 
     def recv(self, tensors, source, tag):
         return self._gloo.recv([tensor.host for tensor in tensors], source, tag)

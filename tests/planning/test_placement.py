@@ -97,7 +97,7 @@ def test_what_fits_is_not_refused(asked, nodes):
         (
             service(device="cuda"),
             [{"CPU": 16}],
-            "layout: 1 worker of 1 GPU each need 1 GPU, the Ray cluster has 0; nothing smaller fits either",
+            "layout: 1 worker of 1 GPU needs 1 GPU, the Ray cluster has 0; no smaller one of its kind fits",
         ),
         (
             service(engine={"replicas": 2, "standby": True}, **APART, spares=1),
@@ -111,6 +111,21 @@ def test_what_fits_is_not_refused(asked, nodes):
             "layout: 16 workers of 1 CPU each, with the engine and the ingress, need 16.2 CPUs, the Ray cluster has "
             "9; what fits is layout.spares: 0 with layout.redundant_experts: 0 with layout.expert_shards: 2 with "
             "layout.stages: 2, or layout.cpus_per_worker: 0.55",
+        ),
+        (
+            service(kind="expert-parallel", data_parallel=16, redundant_experts=2, device="cuda"),
+            [{"CPU": 32, "GPU": 8}],
+            "layout: 16 workers of 1 GPU each need 16 GPUs, the Ray cluster has 8; what fits is layout.data_parallel: 8",
+        ),
+        (
+            service(kind="expert-parallel", data_parallel=4, tensor_parallel=2, device="npu"),
+            [{"CPU": 32, "NPU": 3}],
+            "what fits is layout.data_parallel: 3 with layout.tensor_parallel: 1",
+        ),
+        (
+            service(kind="expert-parallel", data_parallel=2, device="npu"),
+            [{"CPU": 32, "NPU": 1}],
+            "layout: 2 workers of 1 NPU each need 2 NPUs, the Ray cluster has 1; no smaller one of its kind fits",
         ),
         (
             service(tensor_parallel=3, cpus_per_worker=2.5),
@@ -128,7 +143,7 @@ def test_what_fits_is_not_refused(asked, nodes):
             service(**APART, device="cuda", cpus_per_worker=0),
             [{"CPU": 8, "GPU": 1}] * 8,
             "layout: 2 times 0 CPUs and 2 GPUs are needed, each on one node, the Ray cluster has room for 0 on its 8 "
-            "nodes of up to 8 CPUs and 1 GPU; nothing smaller fits either",
+            "nodes of up to 8 CPUs and 1 GPU; no smaller one of its kind fits",
         ),
         (
             service(**APART, spread=True),
