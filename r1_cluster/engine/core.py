@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from r1_cluster.comm.links import TcpLink, wait_any
 from r1_cluster.comm.wakeup import Wakeup
+from r1_cluster.engine.bubbles import Bubbles
 from r1_cluster.engine.convicts import Convicts
 from r1_cluster.engine.pipeline import Deposed, EngineFailed, Member, Pipeline, WorkerLost
 from r1_cluster.engine.recovery import PROBE_S, Recovery, Replace
@@ -50,8 +51,8 @@ _CONVICTED = Refusal("convicted")
 
 
 class _Sent(NamedTuple):
-    """When a plan was sent and, of a step that decodes one sequence and nothing else, when that began; both
-    by time.perf_counter."""
+    """When a plan was sent and, of a step that decodes one sequence and nothing else while no other is in
+    flight, when that began; both by time.perf_counter."""
 
     at: float
     began_at: float | None
@@ -103,6 +104,8 @@ class EngineCore:
         self.pipeline = pipeline
         self.fan = fan
         self.times = StepTimes()
+        self.bubbles = Bubbles()
+        pipeline.on_busy = lambda name, busy_s: self.bubbles.note(name, busy_s, time.monotonic())
         self.num_steps = 0
         self.num_tokens = 0
         self.failure: str | None = None
@@ -265,6 +268,7 @@ class EngineCore:
 
     def _lose(self, error: WorkerLost) -> None:
         logger.warning("%s: %s", ", ".join(error.names), error)
+        self.bubbles.end(time.monotonic())
         guilty = self.recovery.accuse(error.names) if error.accused else self.recovery.lose(error.names)
         for request in guilty:
             self._convict(request)
@@ -332,7 +336,11 @@ class EngineCore:
             self._ready_at = 0.0
 
     def _send(self, plan: StepPlan, began_at: float) -> None:
-        self._sent[plan.step] = _Sent(time.perf_counter(), began_at if plan.num_new == [1] else None)
+        # Steps that share the workers say nothing of how long one takes.
+        alone = plan.num_new == [1] and not self._sent
+        self._sent = {step: sent._replace(began_at=None) for step, sent in self._sent.items()}
+        self._sent[plan.step] = _Sent(time.perf_counter(), began_at if alone else None)
+        self.bubbles.begin(time.monotonic())
         self.pipeline.send(plan)
 
     def _finish(self, result: StepResult) -> None:
@@ -340,6 +348,8 @@ class EngineCore:
         sent = self._sent.pop(result.step, None)
         if sent is None:
             return  # done again meanwhile
+        if not self._sent:
+            self.bubbles.end(time.monotonic())
         if result.lost:
             raise WorkerLost(result.lost, "lost by their peers in a step", accused=True)
         arrived = time.perf_counter()

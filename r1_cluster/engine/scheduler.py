@@ -29,12 +29,14 @@ from r1_cluster.records import (
 
 @dataclass(frozen=True)
 class Limits:
-    """Scheduler limits; see `config.Engine`."""
+    """Scheduler limits; see `config.Engine`. Up to `micro_batches` steps are in flight; another one decodes
+    only where each of them has at least `least_decodes` sequences to decode."""
 
     max_num_seqs: int
     max_batch_tokens: int
     max_model_len: int
     micro_batches: int = 1
+    least_decodes: int = 1
 
 
 @dataclass(frozen=True)
@@ -240,12 +242,14 @@ class Scheduler:
 
     def _pick_decodes(self) -> list[tuple[Sequence, int]]:
         batch: list[tuple[Sequence, int]] = []
-        ready = [
-            s
-            for s in self.running
-            if s.state is State.RUNNING and s not in self._suspects and s.num_missing == 1
-        ]
-        share = -(-len(ready) // max(1, self.limits.micro_batches - self.num_in_flight))
+        decoding = [s for s in self.running if s not in self._suspects and s.num_missing == 1]
+        ready = [s for s in decoding if s.state is State.RUNNING]
+        # Few sequences decode in one step, which costs its launches, messages and tiles of rows whatever they
+        # are. Whoever comes in between waits for that step, and joins the others in the next.
+        parts = max(1, min(self.limits.micro_batches, len(decoding) // self.limits.least_decodes))
+        if sum(any(s.num_missing == 1 for s, _ in step) for step in self._planned.values()) >= parts:
+            return batch
+        share = -(-len(decoding) // parts)
         # A takeover may leave more sequences than there may be.
         size = min(share, self._decode_budget(), self.limits.max_num_seqs)
         # Where there are more than a step has room for they take turns: who waits longest comes first.
