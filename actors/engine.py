@@ -27,7 +27,7 @@ from r1_cluster.engine.pulse import Pulse
 from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.engine.streams import TokenFan
 from r1_cluster.models.family import load_config
-from r1_cluster.planning.layout import build_layout
+from r1_cluster.planning.layout import LEAST_DECODES, build_layout
 from r1_cluster.planning.limits import check_messages, max_model_len
 from r1_cluster.records import Refusal, Request
 from r1_cluster.text.tokenizer import Tokenizer
@@ -113,7 +113,8 @@ class Engine:
             engine.max_num_seqs,
             engine.max_batch_tokens,
             max_model_len(service, self._model),
-            engine.micro_batches,
+            engine.micro_batches or self._layout.micro_batches(service.layout.device),
+            LEAST_DECODES if engine.micro_batches is None else 1,
         )
         allocators = [PageAllocator(engine.num_pages, engine.page_size) for _ in self._layout.first_stages]
         scheduler = Scheduler(limits, allocators, self._eos_ids, self._blank_ids)
@@ -212,6 +213,7 @@ class Engine:
         if core is None or supervisor is None:
             return {"engine": "", "standby": True, **process}
         scheduler = core.scheduler
+        workers = await asyncio.to_thread(supervisor.describe)
         return {
             "engine": self._name,
             "standby": False,
@@ -238,7 +240,7 @@ class Engine:
             "tokens": core.num_tokens,
             "step_ms": core.times.step_ms(),
             "overhead_ms": core.times.overhead_ms(),
-            "workers": await asyncio.to_thread(supervisor.describe),
+            "workers": [row | {"bubble": core.bubbles.of(row["name"])} for row in workers],
         }
 
     def check_health(self) -> None:

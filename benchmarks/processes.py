@@ -29,7 +29,7 @@ from r1_cluster.engine.pulse import Pulse
 from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.engine.streams import TokenFan, TokenSink
 from r1_cluster.models.family import load_config
-from r1_cluster.planning.layout import Layout, build_layout
+from r1_cluster.planning.layout import LEAST_DECODES, Layout, build_layout
 from r1_cluster.records import Request, TokenDelta
 
 HOST = "127.0.0.1"
@@ -55,7 +55,7 @@ class Settings(msgspec.Struct, frozen=True):
     step_timeout_s: float = 15.0  # a kernel may have to be compiled in a first step
     lease_s: float = 30.0
     kv_cache_dtype: KvCacheDtype | None = None
-    micro_batches: int = 1
+    micro_batches: int | None = None
 
 
 def worker_boot(settings: Settings, layout: Layout, name: str, incarnation: str) -> WorkerBoot:
@@ -128,7 +128,8 @@ class LocalEngine:
             settings.max_num_seqs,
             settings.max_batch_tokens,
             settings.max_context_len,
-            settings.micro_batches,
+            settings.micro_batches or self.layout.micro_batches(settings.device),
+            LEAST_DECODES if settings.micro_batches is None else 1,
         )
         allocators = [
             PageAllocator(settings.num_pages, settings.page_size) for _ in self.pipeline.layout.first_stages

@@ -75,6 +75,8 @@ class Engine(_Section):
     float32's, and rounds it (docs/kernels.md); if nothing is said, it is kept as it is computed.
     `standby` keeps one more engine process that takes over within a second when one dies. Workers leave
     `lease_s` after the last word of an engine; a worker that is silent for `step_timeout_s` is replaced.
+    `micro_batches` is how many steps may be in flight, of different sequences; if nothing is said, the layout
+    and the number of sequences decide (docs/layouts.md).
     """
 
     replicas: Annotated[int, Field(ge=1)] = 1
@@ -88,7 +90,7 @@ class Engine(_Section):
     max_batch_tokens: Annotated[int, Field(ge=1)] = 512
     max_queued: Annotated[int, Field(ge=0)] = 256
     max_model_len: Annotated[int, Field(ge=2)] | None = None
-    micro_batches: Annotated[int, Field(ge=1)] = 1
+    micro_batches: Annotated[int, Field(ge=1)] | None = None
     lease_s: Annotated[float, Field(gt=0)] = 10.0
     step_timeout_s: Annotated[float, Field(gt=0)] = 10.0
 

@@ -34,7 +34,10 @@ def test_defaults_are_deepseeks_advice(tmp_path):
             "engine.max_num_seqs: Input should be greater than or equal to 1",
         ),
         (GOOD + "serve: {port: 70000}", "serve.port: Input should be less than or equal to 65535"),
-        (GOOD + "layout: {kind: scattered}", "layout.kind: Input should be 'colocated' or 'disaggregated'"),
+        (
+            GOOD + "layout: {kind: scattered}",
+            "layout.kind: Input should be 'colocated', 'disaggregated' or 'expert-parallel'",
+        ),
         (GOOD + "cluster: {link_ports: [9, 5]}", "link_ports must be two ports, low then high"),
         (GOOD + "engine: {kv_cache_dtype: int8}", "engine.kv_cache_dtype: Input should be 'fp8'"),
         (GOOD + "engine: {kv_cache_dtype: true}", "engine.kv_cache_dtype: Input should be 'fp8'"),

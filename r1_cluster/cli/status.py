@@ -68,12 +68,12 @@ def _show(engine: dict[str, Any]) -> None:
     if engine["step_ms"] is not None:
         step_ms, overhead_ms = engine["step_ms"], engine["overhead_ms"]
         print(f"  one sequence: {step_ms:.2f} ms a step, {overhead_ms:.2f} ms of it overhead")
-    print(f"  {'worker':12} {'roles':24} {'state':7} {'process':>8}  {'loaded':18} {'host':16} node")
+    print(f"  {'worker':12} {'roles':24} {'state':7} {'process':>8}  {'loaded':18} bubble {'host':16} node")
     for worker in engine["workers"]:
         print(
             f"  {worker['name']:12} {'+'.join(worker.get('roles', [])):24} {worker['state']:7} "
-            f"{worker.get('pid', ''):>8}  {_loaded(worker):18} {worker.get('host', ''):16} "
-            f"{worker.get('node', '')[:12]}"
+            f"{worker.get('pid', ''):>8}  {_loaded(worker):18} {_bubble(worker):>6} "
+            f"{worker.get('host', ''):16} {worker.get('node', '')[:12]}"
         )
     _show_traffic(engine["workers"])
 
@@ -95,6 +95,12 @@ def _show_traffic(workers: list[dict[str, Any]]) -> None:
                 f"{total['received_messages']:>10} {size(total['received_bytes']):>9} {waited:>9}"
             )
             waited = ""
+
+
+def _bubble(worker: dict[str, Any]) -> str:
+    """How much of the latest time in which steps were in flight a worker had nothing to compute."""
+    bubble = worker.get("bubble")
+    return "" if bubble is None else f"{100 * bubble:.0f} %"
 
 
 def _loaded(worker: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ class DeviceDispatcher:
     def __init__(self, mixture: Mixture, device: Device) -> None:
         self.device = device
         self.lost: list[str] = []
-        self.idle_s = 0.0
+        self.idle_s = self.waited_s = 0.0
         self.num_real: Tensor | None = None
         self._mixture = mixture
         self._waiting: tuple[int, Tensor, Tensor, Tensor, int] | None = None

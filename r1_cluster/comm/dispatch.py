@@ -73,9 +73,14 @@ class Dispatcher(Protocol):
     """One dispatch is followed by its combine before the next. `lost` names the peers that went missing
     since the caller last cleared it (it is a list to clear); while it is not empty, the step's result must
     not be committed. `device` is where it takes its tensors, and where its results are. `idle_s` grows by the
-    time in which nobody computed: links, and waits that the experts' own operators do not explain."""
+    time in which nobody computed: links, and waits that the experts' own operators do not explain; `waited_s`
+    by all in which the caller itself did not, whoever else computed then."""
 
-    idle_s: float
+    @property
+    def idle_s(self) -> float: ...
+
+    @property
+    def waited_s(self) -> float: ...
 
     @property
     def device(self) -> Device: ...
@@ -159,7 +164,7 @@ class LocalDispatcher:
     def __init__(self, experts: ExpertsForward, num_experts: int, own: range | None = None) -> None:
         self.device: Device = "cpu"
         self.lost: list[str] = []
-        self.idle_s = 0.0
+        self.idle_s = self.waited_s = 0.0
         self._experts = experts
         self._own = own or range(num_experts)
         self._owner_E = np.full(num_experts, -1, dtype=np.int64)
@@ -270,7 +275,7 @@ class LinkDispatcher:
         self._map = ExpertMap(shards)
         self._dead = [False] * len(links)
         self._choose_owners()
-        self.idle_s = 0.0
+        self.idle_s = self.waited_s = 0.0
         self._pieces: deque[_Piece] = deque()
         self._asked: _Asked | None = None
         self._num_padding = 0
@@ -373,6 +378,7 @@ class LinkDispatcher:
         for i, rows, compute_s in self._answers(asked, deadline):
             answers[i], seconds[i] = rows, compute_s
         linked_s = self._linked_s + time.perf_counter() - began
+        self.waited_s += linked_s
         self.idle_s += max(linked_s - self._explained(seconds), 0.0)
         num_tokens = asked.num_tokens
         if asked.order is not None:

@@ -63,6 +63,11 @@ class Lockstep:
         self._header = Header(kind)
 
     @property
+    def waited_s(self) -> float:
+        """The same: nothing that others compute is subtracted."""
+        return self.idle_s
+
+    @property
     def peers(self) -> list[str]:
         """The names of the others."""
         return [name for name in self._names if name != self._names[self.place]]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from r1_cluster.comm.links import TcpLink, wait_any
 from r1_cluster.comm.wakeup import Wakeup
+from r1_cluster.engine.bubbles import Bubbles
 from r1_cluster.engine.convicts import Convicts
 from r1_cluster.engine.pipeline import Deposed, EngineFailed, Member, Pipeline, WorkerLost
 from r1_cluster.engine.recovery import PROBE_S, Recovery, Replace
@@ -50,8 +51,8 @@ _CONVICTED = Refusal("convicted")
 
 
 class _Sent(NamedTuple):
-    """When a plan was sent and, of a step that decodes one sequence and nothing else, when that began; both
-    by time.perf_counter."""
+    """When a plan was sent and, of a step that decodes one sequence and nothing else while no other is in
+    flight, when that began; both by time.perf_counter."""
 
     at: float
     began_at: float | None
@@ -103,6 +104,8 @@ class EngineCore:
         self.pipeline = pipeline
         self.fan = fan
         self.times = StepTimes()
+        self.bubbles = Bubbles()
+        pipeline.on_busy = lambda name, busy_s: self.bubbles.note(name, busy_s, time.monotonic())
         self.num_steps = 0
         self.num_tokens = 0
         self.failure: str | None = None
@@ -265,6 +268,7 @@ class EngineCore:
 
     def _lose(self, error: WorkerLost) -> None:
         logger.warning("%s: %s", ", ".join(error.names), error)
+        self.bubbles.end(time.monotonic())
         guilty = self.recovery.accuse(error.names) if error.accused else self.recovery.lose(error.names)
         for request in guilty:
             self._convict(request)
@@ -332,10 +336,12 @@ class EngineCore:
 
     def _send(self, plans: list[StepPlan], began_at: float) -> None:
         """Sends plans of one time, which belong to one step unless they are sent again."""
-        lone = [plan for plan in plans if plan.num_new]
+        # Steps that share the workers say nothing of how long one takes.
+        alone = [new for plan in plans for new in plan.num_new] == [1] and not self._sent
+        self._sent = {key: sent._replace(began_at=None) for key, sent in self._sent.items()}
+        self.bubbles.begin(time.monotonic())
         for plan in plans:
-            times_it = len(lone) == 1 and plan.num_new == [1]
-            sent = _Sent(time.perf_counter(), began_at if times_it else None)
+            sent = _Sent(time.perf_counter(), began_at if alone and plan.num_new else None)
             self._sent[plan.step, plan.data_rank] = sent
             self.pipeline.send(plan)
 
@@ -344,6 +350,8 @@ class EngineCore:
         sent = self._sent.pop((result.step, result.data_rank), None)
         if sent is None:
             return  # done again meanwhile
+        if not self._sent:
+            self.bubbles.end(time.monotonic())
         if result.lost:
             # The other data ranks say the same.
             self._sent = {key: sent for key, sent in self._sent.items() if key[0] != result.step}

@@ -109,6 +109,7 @@ class DecodeGraphs:
         self._reaches = buckets(max_context_len, min(_LEAST_REACH, max_context_len), 4)
         self._sizes = sizes
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
+        self.in_use = False
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -121,7 +122,10 @@ class DecodeGraphs:
         logger.info("captured decode steps of %s sequences × %s tokens", self._sizes, self._reaches)
 
     def fitting(self, batch: AttentionBatch) -> DecodeGraph | None:
-        """The graph for a step, None if it is no decode step or larger than all of them."""
+        """The graph for a step, None if it is no decode step, larger than all of them, or if another step
+        waits for its experts between two graphs: all graphs share the memory in which that one goes on."""
+        if self.in_use:
+            return None
         num_seqs, longest = len(batch.context_lens), max(batch.context_lens)
         if batch.num_tokens != num_seqs:
             return None
@@ -175,18 +179,24 @@ class DecodeGraph:
             out_TD = shared.logits_SV[: self._size].copy_(shared.stage.logits(out_TD, rows))
         yield None, out_TD
 
-    @torch.inference_mode()
-    def replay(self, x_TD: Tensor | None, batch: AttentionBatch, moe: MoeCall) -> Tensor:
-        """Runs a step: hidden states of the stage before (None on the first) → logits of all its rows, or
-        hidden states. The result is overwritten by the next step of any bucket."""
-        self._fill(x_TD, batch)
-        num_rows = batch.num_rows
-        for segment in self._segments:
-            segment.graph.replay()
-            if segment.layer is not None:
-                answer_TD = moe(segment.layer, segment.out_TD[:num_rows], batch.num_tokens)
-                self._shared.answer_TD[:num_rows].copy_(answer_TD)
-        return self._segments[-1].out_TD[:num_rows]
+    def segments(
+        self, x_TD: Tensor | None, batch: AttentionBatch
+    ) -> Generator[tuple[int, Tensor], Tensor, Tensor]:
+        """A step, cut as `StageModel.segments` cuts it: hidden states of the stage before (None on the first)
+        → logits of all its rows, or hidden states. The result is overwritten by the next step of any bucket.
+        Its caller sets inference mode."""
+        self._shared.in_use = True
+        try:
+            self._fill(x_TD, batch)
+            num_rows = batch.num_rows
+            for segment in self._segments:
+                segment.graph.replay()
+                if segment.layer is not None:
+                    answer_TD = yield segment.layer, segment.out_TD[:num_rows]
+                    self._shared.answer_TD[:num_rows].copy_(answer_TD)
+            return self._segments[-1].out_TD[:num_rows]
+        finally:
+            self._shared.in_use = False
 
     def _fill(self, x_TD: Tensor | None, batch: AttentionBatch) -> None:
         shared, static, num_rows = self._shared, self._batch, batch.num_rows

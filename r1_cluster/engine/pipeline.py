@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from r1_cluster.comm.links import TcpLink, wait_any
 from r1_cluster.comm.listener import Endpoint
-from r1_cluster.comm.wire import Flags, Header, Kind, LinkError, Message, Unsendable, WireError, pack, unpack
+from r1_cluster.comm.wire import (
+    Flags,
+    Header,
+    Kind,
+    LinkError,
+    Message,
+    Unsendable,
+    WireError,
+    pack,
+    unpack,
+    unpack_seconds,
+)
 from r1_cluster.engine.boot import Ready, Topology
 from r1_cluster.engine.held import common
 from r1_cluster.planning.layout import Layout
@@ -66,6 +77,7 @@ class Pipeline:
         self.stale_dropped = 0
         self.kv_eras = [epoch] * len(layout.first_stages)  # see `Topology`
         self.assigned: set[str] = set()  # spares that are loading what a lost worker hosted
+        self.on_busy: Callable[[str, float], None] = lambda name, busy_s: None  # told with every heartbeat
         self.answer_timeout_s = step_timeout_s + LINK_SLACK_S
         self._unanswered: dict[str, int] = {}
         self._first = [[rank.name for rank in ranks] for ranks in layout.first_stages]
@@ -146,10 +158,10 @@ class Pipeline:
             for link in wait_any(list(waiting), left_s):
                 try:
                     message = link.recv(1.0)
+                    self._take_note(link, message)
                 except LinkError:
                     del waiting[link]
                     continue
-                self._take_note(link, message)
                 if message.header.kind == Kind.HEARTBEAT:
                     silent.discard(waiting.pop(link))
         return sorted(silent)
@@ -172,9 +184,9 @@ class Pipeline:
             return None  # lost meanwhile
         try:
             message = link.recv(1.0)
+            self._take_note(link, message)
         except LinkError as error:
             raise WorkerLost([link.peer], str(error)) from None
-        self._take_note(link, message)
         if message.header.kind != Kind.RESULT:
             return None
         if message.header.epoch != self.epoch:
@@ -192,6 +204,8 @@ class Pipeline:
             raise Deposed(f"an engine of epoch {message.header.epoch} has taken over")
         if kind == Kind.ASSIGN:
             self.assigned.discard(link.peer)
+        if kind == Kind.HEARTBEAT:
+            self.on_busy(link.peer, unpack_seconds(message.body))
         if message.header.flags & Flags.REFUSED and message.header.epoch == self.epoch:
             raise EngineFailed(f"{link.peer}: {message.body.decode(errors='replace')}")
 

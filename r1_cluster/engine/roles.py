@@ -7,8 +7,9 @@ process or a link to another one is not the role's business.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -22,6 +23,7 @@ from r1_cluster.comm.wire import (
     Flags,
     Header,
     Kind,
+    LinkClosed,
     LinkError,
     Message,
     Unsendable,
@@ -50,6 +52,10 @@ class Router(Protocol):
         """Grows by the time in which `forward` waited and no operator of the model ran. What a device's links
         let their device wait is not seen."""
 
+    @property
+    def waited_s(self) -> float:
+        """Grows by the time in which `forward` computed nothing in this process."""
+
     def forward(self, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Normed hidden states [T, D], the first `num_tokens` rows real → the MoE block's output [T, D].
         Raises Unsendable where a message of it does not fit a link."""
@@ -65,16 +71,17 @@ class RouterRole:
     def __init__(self, model: RouterModel) -> None:
         self.model = model
         self.dispatcher: Dispatcher | None = None
-        self.idle_s = 0.0  # see `Router.idle_s`; of all dispatchers that it has had
+        # See `Router`; of all dispatchers that it has had.
+        self.idle_s = self.waited_s = 0.0
 
     def forward(self, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
         assert self.dispatcher is not None, "a router is linked to its experts before it is asked"
         weights_TK, ids_TK = self.model.gate(tag.layer, x_TD)
-        device, idle_s = self.dispatcher.device, self.dispatcher.idle_s
+        device, before = self.dispatcher.device, (self.dispatcher.idle_s, self.dispatcher.waited_s)
         self.dispatcher.dispatch(tag, x_TD.to(device), weights_TK.to(device), ids_TK.to(device), num_tokens)
         shared_TD = self.model.shared(tag.layer, x_TD)  # while the experts work
         y_TD = self.dispatcher.combine()
-        self.idle_s += self.dispatcher.idle_s - idle_s
+        self._count(self.dispatcher, *before)
         return y_TD.to(x_TD.device).add_(shared_TD)
 
     @property
@@ -87,12 +94,16 @@ class RouterRole:
         PeersLost, Unsendable."""
         exchange = self.exchange
         assert exchange is not None, "only an exchange goes on without tokens of one's own"
-        idle_s = exchange.idle_s
+        before = exchange.idle_s, exchange.waited_s
         weights_01 = torch.zeros(0, 1, device=exchange.device)
         ids_01 = torch.zeros(0, 1, dtype=torch.int64, device=exchange.device)
         exchange.dispatch(tag, x_0D.to(exchange.device), weights_01, ids_01, 0)
         exchange.combine()
-        self.idle_s += exchange.idle_s - idle_s
+        self._count(exchange, *before)
+
+    def _count(self, dispatcher: Dispatcher, idle_s: float, waited_s: float) -> None:
+        self.idle_s += dispatcher.idle_s - idle_s
+        self.waited_s += dispatcher.waited_s - waited_s
 
     def take_lost(self) -> list[str]:
         """See `Router.take_lost`."""
@@ -129,7 +140,7 @@ def local_dispatcher(experts: ExpertModel) -> Dispatcher:
 class OtherRanksRouter:
     """In place of a router where the first rank of the stage asks it for all: this one adds nothing."""
 
-    idle_s = 0.0
+    idle_s = waited_s = 0.0
 
     def forward(self, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """See `Router.forward`; zeros."""
@@ -140,49 +151,73 @@ class OtherRanksRouter:
         return []
 
 
+class Asked(NamedTuple):
+    """What a stage asks of its router: normed hidden states [T, D], the first `num_tokens` rows real."""
+
+    tag: StepTag
+    x_TD: torch.Tensor
+    num_tokens: int
+
+
 class RemoteRouter:
     """A stage's way to the router `name` in another process, to which a link is found in `links`."""
 
     def __init__(self, name: str, links: Mapping[str, Link], timeout_s: float) -> None:
+        """`timeout_s` is how long the router may take to answer."""
         self.name = name
+        self.timeout_s = timeout_s
+        self.idle_s = self.waited_s = 0.0
         self._links = links
-        self.idle_s = 0.0
         self._lost: list[str] = []
-        self._timeout_s = timeout_s
 
     def forward(self, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        link = self._links.get(self.name)
-        if link is None or self.name in self._lost:
-            self._lost.append(self.name)
+        """See `Router.forward`; waits for the answer."""
+        if self.name in self._lost:
             return torch.zeros_like(x_TD)
+        asked = Asked(tag, x_TD, num_tokens)
+        began = time.perf_counter()
         try:
-            return self._ask(link, tag, x_TD, num_tokens)
+            link = self.ask(asked)
+            y_TD, compute_s = self.read(asked, recv_epoch(link, tag.epoch, self.timeout_s))
         except Unsendable:
             raise
         except LinkError:
             # The step is finished with zeros, so that everybody stays in lock-step, and then done again.
-            link.close()
+            if (found := self._links.get(self.name)) is not None:
+                found.close()
             self._lost.append(self.name)
             return torch.zeros_like(x_TD)
+        took_s = time.perf_counter() - began
+        self.waited_s += took_s
+        if not self._lost:
+            self.idle_s += max(took_s - compute_s, 0.0)
+        return y_TD
 
-    def _ask(self, link: Link, tag: StepTag, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Raises LinkError."""
-        began = time.perf_counter()
-        link.send(Header(Kind.MOE, *tag, num_tokens), [x_TD.to(link.device)])
-        reply = recv_epoch(link, tag.epoch, self._timeout_s)
+    def ask(self, asked: Asked) -> Link:
+        """Sends a request; returns the link over which its answer will come. Raises LinkError."""
+        link = self._links.get(self.name)
+        if link is None:
+            raise LinkClosed(f"there is no link to {self.name}")
+        link.send(Header(Kind.MOE, *asked.tag, asked.num_tokens), [asked.x_TD.to(link.device)])
+        return link
+
+    def read(self, asked: Asked, reply: Message) -> tuple[torch.Tensor, float]:
+        """What the router answered to a request: its output [T, D], and how many seconds the model's
+        operators took. Whom it names as lost is for `take_lost` to say. Raises WireError for what is no
+        answer to it, Unsendable where the router could not send one."""
         header, body = reply.header, reply.body
-        if header[:5] != (Kind.MOE_RESULT, *tag):
-            raise WireError(f"{link.peer} answered with {header} to {tag}")
+        if header[:5] != (Kind.MOE_RESULT, *asked.tag):
+            raise WireError(f"{self.name} answered with {header} to {asked.tag}")
         if header.flags & Flags.REFUSED:
-            raise Unsendable(f"{link.peer}: {body.decode(errors='replace')}")
+            raise Unsendable(f"{self.name}: {body.decode(errors='replace')}")
+        x_TD = asked.x_TD
         y_TD = only_tensor(reply).to(x_TD.device)
         if y_TD.shape != x_TD.shape or y_TD.dtype != x_TD.dtype:
-            raise WireError(f"{link.peer} answered {y_TD.dtype} {tuple(y_TD.shape)} to {tuple(x_TD.shape)}")
+            raise WireError(f"{self.name} answered {y_TD.dtype} {tuple(y_TD.shape)} to {tuple(x_TD.shape)}")
         if header.flags & Flags.TAINTED:
             self._lost.extend(body.decode(errors="replace").split("\n"))
-        else:
-            self.idle_s += max(time.perf_counter() - began - unpack_seconds(body), 0.0)
-        return y_TD
+            return y_TD, 0.0
+        return y_TD, unpack_seconds(body)
 
     def take_lost(self) -> list[str]:
         """See `Router.take_lost`."""
@@ -191,6 +226,49 @@ class RemoteRouter:
             self._lost.append(self.name)
         lost, self._lost = self._lost, []
         return list(dict.fromkeys(lost))
+
+
+Walk = Generator[Asked, torch.Tensor, tuple[torch.Tensor, list[int] | None]]
+"""A stage's part of a step, cut where a mixture of experts is asked: is sent the mixture's output, returns
+what `StageRole.forward` does."""
+
+
+class Step:
+    """A stage's part of a step, as far as it has come. `asked` is the mixture of experts for which it waits,
+    None at its end; then `hidden_TD` and `tokens` are what `StageRole.forward` returns."""
+
+    def __init__(self, walk: Walk, ranks: RankGroup | None) -> None:
+        """Runs to the first mixture. Raises as `StageRole.forward`."""
+        self.asked: Asked | None = None
+        self.hidden_TD: torch.Tensor
+        self.tokens: list[int] | None = None
+        self.compute_s = 0.0
+        self._walk = walk
+        self._ranks = ranks
+        self._run(None)
+
+    def go_on(self, y_TD: torch.Tensor, compute_s: float) -> None:
+        """Takes the output [T, D] of the mixture that it waited for, and how many seconds the model's
+        operators took for that; runs to the next one. Raises as `StageRole.forward`."""
+        self.compute_s += compute_s
+        self._run(y_TD)
+
+    def close(self) -> None:
+        """Gives up the rest."""
+        self._walk.close()
+
+    def _run(self, y_TD: torch.Tensor | None) -> None:
+        began, idle_s = time.perf_counter(), self._idle_s
+        try:
+            self.asked = next(self._walk) if y_TD is None else self._walk.send(y_TD)
+        except StopIteration as end:
+            self.asked = None
+            self.hidden_TD, self.tokens = end.value
+        self.compute_s += time.perf_counter() - began - (self._idle_s - idle_s)
+
+    @property
+    def _idle_s(self) -> float:
+        return 0.0 if self._ranks is None else self._ranks.idle_s
 
 
 class StageRole:
@@ -215,41 +293,51 @@ class StageRole:
         self.compute_s = 0.0
         model.ranks = ranks
 
+    @torch.inference_mode()
     def forward(self, plan: StepPlan, x_TD: torch.Tensor | None) -> tuple[torch.Tensor, list[int] | None]:
         """Runs this stage's layers of a step: `x_TD` are the hidden states of the stage before, None on
         the first. Returns the hidden states and, on the last stage, one token per `plan.samples`. By then
         the device has done its work, and `compute_s` is how long the model's operators took, in whatever
         process. Of several ranks the first has the tokens, the others an empty list. Raises Unsendable,
         PeersLost."""
+        if not plan.seq_ids:
+            return self._take_part(plan), []
+        step = self.begin(plan, x_TD)
+        while step.asked is not None:
+            layer = step.asked.tag.layer
+            assert self.moe is not None, f"layer {layer} has experts, but the layout gave its stage no router"
+            began, idle_s = time.perf_counter(), self.moe.idle_s
+            y_TD = self.moe.forward(*step.asked)
+            step.go_on(y_TD, time.perf_counter() - began - (self.moe.idle_s - idle_s))
+        self.compute_s = step.compute_s
+        return step.hidden_TD, step.tokens
+
+    def begin(self, plan: StepPlan, x_TD: torch.Tensor | None) -> Step:
+        """`forward` as far as the first mixture of experts, for a caller that has others to serve while the
+        router works; it sets inference mode."""
         if self.ranks is not None:
             self.ranks.begin(plan.epoch, plan.step, plan.micro_batch)
-        began, idle_s = time.perf_counter(), self.idle_s
-        result: tuple[torch.Tensor, list[int] | None]
-        if plan.seq_ids:
-            batch = AttentionBatch.from_plan(plan, self.page_size, self.model.shard)
-            result = self._run(plan, batch, x_TD)
-        else:
-            result = self._take_part(plan), []
-        self.compute_s = time.perf_counter() - began - (self.idle_s - idle_s)
-        return result
+        batch = AttentionBatch.from_plan(plan, self.page_size, self.model.shard)
+        return Step(self._walk(plan, batch, x_TD), self.ranks)
 
-    @property
-    def idle_s(self) -> float:
-        """Grows by the time in which this stage waited for its router and its other ranks."""
-        return sum(part.idle_s for part in (self.moe, self.ranks) if part is not None)
-
-    def _run(
-        self, plan: StepPlan, batch: AttentionBatch, x_TD: torch.Tensor | None
-    ) -> tuple[torch.Tensor, list[int] | None]:
+    def _walk(self, plan: StepPlan, batch: AttentionBatch, x_TD: torch.Tensor | None) -> Walk:
         if x_TD is not None:
             x_TD = x_TD.to(self.model.shard.device)
         graph = self.graphs.fitting(batch) if self.graphs is not None else None
         if graph is not None:
-            out_TD = graph.replay(x_TD, batch, self._moe_of(plan))
+            segments = graph.segments(x_TD, batch)
         else:
             if x_TD is None:
                 x_TD = self.model.embed(batch.token_ids_T)
-            out_TD = self.model.forward(x_TD, batch, self.caches, self._moe_of(plan))
+            segments = self.model.segments(x_TD, batch, self.caches)
+        with closing(segments):
+            try:
+                layer, normed_TD = next(segments)
+                while True:
+                    tag = StepTag(plan.epoch, plan.step, layer, plan.micro_batch)
+                    layer, normed_TD = segments.send((yield Asked(tag, normed_TD, batch.num_tokens)))
+            except StopIteration as end:
+                out_TD: torch.Tensor = end.value
         if not self.model.is_last:
             settle(out_TD.device)
             # A graph's result is overwritten by the next step, perhaps while it is still being sent.
@@ -326,6 +414,12 @@ class StageRole:
             return self.moe.forward(StepTag(plan.epoch, plan.step, layer, plan.micro_batch), x_TD, num_tokens)
 
         return forward
+
+    @property
+    def waited_s(self) -> float:
+        """Grows by the time in which a step computed nothing in this process."""
+        ranks_s = 0.0 if self.ranks is None else self.ranks.idle_s
+        return ranks_s + (0.0 if self.moe is None else self.moe.waited_s)
 
     def take_lost(self) -> list[str]:
         """Peers that went missing since the last call."""

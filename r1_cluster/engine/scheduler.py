@@ -33,12 +33,14 @@ from r1_cluster.records import (
 
 @dataclass(frozen=True)
 class Limits:
-    """Scheduler limits, of each data rank; see `config.Engine`."""
+    """Scheduler limits, of each data rank; see `config.Engine`. Up to `micro_batches` steps are in flight;
+    another one decodes only where each of them has at least `least_decodes` sequences to decode."""
 
     max_num_seqs: int
     max_batch_tokens: int
     max_model_len: int
     micro_batches: int = 1
+    least_decodes: int = 1
 
 
 @dataclass(frozen=True)
@@ -296,12 +298,15 @@ class Scheduler:
                 return
 
     def _pick_decodes(self, rank: DataRank, batch: Batch) -> None:
-        ready = [
-            s
-            for s in rank.running
-            if s.state is State.RUNNING and s not in self._suspects and s.num_missing == 1
-        ]
-        share = -(-len(ready) // max(1, self.limits.micro_batches - self.num_in_flight))
+        decoding = [s for s in rank.running if s not in self._suspects and s.num_missing == 1]
+        ready = [s for s in decoding if s.state is State.RUNNING]
+        # Few sequences decode in one step, which costs its launches, messages and tiles of rows whatever they
+        # are. Whoever comes in between waits for that step, and joins the others in the next.
+        parts = max(1, min(self.limits.micro_batches, len(decoding) // self.limits.least_decodes))
+        in_flight = [batches.get(rank.index, []) for batches in self._planned.values()]
+        if sum(any(s.num_missing == 1 for s, _ in batch) for batch in in_flight) >= parts:
+            return
+        share = -(-len(decoding) // parts)
         # A takeover may leave more sequences than there may be.
         size = min(share, self._decode_budget(rank), self.limits.max_num_seqs)
         # Where there are more than a step has room for they take turns: who waits longest comes first.

@@ -10,6 +10,7 @@ assigned one.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from contextlib import suppress
 from typing import cast
@@ -32,13 +33,15 @@ from r1_cluster.comm.wire import (
     WireError,
     only_tensor,
     pack,
+    pack_seconds,
     unpack,
 )
 from r1_cluster.engine.boot import ENGINE, Ready, Topology, WorkerBoot
 from r1_cluster.engine.held import HeldSequences
 from r1_cluster.engine.loading import load_roles
 from r1_cluster.engine.peers import Peers
-from r1_cluster.engine.roles import RouterRole, StageRole
+from r1_cluster.engine.roles import RemoteRouter, RouterRole, StageRole
+from r1_cluster.engine.turns import Turn, Turns
 from r1_cluster.models.moe import ExpertModel
 from r1_cluster.planning.layout import Layout, WorkerSpec
 from r1_cluster.records import StepPlan, StepResult
@@ -47,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_LEASE_S = 3600.0
 """How long a worker waits for its first engine, which links nobody before all have loaded their weights."""
+_STEP_KINDS = frozenset({Kind.PLAN, Kind.HIDDEN, Kind.MOE, Kind.MOE_RESULT, Kind.DISPATCH, Kind.BROADCAST})
 
 
 class Hidden(msgspec.Struct, frozen=True, array_like=True):
@@ -68,6 +72,7 @@ class Worker:
         self.office = 0  # the epoch under which the engine in charge introduced itself
         self.num_steps = 0
         self.stale_dropped = 0
+        self.busy_s = 0.0  # with steps, but for what they waited for others
         self._stopping = False
         self._control: TcpLink | None = None
         self._links: dict[str, Link] = {}
@@ -84,6 +89,7 @@ class Worker:
         self._copies: tuple[ExpertModel, ...] = ()
         self.router: RouterRole | None = None
         self.stage: StageRole | None = None
+        self.turns: Turns | None = None
         self.kv_era = 0
         self.held = HeldSequences()
         started = time.monotonic()
@@ -92,6 +98,9 @@ class Worker:
             loaded = load_roles(self.boot, self.spec, self._links)
             self.layout, self.experts, self.router, self.stage = loaded[:4]
             self.read_bytes, self.read_s, self._copies = loaded[4:]
+            # Ranks add up in lock-step; the router of one's own process is a call.
+            if self.spec.ranks == 1 and self.stage is not None and isinstance(self.stage.moe, RemoteRouter):
+                self.turns = Turns(self.stage.moe, self._end_step, self._refuse_step)
         self.load_s = time.monotonic() - started
         if self.read_bytes:
             read = self.read_bytes / 1e9
@@ -110,14 +119,22 @@ class Worker:
                 sources: list[Pollable] = [self._wakeup, self.listener, *self._links.values()]
                 if self._control is not None:
                     sources.append(self._control)
-                ready = wait_any(sources, self.boot.lease_s if self.office else FIRST_LEASE_S)
-                if not ready:
+                lease_s = self.boot.lease_s if self.office else FIRST_LEASE_S
+                patience_s = math.inf
+                if self.turns is not None:
+                    patience_s = max(self.turns.deadline - time.monotonic(), 0.0)
+                ready = wait_any(sources, min(lease_s, patience_s))
+                if not ready and lease_s <= patience_s:
                     return
+                now = time.monotonic()
                 for source in ready:
                     if source is self.listener:
                         self._accept()
                     elif source is not self._wakeup:
                         self._receive(cast(Link, source))
+                # Of what was asked before this wait: an answer that was there has been read.
+                if self.turns is not None and self.turns.deadline <= now:
+                    self.turns.lose()
         finally:
             self.close()
 
@@ -134,7 +151,7 @@ class Worker:
             self._control.close()
         self.peers.close()
         # Their memory and descriptors go now, not when the circle of a worker and its links is collected.
-        self.stage = self.router = self.experts = None
+        self.turns = self.stage = self.router = self.experts = None
         self._copies = ()
 
     def _accept(self) -> None:
@@ -155,10 +172,9 @@ class Worker:
 
     @property
     def waited_s(self) -> float:
-        """For how long this worker's stage or router, since it has it, waited for others within steps: what
-        those others' operators do not explain."""
-        part = self.stage or self.router
-        return 0.0 if part is None else part.idle_s
+        """For how long this worker's stage or router, since it has it, waited for others within steps."""
+        role = self.stage or self.router
+        return 0.0 if role is None else role.waited_s
 
     def _receive(self, link: Link) -> None:
         try:
@@ -169,20 +185,28 @@ class Worker:
                 self._control = None
             else:
                 self.peers.drop(link)
+                if self.turns is not None and link.peer == self.turns.router.name:
+                    self.turns.lose()
             return
         if message.header.kind == Kind.HEARTBEAT:
-            self._reply(link, message.header, [], b"")  # of any epoch: it is the engine's life that counts
+            # Of any epoch: it is the engine's life that counts.
+            self._reply(link, message.header, [], pack_seconds(self.busy_s))
         elif message.header.epoch < self.epoch:
             self.stale_dropped += 1
         else:
+            began, waited_s = time.perf_counter(), self.waited_s
             try:
                 self._handle(link, message)
             except WireError as error:  # as if it had come in pieces: whoever waits for an answer sees it
                 logger.warning("%s sent what is no message of ours: %s", link.peer, error)
                 link.close()
+            if message.header.kind in _STEP_KINDS:
+                self.busy_s += time.perf_counter() - began - (self.waited_s - waited_s)
 
     def _handle(self, link: Link, message: Message) -> None:
         kind = message.header.kind
+        if self.turns is not None and message.header.epoch > self.epoch:
+            self.turns.drop()  # whatever is still wanted of them is planned again
         self.epoch = message.header.epoch
         if kind == Kind.PLAN and self.stage is not None:
             plan = unpack(message.body, StepPlan)
@@ -191,6 +215,8 @@ class Worker:
         elif kind == Kind.HIDDEN and self.stage is not None:
             hidden = unpack(message.body, Hidden)
             self._step(hidden.plan, only_tensor(message), hidden.compute_s, link)
+        elif kind == Kind.MOE_RESULT and self.turns is not None and link.peer == self.turns.router.name:
+            self.turns.take(message)
         elif kind == Kind.MOE and self.router is not None:
             try:
                 self._reply(link, *self.router.answer(message))
@@ -249,24 +275,42 @@ class Worker:
         return unreachable
 
     def _step(
-        self, plan: StepPlan, x_TD: torch.Tensor | None, compute_s: float, before: Link | None = None
+        self, plan: StepPlan, x_TD: torch.Tensor | None, before_s: float, before: Link | None = None
     ) -> None:
-        """Runs this stage's part of a step; `before` is the link over which its hidden states came."""
+        """Begins this stage's part of a step and, where its mixtures of experts are asked for here, ends it.
+        `before` is the link over which its hidden states came."""
         assert self.stage is not None
         try:
+            if self.turns is not None:
+                self.turns.add(Turn(plan, self.stage.begin(plan, x_TD), before, before_s))
+                return
             x_TD, tokens = self.stage.forward(plan, x_TD)
-            compute_s += self.stage.compute_s
-            self._pass_on(plan, x_TD, tokens, compute_s, before)
+            self._pass_on(plan, x_TD, tokens, before_s + self.stage.compute_s, before)
         except PeersLost as error:
             if error.names:  # else others were ahead, who know why
                 self.stage.give_up(error.names)
             if lost := [*error.names, *self.stage.take_lost()]:
-                self._give_result(plan, [], lost, compute_s)
+                self._give_result(plan, [], lost, before_s)
         except Unsendable as error:
+            self._refuse_step(plan, error)
+
+    def _end_step(self, turn: Turn, lost: list[str]) -> None:
+        """Of a step that took turns."""
+        compute_s = turn.before_s + turn.step.compute_s
+        if lost:
+            self._give_result(turn.plan, [], lost, compute_s)
+            return
+        try:
+            self._pass_on(turn.plan, turn.step.hidden_TD, turn.step.tokens, compute_s, turn.before)
+        except Unsendable as error:
+            self._refuse_step(turn.plan, error)
+
+    def _refuse_step(self, plan: StepPlan, error: Unsendable) -> None:
+        if self.stage is not None:
             self.stage.take_lost()
-            if self._control is not None:
-                header = Header(Kind.RESULT, plan.epoch, plan.step, -1, plan.micro_batch)
-                self._refuse(self._control, header, error)
+        if self._control is not None:
+            header = Header(Kind.RESULT, plan.epoch, plan.step, -1, plan.micro_batch)
+            self._refuse(self._control, header, error)
 
     def _pass_on(
         self,

@@ -90,10 +90,6 @@ class StageModel:
         `x_TD` is overwritten. `moe` is called for each layer with experts. Running a step again over the
         same caches gives the same.
         """
-        if len(x_TD) != batch.num_rows:
-            raise ValueError(f"{len(x_TD)} rows of hidden states came for a step of {batch.num_rows}")
-        if batch.num_rows > batch.num_tokens and self.is_first:
-            x_TD[batch.num_tokens :] = 0
         segments = self.segments(x_TD, batch, caches)
         try:
             layer, normed_TD = next(segments)
@@ -108,6 +104,10 @@ class StageModel:
     ) -> Generator[tuple[int, Tensor], Tensor, Tensor]:
         """`forward`, cut where a mixture of experts is asked: yields (layer, normed hidden states), is sent
         the experts' output, returns the hidden states. Its caller sets inference mode."""
+        if len(x_TD) != batch.num_rows:
+            raise ValueError(f"{len(x_TD)} rows of hidden states came for a step of {batch.num_rows}")
+        if batch.num_rows > batch.num_tokens and self.is_first:
+            x_TD[batch.num_tokens :] = 0
         rotation = self.ops.rotation(self._rope_table, batch.positions_T)
         eps = self.config.rms_norm_eps
         delta_TD: Tensor | None = None  # what is still to be added to the hidden states

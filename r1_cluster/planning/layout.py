@@ -25,6 +25,11 @@ Span = tuple[int, int]
 """Half-open range [first, end)."""
 
 
+LEAST_DECODES = 32
+"""So many sequences decode in a step before a further one is sent at the same time, unless a service file
+asks for micro-batches: fewer cost more in two steps than in one (docs/layouts.md)."""
+
+
 class WorkerSpec(msgspec.Struct, frozen=True):
     """One worker process. `stage` and `router` are layer spans, `experts` a span of routed experts; a spare
     has none of them. By tensor parallelism it is the `rank` of so many `ranks` that divide its stage and
@@ -76,6 +81,15 @@ class Layout:
         if len(self.first_stages) == 1:
             return ()
         return tuple(other for other in self.workers if other.rank == worker.rank)
+
+    def micro_batches(self, device: str) -> int:
+        """How many steps may be in flight where a service file does not say it: one for each stage, and at
+        least two where a stage and its router are apart, so that one attends while the other's experts work.
+        On a device a stage keeps the graphs of one step alone, between whose parts there is no other."""
+        apart = any(worker.router is not None and worker.stage is None for worker in self.workers)
+        if device != "cpu" and apart:
+            return 1
+        return max(len(self.stages), 2 if apart else 1)
 
     def ranks_of(self, worker: WorkerSpec) -> tuple[WorkerSpec, ...]:
         """All ranks of a worker's stage, it among them."""

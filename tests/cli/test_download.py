@@ -104,7 +104,8 @@ def test_all_that_a_service_needs_is_all_but_the_mtp_module(hub, published, serv
     out = capsys.readouterr().out
     assert f"those that all workers of {file} need" in out
     assert out.splitlines()[-1] == f"To serve it, once every node has its parts: r1-cluster serve {file}"
-    _check(load_service(service(serve={"port": 8399})))  # and it is enough to serve it on this machine
+    small = LAYOUT | {"cpus_per_worker": 0.1}
+    _check(load_service(service(serve={"port": 8399}, layout=small)))  # and it is enough to serve it here
 
 
 @pytest.mark.slow

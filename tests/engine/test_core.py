@@ -214,3 +214,42 @@ def test_a_canary_has_a_name_that_no_former_engine_gave():
     second.pipeline.epoch = 1 << 20
     assert first.core._canary().request_id != second.core._canary().request_id
     assert first.core._canary().request_id != first.core._canary().request_id
+
+
+def test_steps_that_share_the_workers_are_not_timed():
+    it = Harness(micro_batches=2)
+    it.ask("a")
+    it.finish(it.send())
+    alone = it.send()
+    it.finish(alone)
+    assert len(it.core.times._samples) == 1
+    it.ask("b")
+    it.send()
+    first, second = it.pipeline.plans[-2:]
+    it.finish(second)
+    it.finish(first)
+    first, second = it.pipeline.plans[-2:]
+    assert [plan.num_new for plan in (first, second)] == [[1], [1]]
+    it.finish(first)
+    assert len(it.core.times._samples) == 1
+
+
+def test_time_with_a_step_in_flight_is_what_the_bubbles_are_of(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    it = Harness(micro_batches=2)
+    it.pipeline.on_busy("stage-0", 0.0)
+    it.ask("a")
+    plan = it.send()
+    now += 3.0
+    it.finish(plan)  # the next one follows at once
+    now += 1.0
+    it.pipeline.on_busy("stage-0", 1.0)
+    assert it.core.bubbles.of("stage-0") == 0.75
+    it.core.abort("a", 0)
+    it.core._take_commands()
+    it.finish(it.pipeline.plans[-1])
+    now += 50.0
+    it.pipeline.on_busy("stage-0", 1.0)
+    assert it.core.bubbles.of("stage-0") == 0.75
+    assert it.core.bubbles.of("router-0") is None

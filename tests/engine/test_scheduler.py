@@ -310,6 +310,44 @@ def test_micro_batches_split_the_running_sequences():
     assert not set(first.seq_ids) & set(second.seq_ids)
 
 
+def test_few_sequences_decode_in_one_step_and_whoever_comes_in_between_joins_them():
+    sched, workers = scheduler(micro_batches=2, least_decodes=3), FakeWorkers(4)
+
+    def comes_in_between(name):
+        sched.add(request(name, [9, 3], 20))
+        prompt = plan_of(sched, 1)
+        assert prompt.seq_ids == [name]
+        sched.commit(workers.run(prompt))
+
+    for i in range(4):
+        sched.add(request(f"r{i}", [2 + i, 3], 20))
+    sched.commit(workers.run(plan_of(sched, 1)))
+    first = plan_of(sched, 1)
+    assert len(first.seq_ids) == 4
+    comes_in_between("r4")
+    assert plan_of(sched, 1) is None
+    sched.commit(workers.run(first))
+    first = plan_of(sched, 1)
+    assert len(first.seq_ids) == 5
+    comes_in_between("r5")
+    # Six are enough for two steps.
+    assert plan_of(sched, 1).seq_ids == ["r5"]
+    sched.commit(workers.run(first))
+    assert len(plan_of(sched, 1).seq_ids) == 3
+
+
+def test_unequal_micro_batches_become_equal():
+    sched, workers = scheduler(micro_batches=2), FakeWorkers(4)
+    for i in range(6):
+        sched.add(request(f"r{i}", [2 + i, 3], 20 if i > 1 else 2))
+    sched.commit(workers.run(plan_of(sched, 1)))
+    first, second = plan_of(sched, 1), plan_of(sched, 1)
+    sched.commit(workers.run(first))  # two of its three end
+    assert len(plan_of(sched, 1).seq_ids) == 1
+    sched.commit(workers.run(second))
+    assert len(plan_of(sched, 1).seq_ids) == 2
+
+
 def test_a_replan_computes_the_same():
     sched, workers = scheduler(), FakeWorkers(4)
     sched.add(request("a", [5, 6, 7]))
@@ -321,10 +359,11 @@ def test_a_replan_computes_the_same():
 
 
 @settings(max_examples=150)
-@given(st.integers(0, 2**32), st.integers(1, 3), st.integers(16, 40), st.integers(3, 30))
-def test_any_load_gives_every_request_its_own_text(seed, in_flight, num_pages, budget):
+@given(st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 4), st.integers(16, 40), st.integers(3, 30))
+def test_any_load_gives_every_request_its_own_text(seed, in_flight, least, num_pages, budget):
     rng = random.Random(seed)
-    sched = scheduler(num_pages=num_pages, max_batch_tokens=budget, micro_batches=in_flight)
+    options = {"micro_batches": in_flight, "least_decodes": least}
+    sched = scheduler(num_pages=num_pages, max_batch_tokens=budget, **options)
     prompts = {
         f"r{i}": ([rng.randrange(2, 99) for _ in range(rng.randrange(1, 30))], rng.randrange(1, 30))
         for i in range(rng.randrange(1, 12))

@@ -43,6 +43,25 @@ def test_a_stage_of_dense_layers_has_no_router():
 
 
 @pytest.mark.parametrize(
+    ("layout", "on_cpu", "on_cuda"),
+    [
+        ({"kind": "colocated"}, 1, 1),
+        ({"kind": "disaggregated", "stages": 1}, 2, 1),
+        ({"kind": "disaggregated", "stages": 3, "expert_shards": 2}, 3, 1),
+    ],
+)
+def test_steps_in_flight_are_as_many_as_stages_and_two_where_they_can_take_turns(layout, on_cpu, on_cuda):
+    assert build(**layout).micro_batches("cpu") == on_cpu
+    assert build(**layout).micro_batches("cuda") == on_cuda
+
+
+def test_steps_in_flight_of_a_dense_model_are_as_many_as_stages():
+    for stages in (1, 3):
+        layout = build(DENSE, kind="disaggregated", stages=stages)
+        assert layout.micro_batches("cpu") == layout.micro_batches("cuda") == stages
+
+
+@pytest.mark.parametrize(
     ("layout", "message"),
     [
         ({"stages": 5}, "layout.stages: 5 parts are asked for, but the model has only 4 layers"),

@@ -109,7 +109,7 @@ class Stage:
                 router.dispatcher = local_dispatcher(ExpertModel(config, loader, config.moe_layers, every))
                 assert isinstance(router.dispatcher, DeviceDispatcher)
         self.calls = 0
-        self.idle_s = 0.0
+        self.idle_s = self.waited_s = 0.0
         self.router = router
         self.role = StageRole(model, router if local else self, num_pages=NUM_PAGES, page_size=PAGE_SIZE)
         self.cached = {}
@@ -122,12 +122,16 @@ class Stage:
         return []
 
     def step(self, chunks):
-        """`chunks`: (sequence, tokens) → the logits that the sampler was given."""
+        """`chunks`: (sequence, tokens) → a token of each."""
+        return self.role.forward(self.plan(chunks), None)[1]
+
+    def plan(self, chunks):
+        """The next step of these sequences."""
         cached = [self.cached.get(s, 0) for s, _ in chunks]
         ends = [start + len(tokens) for start, (_, tokens) in zip(cached, chunks)]
         pages = [[1 + 6 * s + i for i in range(-(-end // PAGE_SIZE))] for (s, _), end in zip(chunks, ends)]
         self.cached.update({s: end for (s, _), end in zip(chunks, ends)})
-        plan = StepPlan(
+        return StepPlan(
             epoch=0,
             step=0,
             micro_batch=0,
@@ -139,7 +143,6 @@ class Stage:
             pages=pack_int32(np.concatenate(pages)),
             samples=[SampleSpec(i, end, GREEDY) for i, end in enumerate(ends)],
         )
-        return self.role.forward(plan, None)[1]
 
 
 @pytest.fixture
@@ -185,6 +188,31 @@ def parts(cache):
     """A cache's tensors, float32."""
     both = (cache,) if isinstance(cache, torch.Tensor) else (cache.values, cache.scale)
     return [part.float() for part in both]
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_a_step_that_takes_turns_with_a_replayed_one_leaves_its_memory_alone(folder, recordings):
+    """All graphs share their memory: while one step waits between two of them, another is not replayed."""
+    _, record = recordings
+    eager, replayed = (Stage(folder, False) for _ in range(2))
+    replayed.role.prepare(StepLimits(3, 1, 64), record)
+    rng = np.random.default_rng(0)
+    prompts = [(s, rng.integers(0, 96, 3 + s)) for s in range(3)]
+    assert replayed.step(prompts) == eager.step(prompts)
+    both = [(0, [5])], [(2, [7])]
+    expected = [eager.step(chunks) for chunks in both]
+    first = replayed.role.begin(replayed.plan(both[0]), None)
+    assert replayed.role.graphs.in_use
+    second = replayed.role.begin(replayed.plan(both[1]), None)
+    for step in (second, first):
+        step.go_on(replayed.forward(*step.asked), 0.0)
+    assert [first.tokens, second.tokens] == expected
+    assert not replayed.role.graphs.in_use
+    given_up = replayed.role.begin(replayed.plan([(0, [3])]), None)
+    assert replayed.role.graphs.in_use
+    given_up.close()
+    assert not replayed.role.graphs.in_use
 
 
 @pytest.mark.slow
