@@ -300,8 +300,10 @@ def tables(
             carried, expected = step.carried.get(link), dues[name].get(link)
             cells.append(_cell(carried) + ("" if carried == expected else f" (due: {_cell(expected)})"))
         lines.append(f"| {' → '.join(link)} | {' | '.join(cells)} |")
-    lines += ["", head[0].replace("a step", "a layer and step"), head[1]]
-    for name, num_layers, members in _of_every_layer(config, layout, links):
+    every_layer = list(_of_every_layer(config, layout, links))
+    if every_layer:
+        lines += ["", head[0].replace("a step", "a layer and step"), head[1]]
+    for name, num_layers, members in every_layer:
         cells = []
         for step in steps.values():
             carried = [step.carried.get(link, Carried(0, 0)) for link in members]

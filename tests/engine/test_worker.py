@@ -40,7 +40,8 @@ def test_a_step_whose_rows_fit_no_message_gives_the_same_text(checkpoint, monkey
 def test_traffic_and_waits_are_counted_over_all_links_to_a_place(checkpoint):
     """An expert shard dies between steps: its router goes on counting, its successor begins."""
     asked = requests(4)
-    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"])
+    # Nobody else may be taken for dead, however busy the machine is.
+    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"], lease_s=60, step_timeout_s=30)
 
     def seen_by(worker):
         traffic = worker.peers.traffic["router-1"]
