@@ -107,7 +107,7 @@ class Exchange(Lockstep):
         num_rows = [int(order.counts_E[experts].sum()) for experts in self._experts_of]
         bounds = list(accumulate(num_rows, initial=order.num_orphans))
         under = self._under = _Under(tag, x_TD, weights_TK, num_tokens, order, bounds)
-        x_ND = x_TD[order.tokens_N]
+        x_ND = x_TD.index_select(0, order.tokens_N)
         messages = {}
         for rank, name in enumerate(self._names):
             rows = x_ND[bounds[rank] : bounds[rank + 1]]
@@ -157,7 +157,7 @@ class Exchange(Lockstep):
         experts_N = np.repeat(np.tile(np.arange(counts_RE.shape[1]), len(of_ranks)), counts_RE.ravel())
         order_N = torch.from_numpy(np.argsort(experts_N, kind="stable")).to(x_ND.device)
         counts_E = counts_RE.sum(0)
-        sorted_ND, y_ND = x_ND[order_N], torch.empty_like(x_ND)
+        sorted_ND, y_ND = x_ND.index_select(0, order_N), torch.empty_like(x_ND)
         parts, expert, row = [], 0, 0
         try:
             for span in self._own:
