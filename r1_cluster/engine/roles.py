@@ -183,8 +183,7 @@ class RemoteRouter:
             raise
         except LinkError:
             # The step is finished with zeros, so that everybody stays in lock-step, and then done again.
-            if (found := self._links.get(self.name)) is not None:
-                found.close()
+            self.hang_up()
             self._lost.append(self.name)
             return torch.zeros_like(x_TD)
         took_s = time.perf_counter() - began
@@ -192,6 +191,12 @@ class RemoteRouter:
         if not self._lost:
             self.idle_s += max(took_s - compute_s, 0.0)
         return y_TD
+
+    def hang_up(self) -> None:
+        """Closes the link, so that nothing late is taken for an answer."""
+        link = self._links.get(self.name)
+        if link is not None:
+            link.close()
 
     def ask(self, asked: Asked) -> Link:
         """Sends a request; returns the link over which its answer will come. Raises LinkError."""

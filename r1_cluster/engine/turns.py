@@ -81,6 +81,7 @@ class Turns:
     def lose(self) -> None:
         """The router is gone, or silent."""
         if self._waiting:
+            self.router.hang_up()
             self._give_up([self.router.name])
 
     def drop(self) -> None:

@@ -185,7 +185,7 @@ class Worker:
                 self._control = None
             else:
                 self.peers.drop(link)
-                if self.turns is not None and link.peer == self.turns.router.name:
+                if self.turns is not None and self.turns.router.name not in self._links:
                     self.turns.lose()
             return
         if message.header.kind == Kind.HEARTBEAT:

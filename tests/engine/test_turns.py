@@ -1,16 +1,22 @@
 """Micro-batches that take turns: while one waits for its experts, the other one attends."""
 
 import threading
+import time
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
-from thread_cluster import LAYOUTS, Cluster, outlive, requests
+from thread_cluster import LAYOUTS, PAGE_SIZE, Cluster, outlive, requests
 
+from r1_cluster.comm import links
 from r1_cluster.comm.dispatch import StepTag
 from r1_cluster.comm.links import LocalLink
 from r1_cluster.comm.wire import Flags, Header, Kind, Message, Unsendable, WireError, pack_seconds
+from r1_cluster.engine.pages import PageAllocator
+from r1_cluster.engine.pipeline import Pipeline
 from r1_cluster.engine.roles import Asked, RemoteRouter, Step
+from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.engine.turns import Turn, Turns
 from r1_cluster.engine.worker import Worker
 
@@ -186,6 +192,86 @@ def test_texts_go_on_over_process_groups(checkpoint, at_once, name):
     layout = {"kind": "disaggregated", "stages": 1, "expert_shards": 2, "spares": 1}
     outlive(Cluster(checkpoint, layout, transport="host memory", micro_batches=2), name)
     assert at_once == [2]
+
+
+@pytest.mark.slow
+def test_messages_larger_than_what_links_buffer_block_nobody(checkpoint, at_once, monkeypatch):
+    """A stage that sends the next question does so when no answer is under way."""
+    monkeypatch.setattr(links, "UNIX_BUFFER_BYTES", 1)  # the kernel gives some KiB
+    layout = {"kind": "disaggregated", "stages": 1, "expert_shards": 1}
+    cluster = Cluster(checkpoint, layout, micro_batches=2, step_timeout_s=5.0)
+    try:
+        asked = [
+            msgspec.structs.replace(request, prompt=list(range(5, 133)), max_tokens=2)
+            for request in requests(6, ignore_eos=True)
+        ]
+        texts = cluster.run(asked)
+        assert at_once == [2]
+        assert cluster.core.recovery.num_recoveries == 0
+        assert cluster.run(asked[:1]) == {asked[0].request_id: texts[asked[0].request_id]}
+    finally:
+        cluster.close()
+
+
+@pytest.mark.slow
+def test_an_engine_that_takes_over_finds_all_sequences_of_steps_that_wait(checkpoint, monkeypatch):
+    slow, dropped = threading.Event(), []
+    handle, drop = Worker._handle, Turns.drop
+
+    def handle_slowly(worker, link, message):
+        if message.header.kind == Kind.MOE and slow.is_set():
+            time.sleep(0.3)
+        handle(worker, link, message)
+
+    def watched(turns):
+        dropped.append(len(turns._waiting))
+        drop(turns)
+
+    monkeypatch.setattr(Worker, "_handle", handle_slowly)
+    monkeypatch.setattr(Turns, "drop", watched)
+    asked = [msgspec.structs.replace(r, max_tokens=60) for r in requests(2, ignore_eos=True)]
+    layout = {"kind": "disaggregated", "stages": 1, "expert_shards": 1}
+    cluster = Cluster(checkpoint, layout, micro_batches=2)
+    try:
+        texts = cluster.run(asked)
+        for request in asked:
+            cluster.core.submit(request)
+        known = dict.fromkeys(texts, 0)
+        while min(known.values()) < 10:
+            delta = cluster.deltas.get(timeout=60)
+            known[delta.request_id] += len(delta.tokens)
+        slow.set()
+        while len(cluster.workers["stage-0"].turns._waiting) < 2:
+            time.sleep(0.001)
+        cluster.core.stop()
+        epoch = 1 + cluster.pipeline.epoch
+        members = {name: cluster.member(name, epoch) for name in cluster.workers}
+        pipeline = Pipeline(cluster.layout, members, epoch, 2.0)
+        pipeline.kv_era = cluster.pipeline.kv_era
+        held = pipeline.link(epoch, read_back=True)
+        slow.clear()
+        assert dropped[-1] == 2
+        while not cluster.deltas.empty():
+            delta = cluster.deltas.get()
+            known[delta.request_id] += len(delta.tokens) if delta.error is None else 0
+        scheduler = Scheduler(Limits(16, 64, 200, 2), PageAllocator(256, PAGE_SIZE), frozenset({1}))
+        scheduler.adopt(held)
+        for request in asked:
+            name = request.request_id
+            scheduler.add(msgspec.structs.replace(request, generated=texts[name][: known[name]]))
+        for _ in asked:
+            plan = scheduler.schedule(epoch)
+            assert sum(plan.num_new) <= 2 * len(plan.seq_ids)
+            pipeline.send(plan)
+        found = {}
+        while scheduler.num_in_flight:
+            if (result := pipeline.receive(pipeline.members["stage-0"].link)) is not None:
+                for item in scheduler.commit(result):
+                    found[item.delta.request_id] = item.delta.tokens
+        assert found == {name: text[known[name] : known[name] + 1] for name, text in texts.items()}
+        pipeline.close()
+    finally:
+        cluster.close()
 
 
 @pytest.mark.slow
