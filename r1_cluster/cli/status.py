@@ -65,6 +65,9 @@ def _show(engine: dict[str, Any]) -> None:
         f"{engine['tokens']} tokens in {engine['steps']} steps"
     )
     print(f"  {_words(engine['health'])}; {engine['recoveries']} recoveries{_last(engine['recovery_log'])}")
+    if len(ranks := engine.get("data_ranks", [])) > 1:
+        each = ", ".join(f"{rank['running']} running in {rank['pages_used']} pages" for rank in ranks)
+        print(f"  data ranks: {each}")
     if engine["step_ms"] is not None:
         step_ms, overhead_ms = engine["step_ms"], engine["overhead_ms"]
         print(f"  one sequence: {step_ms:.2f} ms a step, {overhead_ms:.2f} ms of it overhead")

@@ -27,10 +27,20 @@ ENGINE = {
 
 def test_the_bubble_of_each_worker_is_shown(capsys):
     _show(ENGINE)
-    *_, titles, stage, spare = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    titles, stage, spare = lines[
+        (first := next(i for i, line in enumerate(lines) if "bubble" in line)) : first + 3
+    ]
     end = titles.index("bubble") + len("bubble")
     assert stage[:end].endswith("  25 %")
     assert "%" not in spare
+
+
+def test_each_data_rank_is_shown_where_there_are_several(capsys):
+    _show(ENGINE | {"data_ranks": [{"running": 2, "pages_used": 4}]})
+    assert "data ranks" not in capsys.readouterr().out
+    _show(ENGINE | {"data_ranks": [{"running": 2, "pages_used": 3}, {"running": 1, "pages_used": 1}]})
+    assert "  data ranks: 2 running in 3 pages, 1 running in 1 pages\n" in capsys.readouterr().out
 
 
 def counted(sent, received):
