@@ -8,6 +8,7 @@ import pytest
 from thread_cluster import LAYOUTS, PAGE_SIZE, SECRET, Cluster, requests
 
 from r1_cluster.comm.handshake import Hello
+from r1_cluster.comm.links import wait_any
 from r1_cluster.comm.listener import connect
 from r1_cluster.comm.wire import LinkError
 from r1_cluster.engine.boot import ENGINE
@@ -57,10 +58,11 @@ def test_workers_wait_longer_for_their_first_engine(checkpoint):
 
 
 @pytest.mark.slow
-def test_an_engine_that_takes_over_reads_back_what_the_workers_hold(checkpoint):
+@pytest.mark.parametrize("layout", ["disaggregated", "expert-parallel"])
+def test_an_engine_that_takes_over_reads_back_what_the_workers_hold(checkpoint, layout):
     (request,) = requests(1, ignore_eos=True)
     request = msgspec.structs.replace(request, max_tokens=100)
-    cluster = Cluster(checkpoint, LAYOUTS["disaggregated"])
+    cluster = Cluster(checkpoint, LAYOUTS[layout])
     (text,) = cluster.run([request]).values()
     cluster.core.submit(request)
     got = []
@@ -75,20 +77,47 @@ def test_an_engine_that_takes_over_reads_back_what_the_workers_hold(checkpoint):
     pipeline.kv_eras = cluster.pipeline.kv_eras
     held = pipeline.link(epoch, read_back=True)
     num_known = len(request.prompt) + 30
-    assert held[request.request_id].committed >= num_known - 2
-    scheduler = Scheduler(Limits(16, 64, 200), [PageAllocator(256, PAGE_SIZE)], frozenset({1}))
+    (sequence,) = [sequences[request.request_id] for sequences in held if sequences]
+    assert sequence.committed >= num_known - 2
+    allocators = [PageAllocator(256, PAGE_SIZE) for _ in cluster.layout.first_stages]
+    scheduler = Scheduler(Limits(16, 64, 200), allocators, frozenset({1}))
     scheduler.adopt(held)
     scheduler.add(msgspec.structs.replace(request, generated=text[:30]))
     scheduler.check()
-    (plan,) = scheduler.schedule(epoch)
-    assert sum(plan.num_new) <= 2
-    pipeline.send(plan)
-    link = pipeline.members["stage-1"].link
-    while (result := pipeline.receive(link)) is None:
-        pass
-    assert result.tokens == text[30:31]
+    plans = scheduler.schedule(epoch)
+    assert sum(sum(plan.num_new) for plan in plans) <= 2
+    for plan in plans:
+        pipeline.send(plan)
+    results = []
+    while len(results) < len(plans):
+        for link in wait_any([member.link for member in pipeline.members.values()], 30.0):
+            results += filter(None, [pipeline.receive(link)])
+    assert [token for result in results for token in result.tokens] == text[30:31]
     pipeline.close()
     cluster.close()
+
+
+@pytest.mark.slow
+def test_what_other_data_ranks_hold_is_offered_though_one_has_lost_its_kv(checkpoint):
+    """The former engine had computed on all, and lost a rank before it ended."""
+    asked = [msgspec.structs.replace(r, max_tokens=100) for r in requests(3, ignore_eos=True)]
+    cluster = Cluster(checkpoint, LAYOUTS["expert-parallel"])
+    try:
+        for request in asked:
+            cluster.core.submit(request)
+        begun = set()
+        while len(begun) < 3:
+            begun.add(cluster.deltas.get(timeout=60).request_id)
+        cluster.core.stop()
+        epoch = 1 + max(max(worker.epoch, worker.office) for worker in cluster.workers.values())
+        members = {name: cluster.member(name, epoch) for name in cluster.workers}
+        pipeline = Pipeline(cluster.layout, members, epoch, 2.0)
+        pipeline.kv_eras = [1, epoch, 1]
+        held = pipeline.link(epoch, read_back=True)
+        assert [len(sequences) for sequences in held] == [1, 0, 1]
+        pipeline.close()
+    finally:
+        cluster.close()
 
 
 def test_what_was_held_before_a_stage_lost_its_kv_is_offered_to_nobody(checkpoint):
