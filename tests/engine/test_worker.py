@@ -58,10 +58,14 @@ def test_traffic_and_waits_are_counted_over_all_links_to_a_place(checkpoint):
         soon(lambda: cluster.core.recovery.num_recoveries == 1)
         cluster.run(asked)
         assert 0 < total.sent_messages < router.peers.traffic["experts-1"].sent_messages
-        total.add(seen_by(cluster.workers["experts-1"]))
-        soon(lambda: router.peers.traffic["experts-1"] == total)
+
+        def seen_by_both():
+            both = seen_by(cluster.workers["experts-1"])
+            both.add(total)
+            return both
+
+        soon(lambda: router.peers.traffic["experts-1"] == seen_by_both())
         assert router.waited_s > waited_s > 0
-        assert cluster.workers["stage-1"].waited_s > 0
         assert cluster.workers["stage-1"].peers.traffic.keys() == {"engine", "stage-0", "router-1"}
     finally:
         cluster.close()
