@@ -64,7 +64,7 @@ class _Under:
 class Exchange(Lockstep):
     """A `Dispatcher` among ranks; see `Lockstep`. `hosts[i]` are the spans of experts that rank i holds; of
     those that have several hosts the first in turn computes them, and `own` are the ones that are here.
-    Whoever is lost ends the step by `PeersLost`, so `lost` stays empty."""
+    Whoever is lost ends the step by `PeersLost`."""
 
     def __init__(
         self,
@@ -82,7 +82,6 @@ class Exchange(Lockstep):
         tensors are taken. Experts that nobody here holds are others': their rows are zero."""
         super().__init__(Kind.DISPATCH, names, place, links, timeout_s)
         self.device = device
-        self.lost: list[str] = []
         self._owner_E = np.full(num_experts, -1, dtype=np.int64)
         # In the order of choice: every rank's own, then every rank's first copy, and so on.
         for choice in range(max(map(len, hosts))):

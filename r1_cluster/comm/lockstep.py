@@ -68,6 +68,13 @@ class Lockstep:
         return self.idle_s
 
     @property
+    def lost(self) -> list[str]:
+        """Those whose links have been closed meanwhile. Over a device's links a payload may still be lost
+        after it was announced: see `Router.take_lost`."""
+        links = ((peer, self._links.get(peer)) for peer in self.peers)
+        return [peer for peer, link in links if link is None or link.closed]
+
+    @property
     def peers(self) -> list[str]:
         """The names of the others."""
         return [name for name in self._names if name != self._names[self.place]]

@@ -364,9 +364,12 @@ class StageRole:
     def _take_part(self, plan: StepPlan) -> torch.Tensor:
         """A step in which other data ranks have tokens, and this one has none. Returns no hidden states."""
         assert isinstance(self.moe, RouterRole), "only with an exchange is a plan without sequences sent"
+        began, idle_s = time.perf_counter(), self.moe.idle_s
         x_0D = self.model.hidden(0)
         for layer in self.model.config.moe_layers:
             self.moe.take_part(StepTag(plan.epoch, plan.step, layer, plan.micro_batch), x_0D)
+        settle(x_0D.device)
+        self.compute_s = time.perf_counter() - began - (self.moe.idle_s - idle_s)
         return x_0D
 
     def give_up(self, names: Sequence[str]) -> None:
@@ -428,7 +431,8 @@ class StageRole:
 
     def take_lost(self) -> list[str]:
         """Peers that went missing since the last call."""
-        return [] if self.moe is None else self.moe.take_lost()
+        of_ranks = [] if self.ranks is None else self.ranks.lost
+        return of_ranks + ([] if self.moe is None else self.moe.take_lost())
 
 
 def _no_experts(layer: int, x_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:

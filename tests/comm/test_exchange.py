@@ -123,6 +123,16 @@ def test_a_dead_rank_is_noticed_by_all_others_at_once(linked):
     assert took_s < NOTICED_S
 
 
+def test_who_was_lost_after_its_last_message_is_known(linked):
+    """Over a device's links what was announced may not have come."""
+    exchanges, links = linked(3)
+    inputs = [draw_step(4, 4, NUM_EXPERTS, 2, rank) for rank in range(3)]
+    steps_of(exchanges, inputs, [4] * 3)
+    assert [exchange.lost for exchange in exchanges.values()] == [[], [], []]
+    links[0]["rank-2"].close()
+    assert [exchange.lost for exchange in exchanges.values()] == [["rank-2"], [], []]
+
+
 def test_a_silent_rank_is_lost_after_its_time(linked):
     exchanges, links = linked(3, timeout_s=0.3)
     names, took_s = ended(exchanges, links, {0, 2})
