@@ -50,32 +50,20 @@ Cores = Mapping[str, int]
 """By a worker's name, the core that it runs on."""
 
 
-@dataclass(frozen=True)
-class Way:
-    """Engines that work at the same time, each over a layout of its own."""
-
-    engines: tuple[tuple[LayoutConfig, Cores], ...]
-    micro_batches: int = 1
-
-
-WAYS = {
-    COLOCATED: Way(((LayoutConfig(), {"stage-0": 0}),)),
-    TWO_COLOCATED: Way(((LayoutConfig(), {"stage-0": 0}), (LayoutConfig(), {"stage-0": 1}))),
-    STAGES: Way(
+WAYS: dict[str, tuple[tuple[LayoutConfig, Cores], ...]] = {
+    COLOCATED: ((LayoutConfig(), {"stage-0": 0}),),
+    TWO_COLOCATED: ((LayoutConfig(), {"stage-0": 0}), (LayoutConfig(), {"stage-0": 1})),
+    STAGES: (
         (
-            (
-                LayoutConfig(kind="disaggregated", stages=2),
-                {"stage-0": 0, "router-0": 0, "stage-1": 1, "router-1": 1},
-            ),
+            LayoutConfig(kind="disaggregated", stages=2),
+            {"stage-0": 0, "router-0": 0, "stage-1": 1, "router-1": 1},
         ),
-        micro_batches=2,
     ),
-    RANKS: Way(((LayoutConfig(tensor_parallel=2), {"stage-0-rank-0": 0, "stage-0-rank-1": 1}),)),
-    PARALLEL: Way(((LayoutConfig(kind="expert-parallel", data_parallel=2), {"dp-0": 0, "dp-1": 1}),)),
-    DISAGGREGATED: Way(
-        ((LayoutConfig(kind="disaggregated"), {"stage-0": 0, "router-0": 1, "experts-0": 1}),)
-    ),
+    RANKS: ((LayoutConfig(tensor_parallel=2), {"stage-0-rank-0": 0, "stage-0-rank-1": 1}),),
+    PARALLEL: ((LayoutConfig(kind="expert-parallel", data_parallel=2), {"dp-0": 0, "dp-1": 1}),),
+    DISAGGREGATED: ((LayoutConfig(kind="disaggregated"), {"stage-0": 0, "router-0": 1, "experts-0": 1}),),
 }
+"""Engines that work at the same time, each over a layout of its own."""
 
 
 class Goal(NamedTuple):
@@ -149,7 +137,7 @@ def host(settings: Settings, layout: LayoutConfig, cores: Cores, parent: Connect
             parent.send(times)
 
 
-def settings_of(model: Model, way: Way) -> Settings:
+def settings_of(model: Model) -> Settings:
     """What an engine is started with."""
     longest = PROMPT_TOKENS + max(model.num_tokens.values())
     return Settings(
@@ -161,7 +149,6 @@ def settings_of(model: Model, way: Way) -> Settings:
         max_num_seqs=max(STREAMS),
         max_context_len=longest,
         step_timeout_s=60.0,
-        micro_batches=way.micro_batches,
     )
 
 
@@ -208,8 +195,8 @@ def measure(model: Model, rounds: int) -> None:
     with ExitStack() as stack:
         started: dict[str, list[Hosted]] = {}
         for name, way in WAYS.items():
-            for layout, cores in way.engines:
-                engine = Hosted(settings_of(model, way), layout, cores)
+            for layout, cores in way:
+                engine = Hosted(settings_of(model), layout, cores)
                 stack.callback(engine.close)
                 started.setdefault(name, []).append(engine)
         for engines in started.values():
