@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
-from r1_cluster.comm.links import Link, recv_epoch
+from r1_cluster.comm.links import Link, recv_epoch, stay_awake
 from r1_cluster.comm.wire import Flags, Header, Kind, LinkError, Message, StaleEpoch, Unsendable, WireError
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ class Lockstep:
                 if message.header.epoch > due.epoch:
                     raise StaleEpoch(f"{link.peer} is at epoch {message.header.epoch}")
             else:
+                stay_awake(link)
                 message = recv_epoch(link, due.epoch, max(deadline - time.monotonic(), 0.0))
             if message.header.epoch == due.epoch and message.header.step >= due.step:
                 return message

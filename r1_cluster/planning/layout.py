@@ -89,7 +89,7 @@ class Layout:
         apart = any(worker.router is not None and worker.stage is None for worker in self.workers)
         if device != "cpu" and apart:
             return 1
-        return max(len(self.stages), 2 if apart else 1)
+        return max(len(self.stages) // len(self.first_stages), 2 if apart else 1)
 
     def ranks_of(self, worker: WorkerSpec) -> tuple[WorkerSpec, ...]:
         """All ranks of a worker's stage, it among them."""

@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from r1_cluster.comm import wire
-from r1_cluster.comm.links import STALL_S, LocalLink, TcpLink, Traffic, recv_epoch, wait_any
+from r1_cluster.comm import links, wire
+from r1_cluster.comm.links import STALL_S, LocalLink, TcpLink, Traffic, recv_epoch, stay_awake, wait_any
 from r1_cluster.comm.wire import (
     Flags,
     Header,
@@ -250,6 +250,21 @@ def test_wait_any_names_those_that_have_something(pair):
     near.close()
     far.close()
     assert wait_any([right, far], 5) == [far]
+
+
+def test_whoever_stays_awake_does_so_until_something_comes_or_for_a_while(pair, monkeypatch):
+    left, right = pair
+    stay_awake(right)  # nothing came
+    monkeypatch.setattr(links, "AWAKE_S", 600.0)
+    with ThreadPoolExecutor(1) as pool:
+        for wakes in (lambda: left.send(Header(1)), right.close):
+            waiting = pool.submit(stay_awake, right)
+            time.sleep(0.01)
+            assert not waiting.done()
+            wakes()
+            waiting.result(10)
+            if not right.closed:
+                right.recv(1)
 
 
 def test_messages_of_former_epochs_are_dropped_and_counted(pair):

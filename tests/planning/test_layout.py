@@ -169,6 +169,7 @@ def test_every_data_rank_has_all_layers_and_its_part_of_the_experts():
     assert [ranks[0].name for ranks in layout.first_stages] == ["dp-0", "dp-1", "dp-2"]
     assert all(layout.following(worker) is None for worker in layout.workers)
     assert not any(map(layout.has_its_experts, layout.workers))
+    assert layout.micro_batches("cpu") == layout.micro_batches("cuda") == 1  # they go through a step together
     assert layout.whole_data_ranks({"dp-1"}) == [0, 2]
     assert layout.can_do_without({"dp-1"})
     assert not layout.can_do_without({"dp-0", "dp-2"})  # both hosts of dp-0's experts
