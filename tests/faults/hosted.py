@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import json
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -55,30 +57,37 @@ def all_streams(host, meanwhile=lambda: None):
 class Service:
     """A service that `r1-cluster serve --address` deployed on hosts."""
 
-    def __init__(self, hosts, checkpoint, served_on):
-        self.hosts = hosts
-        file = hosts.folder / "service.yaml"
+    def __init__(self, hosts, checkpoint, served_on, name="hosts", layout=LAYOUT):
+        self.hosts, self.name, self._served_on = hosts, name, served_on
+        self._file = file = hosts.folder / f"{name}.yaml"
         file.write_text(
             yaml.safe_dump(
                 {
-                    "name": "hosts",
+                    "name": name,
                     "model": {"path": str(checkpoint), "name": "tiny"},
-                    "layout": LAYOUT,
+                    "layout": layout,
                     "engine": {"lease_s": LEASE_S},
                     "serve": {"host": "0.0.0.0", "port": PORT},
                 }
             )
         )
         address = f"{hosts[0].address}:{GCS_PORT}"
-        log = hosts.folder / "serve.txt"
-        command = hosts.begin(served_on, log, "r1-cluster", "serve", file, "--address", address)
-        wait_until(lambda: "ready:" in log.read_text() or command.poll() is not None, 240, "ready")
+        log = hosts.folder / f"serve-{name}.txt"
+        self._command = hosts.begin(served_on, log, "r1-cluster", "serve", file, "--address", address)
+        wait_until(lambda: "ready:" in log.read_text() or self._command.poll() is not None, 240, "ready")
         assert "ready:" in log.read_text(), log.read_text()
         self.undisturbed, _ = all_streams(self.edge)
+        self._num_workers = len(self.workers())
+
+    def stop(self):
+        """Takes the service off the hosts, as Ctrl-C does."""
+        (pid,) = self._served_on.processes(f"bin/r1-cluster serve {self._file}")
+        os.kill(pid, signal.SIGINT)
+        self._command.wait(60)
 
     def host_of(self, deployment):
         """The host that runs the replica of a deployment."""
-        title = f"ray::ServeReplica:hosts:{deployment}"
+        title = f"ray::ServeReplica:{self.name}:{deployment}"
         return next(host for host in self.hosts.hosts if host.up and host.processes(title))
 
     @property
@@ -104,19 +113,19 @@ class Service:
 
     def engine_log(self):
         """The file of what the engine's process writes on its standard error: losses and recoveries."""
-        (pid,) = self.host_of("Engine").processes("ray::ServeReplica:hosts:Engine")
+        (pid,) = self.host_of("Engine").processes(f"ray::ServeReplica:{self.name}:Engine")
         return Path(f"/proc/{pid}/fd/2")
 
     def check_whole(self):
         engine = self.engine()
         assert (engine["running"], engine["pages_used"], engine["missing"]) == (0, 0, [])
-        assert [worker["state"] for worker in engine["workers"]] == ["alive"] * 7
+        assert [worker["state"] for worker in engine["workers"]] == ["alive"] * self._num_workers
         return engine
 
 
-def noticed_after(service, break_it):
-    """Does harm; returns the seconds until the engine says that it lost somebody."""
+def noticed_after(service, break_it, says="lost "):
+    """Does harm; returns the seconds until the engine says that it lost somebody, or what else it is to say."""
     log = service.engine_log()
-    before = log.read_text(errors="replace").count("lost ")
+    before = log.read_text(errors="replace").count(says)
     break_it()
-    return wait_until(lambda: log.read_text(errors="replace").count("lost ") > before, 60, "noticed", 0.02)
+    return wait_until(lambda: log.read_text(errors="replace").count(says) > before, 60, "noticed", 0.02)

@@ -272,6 +272,17 @@ class Hosts:
         """Plugs it in again."""
         _ip("link", "set", host.port, "up")
 
+    def part(self, one: Host, other: Host) -> None:
+        """Loses whatever the two send to each other, in silence; everyone else still reaches both."""
+        for host, peer in ((one, other), (other, one)):
+            nobody = "02:00:00:00:00:01"
+            _ip("-n", host.namespace, "neigh", "replace", peer.address, "lladdr", nobody, "dev", "eth0")
+
+    def unite(self, one: Host, other: Host) -> None:
+        """Lets them reach each other again."""
+        for host, peer in ((one, other), (other, one)):
+            _ip("-n", host.namespace, "neigh", "del", peer.address, "dev", "eth0")
+
     def lose_power(self, host: Host) -> None:
         """The host is gone between two packets: no socket of its says goodbye."""
         self.cut(host)

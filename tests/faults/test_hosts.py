@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from faults.hosts import Hosts, wait_until, why_not
 
 # The kernel gives a silent host up after 4 s; where the cores are busy, reading that takes a while more.
 NOTICED_S = 8.0
+RANKS = {"kind": "colocated", "tensor_parallel": 2, "cpus_per_worker": 0.2, "spread": True}
 REASON = why_not()
 pytestmark = [
     pytest.mark.slow,
@@ -35,8 +37,24 @@ def service(hosts, checkpoint):
     return Service(hosts, checkpoint, hosts[0])
 
 
+@pytest.fixture(scope="module")
+def ranks(service, checkpoint):
+    """In place of the former one, for tests after its own: a stage whose two ranks are on two hosts."""
+    service.stop()
+    return Service(service.hosts, checkpoint, service.hosts[0], "ranks", RANKS)
+
+
 @pytest.fixture
 def whole(service):
+    yield from restored(service)
+
+
+@pytest.fixture
+def whole_ranks(ranks):
+    yield from restored(ranks)
+
+
+def restored(service):
     """The service; hosts that a test has lost come back after it, empty, and join."""
     yield service
     print(service.engine_log().read_text(errors="replace"))  # shown where the test failed
@@ -150,3 +168,50 @@ def test_streams_outlive_the_engine_host(whole, record_property):
     record_property("longest_stall_s", pause)
     assert texts == whole.undisturbed
     whole.check_whole()
+
+
+def test_streams_outlive_a_cut_between_two_ranks(whole_ranks, record_property):
+    """Both can be reached by the engine, and neither by the other, for longer than links keep a silent peer."""
+    homes = whole_ranks.workers()
+    if whole_ranks.host_of("Engine") in homes.values():
+        pytest.skip("the engine is on a rank's host: what cuts off the ranks cuts it off as well")
+    noticed = []
+
+    def meanwhile():
+        cut = partial(whole_ranks.hosts.part, *homes.values())
+        noticed.append(noticed_after(whole_ranks, cut, "broke; linking anew"))
+        time.sleep(max(7 - noticed[0], 0))
+        whole_ranks.hosts.unite(*homes.values())
+
+    texts, pause = all_streams(whole_ranks.edge, meanwhile)
+    print(
+        f"two ranks cut off from each other for 7 s: noticed in {noticed[0]:.2f} s, longest stall {pause:.2f} s"
+    )
+    record_property("noticed_s", noticed[0])
+    record_property("longest_stall_s", pause)
+    assert texts == whole_ranks.undisturbed
+    whole_ranks.check_whole()
+    assert whole_ranks.workers() == homes
+    assert noticed[0] < NOTICED_S
+
+
+def test_streams_outlive_the_host_of_a_rank(whole_ranks, record_property):
+    homes = whole_ranks.workers()
+    assert sorted(homes) == ["stage-0-rank-0", "stage-0-rank-1"]
+    assert len(set(homes.values())) == 2
+    victim = whole_ranks.bystander()
+    noticed = []
+
+    def meanwhile():
+        noticed.append(noticed_after(whole_ranks, lambda: whole_ranks.hosts.lose_power(victim)))
+
+    texts, pause = all_streams(whole_ranks.edge, meanwhile)
+    print(f"{victim.name} with a rank died: noticed in {noticed[0]:.2f} s, longest stall {pause:.2f} s")
+    record_property("noticed_s", noticed[0])
+    record_property("longest_stall_s", pause)
+    assert texts == whole_ranks.undisturbed
+    whole_ranks.check_whole()
+    homes = set(whole_ranks.workers().values())
+    assert victim not in homes
+    assert len(homes) == 2
+    assert noticed[0] < NOTICED_S
