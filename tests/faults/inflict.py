@@ -107,9 +107,9 @@ class Targets:
         "experts-1": [("router-0", "experts-1")],
         "engine": [("engine", "ingress")],
         "stage-0-rank-0": [("stage-0-rank-0", "stage-0-rank-1")],
-        "stage-0-rank-1": [("stage-0-rank-0", "stage-0-rank-1")],
+        "stage-0-rank-1": [("stage-0-rank-0", "stage-0-rank-1"), ("engine", "stage-0-rank-1")],
         "dp-0": [("dp-0", "dp-1")],
-        "dp-1": [("dp-0", "dp-1")],
+        "dp-1": [("dp-0", "dp-1"), ("engine", "dp-1")],
     }
 
     def __init__(self, pids, folder):
