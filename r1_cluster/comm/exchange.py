@@ -118,8 +118,7 @@ class Exchange(Lockstep):
                 messages[name] = Outgoing(rows if len(rows) else None, body)
         header = Header(Kind.DISPATCH, *tag)
         if not self._sent_at_once(header, messages):
-            deadline = time.monotonic() + self._timeout_s
-            under.rows |= self._swap(header, messages, lambda peer: self._rows_of(peer, under, deadline))
+            under.rows |= self._swap(header, messages, lambda peer: self._rows_of(peer, under))
         self.idle_s += time.perf_counter() - began
 
     def combine(self) -> Tensor:
@@ -128,17 +127,16 @@ class Exchange(Lockstep):
             raise RuntimeError("combine without a dispatch")
         under, self._under = self._under, None
         began = time.perf_counter()
-        deadline = time.monotonic() + self._timeout_s
         for peer in self.peers:
             if peer not in under.rows:
-                under.rows[peer] = self._rows_of(peer, under, deadline)
+                under.rows[peer] = self._rows_of(peer, under)
         computing = time.perf_counter()
         answers = self._compute(under)
         self.idle_s -= time.perf_counter() - computing
         own = self._names[self.place]
         messages = {name: Outgoing(y if len(y) else None) for name, y in answers.items() if name != own}
         header = Header(Kind.COMBINE, *under.tag)
-        parts = self._swap(header, messages, lambda peer: self._answer_of(peer, under, deadline))
+        parts = self._swap(header, messages, lambda peer: self._answer_of(peer, under))
         parts[own] = answers[own]
         y_ND = torch.cat(
             [under.x_TD.new_zeros(under.bounds[0], under.x_TD.shape[1])]
@@ -172,18 +170,18 @@ class Exchange(Lockstep):
         y_ND[order_N] = torch.cat(parts) if parts else sorted_ND
         return dict(zip(self._names, torch.split(y_ND, counts_RE.sum(1).tolist())))
 
-    def _rows_of(self, peer: str, under: _Under, deadline: float) -> _Rows:
+    def _rows_of(self, peer: str, under: _Under) -> _Rows:
         """A peer's rows for the experts here."""
-        message = self._receive(peer, Header(Kind.DISPATCH, *under.tag), deadline)
+        message = self._receive(peer, Header(Kind.DISPATCH, *under.tag))
         counts = unpack_int32(message.body) if len(message.body) % 4 == 0 else np.array([-1], dtype=np.int32)
         num_experts = len(self._experts_of[self.place])
         if len(counts) != num_experts or (num_experts and counts.min() < 0):
             self._refuse(peer, f"{len(message.body)} bytes of counts came for {num_experts} experts")
         return _Rows(self._tensor(peer, message, under, int(counts.sum())), counts.astype(np.int64))
 
-    def _answer_of(self, peer: str, under: _Under, deadline: float) -> Tensor:
+    def _answer_of(self, peer: str, under: _Under) -> Tensor:
         """A peer's answer to the rows that it was sent."""
-        message = self._receive(peer, Header(Kind.COMBINE, *under.tag), deadline)
+        message = self._receive(peer, Header(Kind.COMBINE, *under.tag))
         rank = self._names.index(peer)
         return self._tensor(peer, message, under, under.bounds[rank + 1] - under.bounds[rank])
 

@@ -47,7 +47,7 @@ class Outgoing(NamedTuple):
 
 class Lockstep:
     """The workers `names` as the one at `place` among them sees them; among `links` are those to the others,
-    by name. `timeout_s` is how long one may keep the others waiting. `idle_s` grows by the time that is spent
+    by name. `timeout_s` is how long a step may take in all. `idle_s` grows by the time that is spent
     here and in which no operator of the model runs."""
 
     def __init__(
@@ -61,6 +61,7 @@ class Lockstep:
         self._timeout_s = timeout_s
         self._early: defaultdict[str, deque[Message]] = defaultdict(deque)
         self._header = Header(kind)
+        self._began_at = time.monotonic()
 
     @property
     def waited_s(self) -> float:
@@ -80,7 +81,9 @@ class Lockstep:
         return [name for name in self._names if name != self._names[self.place]]
 
     def begin(self, epoch: int, step: int, micro_batch: int) -> None:
-        """What follows belongs to this step. Within an epoch, steps go up."""
+        """What follows belongs to this step, whose time begins. Within an epoch, steps go up."""
+        if (epoch, step) != (self._header.epoch, self._header.step):
+            self._began_at = time.monotonic()
         self._header = Header(self._header.kind, epoch, step, 0, micro_batch)
 
     def deliver(self, peer: str, message: Message) -> None:
@@ -134,13 +137,18 @@ class Lockstep:
         except LinkError as error:
             self._lose(peer, link, str(error))
 
-    def _receive(self, peer: str, due: Header, deadline: float) -> Message:
+    @property
+    def _deadline(self) -> float:
+        """When this step's time is over; what is there already may still be taken."""
+        return self._began_at + self._timeout_s
+
+    def _receive(self, peer: str, due: Header) -> Message:
         """A peer's next message: it is what was `due`, but for the number of rows. Raises PeersLost."""
         link = self._links.get(peer)
         if link is None:
             self._lose(peer, None, "there is no link to it")
         try:
-            message = self._message(link, due, deadline)
+            message = self._message(link, due)
             header = message.header
             if header.flags & Flags.TAINTED:
                 raise PeersLost(message.body.decode(errors="replace").split("\n") if message.body else [])
@@ -152,7 +160,7 @@ class Lockstep:
         except LinkError as error:
             self._lose(peer, link, str(error))
 
-    def _message(self, link: Link, due: Header, deadline: float) -> Message:
+    def _message(self, link: Link, due: Header) -> Message:
         """The next message that belongs to this step or to none before it."""
         early = self._early[link.peer]
         while True:
@@ -162,7 +170,7 @@ class Lockstep:
                     raise StaleEpoch(f"{link.peer} is at epoch {message.header.epoch}")
             else:
                 stay_awake(link)
-                message = recv_epoch(link, due.epoch, max(deadline - time.monotonic(), 0.0))
+                message = recv_epoch(link, due.epoch, max(self._deadline - time.monotonic(), 0.0))
             if message.header.epoch == due.epoch and message.header.step >= due.step:
                 return message
 

@@ -27,9 +27,9 @@ class RankGroup(Lockstep):
     def add(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, in its dtype. Raises PeersLost, Unsendable."""
         began = time.perf_counter()
-        header, deadline = self._next(x), time.monotonic() + self._timeout_s
+        header = self._next(x)
         messages = {peer: Outgoing(x) for peer in self.peers}
-        parts = self._swap(header, messages, lambda peer: self._part(peer, header, x, deadline))
+        parts = self._swap(header, messages, lambda peer: self._part(peer, header, x))
         parts[self._names[self.place]] = x
         first, second, *others = (parts[name] for name in self._names)
         total = first.float() + second.float()
@@ -47,8 +47,7 @@ class RankGroup(Lockstep):
         if self.place:
             self._send(self._names[0], header, Outgoing(x))
         else:
-            deadline = time.monotonic() + self._timeout_s
-            parts = [x, *(self._part(peer, header, x, deadline) for peer in self.peers)]
+            parts = [x, *(self._part(peer, header, x) for peer in self.peers)]
         self.idle_s += time.perf_counter() - began
         return parts
 
@@ -57,9 +56,9 @@ class RankGroup(Lockstep):
         self._header = self._header._replace(layer=self._header.layer + 1)
         return header
 
-    def _part(self, peer: str, header: Header, x: Tensor, deadline: float) -> Tensor:
+    def _part(self, peer: str, header: Header, x: Tensor) -> Tensor:
         """A peer's part; its columns may be others than x's."""
-        tensors = self._receive(peer, header, deadline).tensors
+        tensors = self._receive(peer, header).tensors
         if len(tensors) != 1:
             self._refuse(peer, f"{len(tensors)} tensors came where one was due")
         (part,) = tensors

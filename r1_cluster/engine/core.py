@@ -122,6 +122,7 @@ class EngineCore:
         self._convicts = Convicts()
         self._num_canaries = 0
         self._sent: dict[tuple[int, int], _Sent] = {}  # by step and data rank
+        self._drawn: list[int] = []  # by the data ranks that have computed their part of a step
         self._ready_at = 0.0
         self._release_at = time.monotonic() + HELD_S
         self._thread = threading.Thread(target=self._run, name="engine-core", daemon=True)
@@ -340,10 +341,17 @@ class EngineCore:
         alone = [new for plan in plans for new in plan.num_new] == [1] and not self._sent
         self._sent = {key: sent._replace(began_at=None) for key, sent in self._sent.items()}
         self.bubbles.begin(time.monotonic())
+        lost: WorkerLost | None = None
         for plan in plans:
             sent = _Sent(time.perf_counter(), began_at if alone and plan.num_new else None)
             self._sent[plan.step, plan.data_rank] = sent
-            self.pipeline.send(plan)
+            try:
+                self.pipeline.send(plan)
+            except WorkerLost as error:
+                # The others must hear all the same what was closed, which is not said twice.
+                lost = lost or error
+        if lost is not None:
+            raise lost
 
     def _finish(self, result: StepResult) -> None:
         """Commits a result, gets the next step going, and only then sends the tokens."""
@@ -360,8 +368,10 @@ class EngineCore:
         finished = self.scheduler.commit(result)
         complete = all(step != result.step for step, _ in self._sent)
         self.num_steps += complete
-        # Where not one row had a token, that is no health.
-        if complete and (not result.tokens or max(result.tokens) >= 0):
+        # Where not one row of all data ranks had a token, that is no health.
+        self._drawn += result.tokens
+        drawn, self._drawn = self._drawn, [] if complete else self._drawn
+        if complete and (not drawn or max(drawn) >= 0):
             self.stepped_at = time.monotonic()
             if not self.recovery.under_way:
                 self.recovery.stepped()

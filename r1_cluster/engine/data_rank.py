@@ -35,6 +35,13 @@ class DataRank:
         sequence.data_rank = self.index
         self.running.insert(0 if first else len(self.running), sequence)
 
+    def join(self, sequence: Sequence) -> bool:
+        """Whether a former engine had computed it here, and so it has its KV."""
+        joined = self.takeover.join(sequence)
+        self.closed += self.takeover.closed
+        self.takeover.closed.clear()
+        return joined
+
     def fits(self, sequence: Sequence) -> bool:
         """Whether there are pages for all of it: admitting what would soon have to be preempted computes
         twice."""

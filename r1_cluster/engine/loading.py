@@ -79,7 +79,9 @@ def load_roles(boot: WorkerBoot, spec: WorkerSpec, links: Mapping[str, Link]) ->
             moe = moe or OtherRanksRouter()
         stage = StageRole(parts.stage, moe, ranks, num_pages=boot.num_pages, page_size=boot.page_size)
     if shard.device.type == "cuda" and boot.limits is not None:
-        _prepare(boot.limits, config, stage, router, parts)
+        # Who exchanges rows may have those of all.
+        num_sources = len(layout.exchange_of(spec)) or 1
+        _prepare(boot.limits, config, stage, router, parts, num_sources=num_sources)
     return Loaded(layout, parts.experts, router, stage, read_bytes, read_s, parts.copies)
 
 
@@ -153,6 +155,8 @@ def _prepare(
     stage: StageRole | None,
     router: RouterRole | None,
     parts: Parts,
+    *,
+    num_sources: int,
 ) -> None:
     """Compiles, tunes and records before the first step, which has no time for it."""
     if stage is not None:
@@ -162,6 +166,6 @@ def _prepare(
     if parts.experts is not None and config.moe is not None and (router is None or router.dispatcher is None):
         top_k = config.moe.num_experts_per_tok
         for experts in (parts.experts, *parts.copies):
-            experts.warm_up(limits.max_batch_tokens * top_k)
+            experts.warm_up(limits.max_batch_tokens * top_k * num_sources)
         if router is None:
             parts.experts.warm_up_shares(min(BROADCAST_TOKENS, limits.max_batch_tokens), top_k)

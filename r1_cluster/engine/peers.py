@@ -29,6 +29,7 @@ class Peers:
         self.traffic: dict[str, Traffic] = {}
         self._boot = boot
         self._incarnations: dict[str, str] = {}
+        self._openers: dict[str, str] = {}
         self._groups: ProcessGroups | None = None
         backend = backend_for(boot.transport, host)
         if backend is not None:
@@ -44,6 +45,14 @@ class Peers:
             link.traffic.add(former)
         self.traffic[peer] = link.traffic
 
+    @property
+    def awaited(self) -> bool:
+        """Whether a peer has opened a link by now that was not accepted yet."""
+        return any(
+            name not in self.links or self._incarnations[name] != incarnation
+            for name, incarnation in self._openers.items()
+        )
+
     def drop(self, link: Link) -> None:
         """Forgets a closed link."""
         if self.links.get(link.peer) is link:  # its successor may be here already
@@ -52,6 +61,11 @@ class Peers:
     def connect(self, topology: Topology, layout: Layout, spec: WorkerSpec) -> list[str]:
         """Opens the links that `spec` opens, but for those that stand already, and closes those to peers that
         are not there now; returns the peers that could not be reached."""
+        self._openers = {
+            worker.name: topology.incarnations[worker.name]
+            for worker in layout.workers
+            if worker.name in topology.endpoints and spec.name in layout.connects_to(worker)
+        }
         unreachable = []
         for peer in layout.connects_to(spec):
             standing = self.links.get(peer)

@@ -30,6 +30,9 @@ MAX_ACCUSATIONS = 3
 ACCUSATION_WINDOW_S = 30.0
 PROBE_S = 0.5
 """How soon a worker that others call lost must answer, to keep its place."""
+LOCKSTEP_PROBE_S = 1.5
+"""The same where workers go through a step side by side: one may wait for another, that hangs, for half a
+second longer than it is waited for itself."""
 
 
 class Replace(Protocol):
@@ -61,6 +64,8 @@ class Recovery:
         self._roles = frozenset(worker.name for worker in pipeline.layout.workers)
         # Whose death takes KV, and of which data rank.
         self._kv_of = {rank.name: rank.data_rank for stage in pipeline.layout.stages for rank in stage}
+        in_lockstep = len(pipeline.layout.first_stages) > 1
+        self._probe_s = LOCKSTEP_PROBE_S if in_lockstep else PROBE_S
         self._linked = self._present()
         self._arrivals: deque[tuple[str, Member | Exception]] = deque()
         self._spoiled = False
@@ -104,7 +109,9 @@ class Recovery:
         the place of the one that was meant."""
         accused = list(dict.fromkeys(names))
         names = [name for name in accused if name not in self._pipeline.assigned]
-        convicted = set(self._pipeline.probe(names, PROBE_S)) | (set(names) - self._pipeline.members.keys())
+        convicted = set(self._pipeline.probe(names, self._probe_s)) | (
+            set(names) - self._pipeline.members.keys()
+        )
         for name in names:
             if _count(self._accusations, name, ACCUSATION_WINDOW_S) >= MAX_ACCUSATIONS:
                 self._accusations.pop(name)

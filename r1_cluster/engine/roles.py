@@ -18,6 +18,7 @@ from r1_cluster.comm.device_dispatch import DeviceDispatcher
 from r1_cluster.comm.dispatch import Dispatcher, LocalDispatcher, StepTag
 from r1_cluster.comm.exchange import Exchange
 from r1_cluster.comm.links import Link, recv_epoch
+from r1_cluster.comm.lockstep import Lockstep
 from r1_cluster.comm.ranks import RankGroup
 from r1_cluster.comm.wire import (
     Flags,
@@ -320,8 +321,8 @@ class StageRole:
     def begin(self, plan: StepPlan, x_TD: torch.Tensor | None) -> Step:
         """`forward` as far as the first mixture of experts, for a caller that has others to serve while the
         router works; it sets inference mode."""
-        if self.ranks is not None:
-            self.ranks.begin(plan.epoch, plan.step, plan.micro_batch)
+        for group in self._groups:
+            group.begin(plan.epoch, plan.step, plan.micro_batch)
         batch = AttentionBatch.from_plan(plan, self.page_size, self.model.shard)
         return Step(self._walk(plan, batch, x_TD), self.ranks)
 
@@ -364,6 +365,8 @@ class StageRole:
     def _take_part(self, plan: StepPlan) -> torch.Tensor:
         """A step in which other data ranks have tokens, and this one has none. Returns no hidden states."""
         assert isinstance(self.moe, RouterRole), "only with an exchange is a plan without sequences sent"
+        for group in self._groups:
+            group.begin(plan.epoch, plan.step, plan.micro_batch)
         began, idle_s = time.perf_counter(), self.moe.idle_s
         x_0D = self.model.hidden(0)
         for layer in self.model.config.moe_layers:
@@ -375,10 +378,14 @@ class StageRole:
     def give_up(self, names: Sequence[str]) -> None:
         """Tells all who compute this step together with this stage that it ends without a result, because of
         whom."""
-        router = self.moe if isinstance(self.moe, RouterRole) else None
-        for group in (self.ranks, router.exchange if router is not None else None):
-            if group is not None:
-                group.give_up(names)
+        for group in self._groups:
+            group.give_up(names)
+
+    @property
+    def _groups(self) -> list[Lockstep]:
+        """With whom this stage goes through a step side by side."""
+        exchange = self.moe.exchange if isinstance(self.moe, RouterRole) else None
+        return [group for group in (self.ranks, exchange) if group is not None]
 
     def prepare(self, limits: StepLimits, record: Recorder | None = None) -> None:
         """Compiles and tunes the kernels for every size of step, and records the decode steps. On a device

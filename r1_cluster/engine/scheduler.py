@@ -20,6 +20,7 @@ from r1_cluster.engine.pages import PageAllocator
 from r1_cluster.engine.sequence import Sequence, State
 from r1_cluster.engine.suspects import Suspects
 from r1_cluster.records import (
+    NOBODY,
     FinishReason,
     HeldSequence,
     Refusal,
@@ -109,7 +110,7 @@ class Scheduler:
         """Queues a new request. The ingress has checked its length against `max_model_len` and the pages."""
         sequence = Sequence.of(request, self._eos_ids, self._blank_ids)
         self._by_request[request.request_id] = sequence
-        holder = next((rank for rank in self.data_ranks if rank.takeover.join(sequence)), None)
+        holder = next((rank for rank in self.data_ranks if rank.join(sequence)), None)
         if holder is not None:
             holder.run(sequence)
         else:
@@ -283,14 +284,16 @@ class Scheduler:
         return False
 
     def _pick_suspect(self, batches: dict[int, Batch]) -> None:
-        for rank in self._present:
+        # The engine's own request, of which it depends what a conviction excuses, comes before all others.
+        ranks = sorted(self._present, key=lambda rank: all(s.request.sink != NOBODY for s in rank.running))
+        for rank in ranks:
             for sequence in rank.running:
                 if sequence in self._suspects and sequence.state is State.RUNNING:
                     chunk = min(sequence.num_missing, self.limits.max_batch_tokens)
                     if self._make_room(rank, sequence, sequence.num_computed + chunk, taken=[]):
                         batches[rank.index].append((sequence, chunk))
                         return
-        for sequence in self.waiting:
+        for sequence in sorted(self.waiting, key=lambda s: s.request.sink != NOBODY):
             freest = self._freest(sequence, batches) if sequence in self._suspects else None
             if freest is not None:
                 self.waiting.remove(sequence)

@@ -15,6 +15,7 @@ class Takeover:
     def __init__(self, allocator: PageAllocator) -> None:
         self._allocator = allocator
         self._held: dict[str, HeldSequence] = {}
+        self.closed: list[str] = []  # whose KV was of no use after all, for whoever tells the workers
 
     @property
     def num_pages(self) -> int:
@@ -40,6 +41,7 @@ class Takeover:
         num_computed = min(held.committed, len(known), len(sequence.tokens) - 1)
         if known[:num_computed] != sequence.tokens[:num_computed] or not held.pages:
             self._allocator.release(sequence.seq_id)
+            self.closed.append(sequence.seq_id)
             return False
         sequence.num_computed = num_computed
         return True

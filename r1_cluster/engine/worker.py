@@ -28,6 +28,7 @@ from r1_cluster.comm.wire import (
     Header,
     Kind,
     LinkError,
+    LinkTimeout,
     Message,
     Unsendable,
     WireError,
@@ -48,6 +49,8 @@ from r1_cluster.records import StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
+ACCEPT_S = 0.25
+"""How long a step waits for a link that was opened; one of a peer that has died since never comes."""
 FIRST_LEASE_S = 3600.0
 """How long a worker waits for its first engine, which links nobody before all have loaded their weights."""
 _STEP_KINDS = frozenset({Kind.PLAN, Kind.HIDDEN, Kind.MOE, Kind.MOE_RESULT, Kind.DISPATCH, Kind.BROADCAST})
@@ -154,8 +157,16 @@ class Worker:
         self.turns = self.stage = self.router = self.experts = None
         self._copies = ()
 
-    def _accept(self) -> None:
-        hello, link = self.listener.accept(0)
+    def _take_links(self) -> None:
+        """A plan may be faster than the links that peers have opened for it: they stand when the engine hears
+        so from those who opened them."""
+        until = time.monotonic() + ACCEPT_S
+        with suppress(LinkTimeout):
+            while self.peers.awaited:
+                self._accept(max(until - time.monotonic(), 0.0))
+
+    def _accept(self, timeout_s: float = 0.0) -> None:
+        hello, link = self.listener.accept(timeout_s)
         if hello.purpose != "control":
             with suppress(LinkError):  # whoever opened it says so to the engine
                 self.peers.accept(hello, link)
@@ -211,6 +222,7 @@ class Worker:
         if kind == Kind.PLAN and self.stage is not None:
             plan = unpack(message.body, StepPlan)
             self.held.note(plan)
+            self._take_links()
             self._step(plan, None, 0.0)
         elif kind == Kind.HIDDEN and self.stage is not None:
             hidden = unpack(message.body, Hidden)

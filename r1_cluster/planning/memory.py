@@ -144,7 +144,9 @@ def _moe_bytes(
             parts["rows to and from experts"] = (rows * (4 * item_bytes + 4) + num_piece * 4) * width
     if worker.experts is not None:
         num_experts = worker.experts[1] - worker.experts[0]
-        rows = num_sources * num_piece * min(top_k, num_experts)
+        # Copies are computed while those are away that they stand in for.
+        most_experts = num_experts + sum(end - first for first, end in worker.copies)
+        rows = num_sources * num_piece * min(top_k, most_experts)
         if num_sources > 1:
             # All of it in the order of ranks, in that of experts, and so the answers.
             parts["rows of all ranks"] = rows * 4 * width * item_bytes

@@ -186,3 +186,26 @@ def test_answers_to_other_rows_cost_their_sender_its_link(linked):
 def test_a_combine_needs_a_dispatch(linked):
     with pytest.raises(RuntimeError):
         linked(2)[0][0].combine()
+
+
+def test_who_gives_a_step_up_before_its_first_mixture_is_heard(linked):
+    """It lost a rank of its own stage within the embedding, say: nobody waits for its rows."""
+    exchanges, _ = linked(2)
+    inputs = [draw_step(4, 4, NUM_EXPERTS, 2, rank) for rank in range(2)]
+    steps_of(exchanges, inputs, [4, 4])
+    exchanges[0].begin(TAG.epoch, TAG.step + 1, TAG.micro_batch)
+    exchanges[0].give_up(["dp-0-rank-1"])
+    began = time.monotonic()
+    with pytest.raises(PeersLost) as caught:
+        step(exchanges[1], *inputs[1], 4, TAG._replace(step=TAG.step + 1))
+    assert caught.value.names == ["dp-0-rank-1"]
+    assert time.monotonic() - began < NOTICED_S
+
+
+def test_a_steps_time_is_one_for_all_its_mixtures(linked):
+    exchanges, _ = linked(2, timeout_s=1.0)
+    exchanges[0].begin(*TAG[:2], TAG.micro_batch)
+    time.sleep(0.9)
+    names, took_s = ended(exchanges, None, {0})
+    assert names == {0: ["rank-1"]}
+    assert took_s < 0.9

@@ -11,7 +11,7 @@ from r1_cluster.engine.pages import PageAllocator
 from r1_cluster.engine.pipeline import Member, WorkerLost
 from r1_cluster.engine.scheduler import Limits, Scheduler
 from r1_cluster.planning.layout import Layout, WorkerSpec
-from r1_cluster.records import Refusal, Request, SamplingParams, StepResult
+from r1_cluster.records import Refusal, Request, SamplingParams, StepPlan, StepResult
 
 LAYOUT = Layout(
     (
@@ -253,3 +253,19 @@ def test_time_with_a_step_in_flight_is_what_the_bubbles_are_of(monkeypatch):
     it.pipeline.on_busy("stage-0", 1.0)
     assert it.core.bubbles.of("stage-0") == 0.75
     assert it.core.bubbles.of("router-0") is None
+
+
+def test_a_plan_that_cannot_be_sent_keeps_no_other_data_rank_from_its_own():
+    """What it says was closed is not said again."""
+    it = Harness()
+
+    def send(plan):
+        if plan.data_rank == 0:
+            raise WorkerLost(["dp-0"], "gone")
+        it.pipeline.plans.append(plan)
+
+    it.pipeline.send = send
+    plans = [StepPlan(1, 7, 0, [], [], [], b"", [], b"", [], data_rank=rank) for rank in range(3)]
+    with pytest.raises(WorkerLost):
+        it.core._send(plans, 0.0)
+    assert it.pipeline.plans == plans[1:]
