@@ -51,9 +51,9 @@ def part_of(folder, target, files):
 class Files(Checkpoint):
     """A checkpoint that notes from which files it reads."""
 
-    def _read(self, name, entry, slices):
+    def _read(self, name, entry, *where):
         self.read = {*getattr(self, "read", ()), entry.file}
-        return super()._read(name, entry, slices)
+        return super()._read(name, entry, *where)
 
 
 @pytest.mark.slow

@@ -247,20 +247,20 @@ def test_an_engine_that_takes_over_finds_all_sequences_of_steps_that_wait(checkp
         epoch = 1 + cluster.pipeline.epoch
         members = {name: cluster.member(name, epoch) for name in cluster.workers}
         pipeline = Pipeline(cluster.layout, members, epoch, 2.0)
-        pipeline.kv_era = cluster.pipeline.kv_era
+        pipeline.kv_eras = cluster.pipeline.kv_eras
         held = pipeline.link(epoch, read_back=True)
         slow.clear()
         assert dropped[-1] == 2
         while not cluster.deltas.empty():
             delta = cluster.deltas.get()
             known[delta.request_id] += len(delta.tokens) if delta.error is None else 0
-        scheduler = Scheduler(Limits(16, 64, 200, 2), PageAllocator(256, PAGE_SIZE), frozenset({1}))
+        scheduler = Scheduler(Limits(16, 64, 200, 2), [PageAllocator(256, PAGE_SIZE)], frozenset({1}))
         scheduler.adopt(held)
         for request in asked:
             name = request.request_id
             scheduler.add(msgspec.structs.replace(request, generated=texts[name][: known[name]]))
         for _ in asked:
-            plan = scheduler.schedule(epoch)
+            (plan,) = scheduler.schedule(epoch)
             assert sum(plan.num_new) <= 2 * len(plan.seq_ids)
             pipeline.send(plan)
         found = {}
