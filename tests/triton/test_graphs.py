@@ -246,7 +246,8 @@ ALLOWED = {
     *("expand", "detach", "flatten", "contiguous", "to", "_to_copy", "clone", "copy_", "lift_fresh"),
     *("empty", "empty_like", "new_empty", "zeros", "zero_", "arange", "fill_", "add_"),
     *("linear", "bmm", "index_select"),
-    "constant_pad_nd",  # the page table's, on the host
+    *("constant_pad_nd", "pad"),  # the page table's, on the host
+    *("detach_", "resolve_conj", "resolve_neg"),  # what inference mode lists of views and of numpy's arrays
 }
 
 
