@@ -84,9 +84,9 @@ def test_requests_are_balanced_and_a_rank_without_any_takes_part(checkpoint):
     ("layout", "name", "spares"),
     [
         ("two", "dp-0", 0),
-        ("two", "dp-1", 1),
+        pytest.param("two", "dp-1", 1, marks=pytest.mark.system),
         ("three with copies", "dp-1", 1),
-        ("two of two ranks", "dp-1-rank-0", 0),
+        pytest.param("two of two ranks", "dp-1-rank-0", 0, marks=pytest.mark.system),
         ("two of two ranks with copies", "dp-0-rank-1", 0),
     ],
 )
@@ -95,7 +95,10 @@ def test_texts_go_on_when_a_rank_dies(checkpoint, layout, name, spares):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["three with copies", "two of two ranks with copies"])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param("three with copies", marks=pytest.mark.system), "two of two ranks with copies"],
+)
 def test_with_copies_the_others_go_on_while_nobody_comes_back(checkpoint, layout):
     asked = requests(8, ignore_eos=True)
     cluster = Cluster(checkpoint, LAYOUTS[layout])
