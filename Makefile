@@ -21,7 +21,7 @@ IN_PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 serve: $(VENV)/.serve
 	@$(BIN)/r1-cluster serve $(SERVICE)
 
-# Took 12 and a half minutes on two quiet cores in a fresh clone, nearly two of them installation.
+# Took 14 minutes on two quiet cores in a fresh clone, nearly two of them installation.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not ($(ALONE) or $(LATER))"
 	$(BIN)/python -m pytest -m "($(ALONE)) and not ($(LATER))"
