@@ -33,7 +33,7 @@ def test_texts_survive_a_killed_process(tmp_path, name):
     assert_own_texts_survive(kind, LayoutConfig(**layout), victim)
 
 
-@pytest.mark.slow
+@LONGER
 def test_sums_are_timed_between_processes():
     first, _, _, last = in_processes(4, "host memory", time_sums, "cpu", 3)
     assert len(first) == 2 * len(TOKENS)
@@ -41,7 +41,7 @@ def test_sums_are_timed_between_processes():
     assert all(0 < row["p50_us"] <= row["p90_us"] for row in first.values())
 
 
-@pytest.mark.slow
+@LONGER
 def test_a_rank_that_ends_is_an_error():
     with pytest.raises(RuntimeError, match="a rank ended"):
         in_processes(2, "sockets", time_sums, "no device", 1)
