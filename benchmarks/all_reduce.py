@@ -11,14 +11,14 @@ within one process, all in microseconds: what is above the last are links.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import socket
-from multiprocessing.connection import Connection
+import itertools
+from collections.abc import Sequence
 
 import torch
 
-from benchmarks.dispatch import Cpu, connected, median_ms
-from r1_cluster.comm.links import TcpLink
+from benchmarks.dispatch import Cpu, median_ms
+from benchmarks.ranks import in_processes
+from r1_cluster.comm.links import Link
 from r1_cluster.comm.ranks import RankGroup
 
 TIMEOUT_S = 60.0
@@ -28,71 +28,41 @@ WIDTHS = (4096, 7168, 8192)
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-class Rank:
-    """One rank's part of the work, in whatever process."""
+@torch.inference_mode()
+def sums(
+    names: Sequence[str], rank: int, links: dict[str, Link], rounds: int
+) -> dict[torch.dtype, list[tuple[float, float]]]:
+    """One rank's part of the work: by dtype, for all ROWS and WIDTHS, the median time and the CPU time of a
+    sum, in µs, once all ranks are there."""
+    group, num_steps = RankGroup(names, rank, links, TIMEOUT_S), 0
+    found: dict[torch.dtype, list[tuple[float, float]]] = {}
+    for dtype, tokens, width in itertools.product(DTYPES, ROWS, WIDTHS):
+        x = torch.ones((tokens, width), dtype=dtype)
 
-    def __init__(self, names: list[str], rank: int, sockets: dict[str, socket.socket]) -> None:
-        torch.set_num_threads(1)
-        links = {peer: TcpLink(sock, peer) for peer, sock in sockets.items()}
-        self._group = RankGroup(names, rank, links, TIMEOUT_S)
-        self._num_steps = 0
-
-    @torch.inference_mode()
-    def sums(self, shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> tuple[float, float]:
-        """(median time of a sum in µs, CPU time of a sum in µs), once all ranks are there."""
-        x = torch.ones(shape, dtype=dtype)
-
-        def once() -> None:
-            self._num_steps += 1
-            self._group.begin(1, self._num_steps, 0)
-            self._group.add(x)
+        def once(x: torch.Tensor = x) -> None:
+            nonlocal num_steps
+            num_steps += 1
+            group.begin(1, num_steps, 0)
+            group.add(x)
 
         median_ms(once, WARM_UP_ROUNDS)
         used = Cpu.now()
         took_us = median_ms(once, rounds) * 1e3
-        return took_us, Cpu.now().plus(used, -1).both_s / rounds * 1e6
-
-
-def work(
-    names: list[str], rank: int, sockets: dict[str, socket.socket], rounds: int, parent: Connection
-) -> None:
-    """Another rank than the first: does all there is to do, and says what each took."""
-    own = Rank(names, rank, sockets)
-    for dtype in DTYPES:
-        for tokens in ROWS:
-            for width in WIDTHS:
-                parent.send(own.sums((tokens, width), dtype, rounds))
+        cpu_us = Cpu.now().plus(used, -1).both_s / rounds * 1e6
+        found.setdefault(dtype, []).append((took_us, cpu_us))
+    return found
 
 
 def measure(num_ranks: int, rounds: int) -> dict[torch.dtype, list[tuple[float, float]]]:
-    """By dtype, for all ROWS and WIDTHS: (µs of a sum, µs of CPU of all ranks)."""
-    names = [f"rank-{rank}" for rank in range(num_ranks)]
-    sockets: list[dict[str, socket.socket]] = [{} for _ in names]
-    for low in range(num_ranks):
-        for high in range(low + 1, num_ranks):
-            sockets[low][names[high]], sockets[high][names[low]] = connected(tcp=False)
-    context = multiprocessing.get_context("spawn")
-    others = []
-    for rank in range(1, num_ranks):
-        ours, theirs = context.Pipe(duplex=False)
-        arguments = (names, rank, sockets[rank], rounds, theirs)
-        process = context.Process(target=work, args=arguments, daemon=True)
-        process.start()
-        for sock in sockets[rank].values():
-            sock.close()
-        theirs.close()
-        others.append((process, ours))
-    first = Rank(names, 0, sockets[0])
-    found: dict[torch.dtype, list[tuple[float, float]]] = {}
-    for dtype in DTYPES:
-        for tokens in ROWS:
-            for width in WIDTHS:
-                took_us, cpu_us = first.sums((tokens, width), dtype, rounds)
-                cpu_us += sum(ours.recv()[1] for _, ours in others)
-                found.setdefault(dtype, []).append((took_us, cpu_us))
-    for process, _ in others:
-        process.join()
-    return found
+    """By dtype, for all ROWS and WIDTHS: (µs of a sum, as the first rank sees it, µs of CPU of all ranks)."""
+    first, *others = in_processes(num_ranks, "sockets", sums, rounds)
+    return {
+        dtype: [
+            (took_us, cpu_us + sum(other[dtype][i][1] for other in others))
+            for i, (took_us, cpu_us) in enumerate(cells)
+        ]
+        for dtype, cells in first.items()
+    }
 
 
 @torch.inference_mode()

@@ -223,3 +223,17 @@ def outlive(cluster, name):
         assert cluster.scheduler.num_pages_used == 0
     finally:
         cluster.close()
+
+
+def texts_of(checkpoint, layout, asked, **options):
+    """The texts of a cluster of its own, each as if alone, that leave nothing behind."""
+    cluster = Cluster(checkpoint, layout, **options)
+    try:
+        together = cluster.run(asked)
+        for request in asked[::4]:
+            assert cluster.run([request]) == {request.request_id: together[request.request_id]}
+        assert cluster.scheduler.num_pages_used == 0
+        cluster.scheduler.check()
+        return together
+    finally:
+        cluster.close()

@@ -14,7 +14,17 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from r1_cluster.comm.links import Link, recv_epoch, stay_awake
-from r1_cluster.comm.wire import Flags, Header, Kind, LinkError, Message, StaleEpoch, Unsendable, WireError
+from r1_cluster.comm.wire import (
+    AT_ONCE_BYTES,
+    Flags,
+    Header,
+    Kind,
+    LinkError,
+    Message,
+    StaleEpoch,
+    Unsendable,
+    WireError,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,11 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-AT_ONCE_BYTES = 1 << 16
-"""A message of so many bytes fits what sockets buffer: whoever sends no longer ones sends all, and only then
-receives. With longer ones each two take turns, the lower one sends first, pair after pair in the order of the
-names: there is always a least pair that both have come to, so nobody waits in a circle."""
 
 
 class PeersLost(Exception):
@@ -102,8 +107,12 @@ class Lockstep:
     def _swap(
         self, header: Header, messages: Mapping[str, Outgoing], receive: Callable[[str], T]
     ) -> dict[str, T]:
-        """Sends each peer its message, and takes what it sends: see AT_ONCE_BYTES. Raises PeersLost,
-        Unsendable."""
+        """Sends each peer its message, and takes what it sends. Raises PeersLost, Unsendable.
+
+        Whoever has short messages alone sends all, and only then receives. With longer ones each two take
+        turns, the lower one sends first, pair after pair in the order of the names: there is always a least
+        pair that both have come to, so nobody waits in a circle.
+        """
         if self._sent_at_once(header, messages):
             return {peer: receive(peer) for peer in messages}
         taken = {}

@@ -23,11 +23,7 @@ from torch._C._distributed_c10d import ErrorType, _DistributedBackendOptions
 from kernels.devices import find_device
 from r1_cluster.comm.rendezvous import LinkStore
 from r1_cluster.comm.shared_memory import CudaMemory, HostMemory, Memory, SharedPair, SlotPool
-from r1_cluster.comm.wire import WireSpec
-
-EAGER_BYTES = 1 << 16
-"""A tensor of so many bytes is on its way when `Pair.send` returns, whether the peer waits for it or not:
-ranks send as much to each other before they receive (`ranks.AT_ONCE_BYTES`)."""
+from r1_cluster.comm.wire import AT_ONCE_BYTES, WireSpec
 
 _EAGER_SENDS = 8
 
@@ -57,7 +53,7 @@ class Pair(Protocol):
         """Whether the backend has given the pair up by itself. What was received last may be garbage then."""
 
     def send(self, tensor: Tensor) -> None:
-        """Sends a contiguous, non-empty tensor of `device`. One of more than EAGER_BYTES may wait for the
+        """Sends a contiguous, non-empty tensor of `device`. One of more than AT_ONCE_BYTES may wait for the
         peer to receive it."""
 
     def recv(self, spec: WireSpec) -> Tensor:
@@ -105,7 +101,7 @@ class GlooPair:
         self._sending: deque[tuple[_Work, Tensor]] = deque()
 
     def send(self, tensor: Tensor) -> None:
-        if tensor.nbytes > EAGER_BYTES:
+        if tensor.nbytes > AT_ONCE_BYTES:
             self._alive().send([tensor], self._peer_rank, 0).wait()
             return
         copy, sending = tensor.clone(), self._sending

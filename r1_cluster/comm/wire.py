@@ -35,6 +35,9 @@ MAX_TENSORS = 16
 MAX_DIMS = 4
 MAX_BODY_BYTES = 64 << 20
 MAX_PAYLOAD_BYTES = 1 << 30
+AT_ONCE_BYTES = 1 << 16
+"""A message with so many bytes of tensors is on its way when `send` returns, whoever receives by then:
+sockets buffer as much, and so must whatever carries tensors beside them."""
 
 _HEADER = struct.Struct("<4sBBBBQQiIII")
 _SPEC = struct.Struct("<BBxx4I")

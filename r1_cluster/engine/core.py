@@ -301,6 +301,7 @@ class EngineCore:
             return
         self.fan.epoch = self.pipeline.epoch
         self._sent.clear()
+        self._drawn.clear()
         self._send(plans, time.perf_counter())
 
     def _take_commands(self) -> None:
@@ -370,11 +371,12 @@ class EngineCore:
         self.num_steps += complete
         # Where not one row of all data ranks had a token, that is no health.
         self._drawn += result.tokens
-        drawn, self._drawn = self._drawn, [] if complete else self._drawn
-        if complete and (not drawn or max(drawn) >= 0):
-            self.stepped_at = time.monotonic()
-            if not self.recovery.under_way:
-                self.recovery.stepped()
+        if complete:
+            if max(self._drawn, default=0) >= 0:
+                self.stepped_at = time.monotonic()
+                if not self.recovery.under_way:
+                    self.recovery.stepped()
+            self._drawn.clear()
         self.num_tokens += sum(len(item.delta.tokens) for item in finished)
         if sent.began_at is not None:
             self.times.note(arrived - sent.began_at, result.compute_s)

@@ -161,9 +161,11 @@ def _prepare(
     """Compiles, tunes and records before the first step, which has no time for it."""
     if stage is not None:
         stage.prepare(limits)
-    if router is not None and router.dispatcher is None:  # else its stage has called it
+    if router is not None:
+        if router.dispatcher is not None:
+            return  # its stage has called it, and all experts with it
         router.model.warm_up(limits.max_batch_tokens)
-    if parts.experts is not None and config.moe is not None and (router is None or router.dispatcher is None):
+    if parts.experts is not None and config.moe is not None:
         top_k = config.moe.num_experts_per_tok
         for experts in (parts.experts, *parts.copies):
             experts.warm_up(limits.max_batch_tokens * top_k * num_sources)

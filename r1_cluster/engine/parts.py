@@ -19,6 +19,8 @@ from r1_cluster.weights.inventory import blocks, may_be_fp8
 from r1_cluster.weights.quantize import is_quantized
 from r1_cluster.weights.tensors import Slices, TensorSpec
 
+_META = torch.device("meta")
+
 
 class Parts(NamedTuple):
     """A worker's parts of the model; None where it does not host that role. `copies` are experts that it
@@ -86,7 +88,7 @@ def _load_nothing(
     config: ModelConfig, spec: WorkerSpec, table: list[TensorSpec], source: _Recorder, dtype: torch.dtype
 ) -> None:
     """What a worker does when it loads, over tensors without data."""
-    shard = Shard(torch.device("meta"), dtype, deterministic=False, rank=spec.rank, ranks=spec.ranks)
+    shard = Shard(_META, dtype, deterministic=False, rank=spec.rank, ranks=spec.ranks)
     brief = replace(config, max_position_embeddings=1)  # or else a table of all positions were computed
     load_parts(brief, Loader.of(source, shard, table), spec)
 
@@ -101,6 +103,7 @@ class _Recorder:
     def __init__(self, table: list[TensorSpec]) -> None:
         self._specs = {spec.name: spec for spec in table}
         self.asked: dict[str, None] = {}
+        self.num_bytes = 0  # of those that were asked for
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._specs[name].shape
@@ -113,8 +116,13 @@ class _Recorder:
         slices: Slices | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
+        part = self._part(name, dtype, slices)
+        self.num_bytes += part.nbytes
+        return part
+
+    def _part(self, name: str, dtype: torch.dtype, slices: Slices | None) -> Tensor:
         self.asked[name] = None
-        whole = torch.empty(self.shape(name), dtype=dtype, device=device)
+        whole = torch.empty(self.shape(name), dtype=dtype, device=_META)
         return whole if slices is None else whole[slices]
 
     def is_fp8(self, name: str) -> bool:
@@ -138,23 +146,10 @@ class _Weigher(_Recorder):
 
     def __init__(self, config: ModelConfig, table: list[TensorSpec]) -> None:
         super().__init__(table)
-        self.num_bytes = 0
         self._has_fp8 = config.fp8_block is not None
         self._int_format = config.int_format
         self.fp8_block = config.fp8_block or self.fp8_block
         self.int_group = None if self._int_format is None else self._int_format.group_size
-
-    def get(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        device: torch.device,
-        slices: Slices | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        part = super().get(name, dtype, device, slices)
-        self.num_bytes += part.nbytes
-        return part
 
     def is_fp8(self, name: str) -> bool:
         return self._has_fp8 and may_be_fp8(self._specs[name])
@@ -167,20 +162,18 @@ class _Weigher(_Recorder):
     def get_scaled(
         self, name: str, slices: Slices | None = None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        meta = torch.device("meta")
-        values = _Recorder.get(self, name, torch.float8_e4m3fn, meta, slices)
+        values = self._part(name, torch.float8_e4m3fn, slices)
         rows, columns = blocks((values.shape[0], values.shape[1]), self.fp8_block)
-        scale = torch.empty(rows, columns, dtype=torch.float32, device=meta)
+        scale = torch.empty(rows, columns, dtype=torch.float32, device=_META)
         self.num_bytes += values.nbytes + scale.nbytes
         return values, scale
 
     def get_int(self, name: str, slices: Slices | None = None) -> tuple[Tensor, Tensor]:
         assert self._int_format is not None
-        meta = torch.device("meta")
-        values = _Recorder.get(self, name, torch.int8, meta, slices)
+        values = self._part(name, torch.int8, slices)
         num_rows, width = values.shape
         groups = 1 if self.int_group is None else -(-width // self.int_group)
-        scale = torch.empty(num_rows, groups, dtype=torch.float32, device=meta)
-        kept = group_scaled(values, scale, self._int_format.bits, meta)
+        scale = torch.empty(num_rows, groups, dtype=torch.float32, device=_META)
+        kept = group_scaled(values, scale, self._int_format.bits, _META)
         self.num_bytes += kept.values.nbytes + kept.scale.nbytes
         return values, scale

@@ -97,9 +97,7 @@ class Recovery:
         spares = [spare.name for spare in self._pipeline.layout.spares]
         absent = [spare for spare in spares if spare not in self._pipeline.members]
         for name in sorted(self.missing):
-            self._spoil(name)
-            self._kv_lost |= {self._kv_of[name]} if name in self._kv_of else set()
-            self._replace(name, self._take_spare(name), 0.0)
+            self._vacate(name)
         for spare in absent:
             self._replace(spare, None, 0.0)
 
@@ -146,9 +144,7 @@ class Recovery:
             times = sum(not self._is_excused(at) for at in self._losses[name])
             if times > MAX_RESTARTS:
                 raise EngineFailed(f"{name} was lost {times} times within {RESTART_WINDOW_S:.0f} s")
-            self._spoil(name)
-            self._kv_lost |= {self._kv_of[name]} if name in self._kv_of else set()
-            self._replace(name, self._take_spare(name), 0.0)
+            self._vacate(name)
         if guilty:  # what is lost from now on, while all is put right, is not their doing
             self._excused_until = time.monotonic()
         return guilty
@@ -200,6 +196,13 @@ class Recovery:
         self._spoiled = True
         if name not in self._lost:
             self._lost.append(name)
+
+    def _vacate(self, name: str) -> None:
+        """A worker's place, and what it held of KV, is lost: somebody else is on the way to it."""
+        self._spoil(name)
+        if name in self._kv_of:
+            self._kv_lost.add(self._kv_of[name])
+        self._replace(name, self._take_spare(name), 0.0)
 
     def _take_spare(self, name: str) -> str | None:
         for spare in self._pipeline.spares:

@@ -99,8 +99,9 @@ class Worker:
         self.read_bytes, self.read_s = 0, 0.0
         if self.spec.roles:
             loaded = load_roles(self.boot, self.spec, self._links)
-            self.layout, self.experts, self.router, self.stage = loaded[:4]
-            self.read_bytes, self.read_s, self._copies = loaded[4:]
+            self.layout, self.router, self.stage = loaded.layout, loaded.router, loaded.stage
+            self.experts, self._copies = loaded.experts, loaded.copies
+            self.read_bytes, self.read_s = loaded.read_bytes, loaded.read_s
             # Ranks add up in lock-step; the router of one's own process is a call.
             if self.spec.ranks == 1 and self.stage is not None and isinstance(self.stage.moe, RemoteRouter):
                 self.turns = Turns(self.stage.moe, self._end_step, self._refuse_step)

@@ -9,8 +9,8 @@ from ranks import close, in_ranks, link_ranks, names_of
 
 from r1_cluster.comm.dispatch import LocalDispatcher
 from r1_cluster.comm.exchange import Exchange, ExpertSpan
-from r1_cluster.comm.lockstep import AT_ONCE_BYTES, PeersLost
-from r1_cluster.comm.wire import Header, Kind
+from r1_cluster.comm.lockstep import PeersLost
+from r1_cluster.comm.wire import AT_ONCE_BYTES, Header, Kind
 from r1_cluster.records import pack_int32
 
 NUM_EXPERTS = 10

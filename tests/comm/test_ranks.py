@@ -8,9 +8,9 @@ import pytest
 import torch
 from ranks import close, in_ranks, link_ranks, names_of
 
-from r1_cluster.comm.lockstep import AT_ONCE_BYTES, PeersLost
+from r1_cluster.comm.lockstep import PeersLost
 from r1_cluster.comm.ranks import RankGroup
-from r1_cluster.comm.wire import Header, Kind, Message
+from r1_cluster.comm.wire import AT_ONCE_BYTES, Header, Kind, Message
 
 NOTICED_S = 5.0
 

@@ -4,7 +4,7 @@ process, and one rank's death costs nothing but time."""
 import threading
 
 import pytest
-from thread_cluster import Cluster, outlive, requests
+from thread_cluster import Cluster, outlive, requests, texts_of
 
 PLAIN = {"kind": "colocated"}
 TWO = {"kind": "expert-parallel", "data_parallel": 2}
@@ -14,19 +14,6 @@ LAYOUTS = {
     "two of two ranks": TWO | {"tensor_parallel": 2},
     "two of two ranks with copies": TWO | {"tensor_parallel": 2, "redundant_experts": 1},
 }
-
-
-def texts_of(checkpoint, layout, asked, **options):
-    cluster = Cluster(checkpoint, layout, **options)
-    try:
-        together = cluster.run(asked)
-        for request in asked[::4]:
-            assert cluster.run([request]) == {request.request_id: together[request.request_id]}
-        assert cluster.scheduler.num_pages_used == 0
-        cluster.scheduler.check()
-        return together
-    finally:
-        cluster.close()
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Stages that tensor parallelism divides among ranks: the same texts, and one rank's death is the stage's."""
 
 import pytest
-from thread_cluster import Cluster, outlive, requests
+from thread_cluster import Cluster, outlive, requests, texts_of
 
 RANKS = {
     "two ranks": {"kind": "colocated", "tensor_parallel": 2},
@@ -11,19 +11,6 @@ RANKS = {
     },
 }  # fmt: skip
 PLAIN = {"kind": "colocated"}
-
-
-def texts_of(checkpoint, layout, asked, **options):
-    cluster = Cluster(checkpoint, layout, **options)
-    try:
-        together = cluster.run(asked)
-        for request in asked[::5]:
-            assert cluster.run([request]) == {request.request_id: together[request.request_id]}
-        assert cluster.scheduler.num_pages_used == 0
-        cluster.scheduler.check()
-        return together
-    finally:
-        cluster.close()
 
 
 @pytest.mark.slow
